@@ -1,0 +1,1 @@
+"""The bundle, and the engines that run one graph of it."""

@@ -1,0 +1,53 @@
+"""The exceptions that hivtp raises on bad input; all derive from HivtpError."""
+
+from __future__ import annotations
+
+
+class HivtpError(Exception):
+    """Base of every error that a caller can cause and can act on."""
+
+
+class SpecError(HivtpError, ValueError):
+    """A pruning spec that cannot work, or does not fit the grid or the encoder."""
+
+
+class ScoreError(HivtpError, ValueError):
+    """Importance scores of the wrong shape or dtype, or with NaN in them."""
+
+
+class CheckpointError(HivtpError):
+    """A folder that is not a supported checkpoint, or that is incomplete or damaged."""
+
+
+class VerificationError(HivtpError):
+    """An exported graph that differs from PyTorch by more than its tolerance."""
+
+
+class BundleError(HivtpError):
+    """A bundle that is missing, incomplete, altered, or of another schema."""
+
+
+class ImageError(HivtpError, ValueError):
+    """An image that cannot be read or is refused."""
+
+
+class PromptError(HivtpError, ValueError):
+    """A prompt that cannot be turned into a model input."""
+
+
+class EngineError(HivtpError):
+    """An inference engine that is absent, or that failed on a graph."""
+
+
+class MissingExtraError(HivtpError, ImportError):
+    """An optional package that is needed here and not installed.
+
+    Args:
+        package: the name to import, e.g. "onnxruntime".
+        extra: the extra of hivtp that brings it, e.g. "cpu".
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; install it with: pip install 'hivtp[{extra}]'")
+        self.package = package
+        self.extra = extra

@@ -1,0 +1,1 @@
+"""Language backends: embeddings in, token ids out."""

@@ -1,0 +1,1 @@
+"""hivtp: export and serve LLaVA-class models with HIVTP visual token pruning inside the graph."""
