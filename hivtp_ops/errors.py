@@ -35,6 +35,10 @@ class PromptError(HivtpError, ValueError):
     """A prompt that cannot be turned into a model input."""
 
 
+class SettingsError(HivtpError, ValueError):
+    """A setting of the wrong type or out of its range."""
+
+
 class EngineError(HivtpError):
     """An inference engine that is absent, or that failed on a graph."""
 

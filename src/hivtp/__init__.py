@@ -1,1 +1,10 @@
 """hivtp: export and serve LLaVA-class models with HIVTP visual token pruning inside the graph."""
+
+from __future__ import annotations
+
+from hivtp.runtime.answer import Answer, Timings
+from hivtp.runtime.pipeline import AnswerStream, Pipeline
+from hivtp_ops import PruningSpec
+from hivtp_ops.errors import HivtpError
+
+__all__ = ["Answer", "AnswerStream", "HivtpError", "Pipeline", "PruningSpec", "Timings"]

@@ -1,0 +1,322 @@
+"""LLaVA-1.5 checkpoints with random weights, in the Hugging Face format: for tests, the demo and benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# The chat template of the llava-hf/llava-1.5 checkpoints, in its effect.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+WORDS = [
+    "a",
+    "the",
+    "what",
+    "is",
+    "in",
+    "of",
+    "on",
+    "are",
+    "there",
+    "picture",
+    "photo",
+    "image",
+    "colour",
+    "color",
+    "shape",
+    "red",
+    "green",
+    "blue",
+    "yellow",
+    "black",
+    "white",
+    "circle",
+    "square",
+    "dog",
+    "cat",
+    "house",
+    "tree",
+    "person",
+    "man",
+    "woman",
+    "water",
+    "sky",
+    "road",
+    "car",
+    "left",
+    "right",
+    "above",
+    "below",
+    "many",
+    "how",
+    "and",
+    "where",
+    "which",
+    "yes",
+    "no",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "small",
+    "large",
+    "round",
+    "USER",
+    "ASSISTANT",
+    ":",
+    "?",
+    ".",
+    ",",
+    "!",
+    "-",
+    "'",
+]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of one generated checkpoint; `vision` and `text` go to the transformers configs as they are."""
+
+    vision: dict[str, Any]
+    text: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
+    # Random attention is nearly flat; sharper queries and keys give scores that tell patches apart.
+    attention_gain: float = 1.0
+
+
+SHAPES = {
+    # Small odd sizes: 8 x 8 patches, three vision heads, grouped key-value heads.
+    "tiny": Shape(
+        vision={
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "num_attention_heads": 3,
+            "num_hidden_layers": 6,
+            "image_size": 64,
+            "patch_size": 8,
+        },
+        text={
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 2,
+            "vocab_size": 512,
+            "max_position_embeddings": 512,
+        },
+        attention_gain=6.0,
+    ),
+    # The patch grid of LLaVA-1.5 (24 x 24), small everywhere else: runs in a blink.
+    "demo": Shape(
+        vision={
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 8,
+            "image_size": 336,
+            "patch_size": 14,
+        },
+        text={
+            "hidden_size": 256,
+            "intermediate_size": 688,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 4,
+            "vocab_size": 512,
+            "max_position_embeddings": 2048,
+        },
+        attention_gain=4.0,
+    ),
+    # CLIP ViT-L/14 at 336 px, as in LLaVA-1.5, with a Llama of about 0.3 B parameters.
+    "vit-l-0.3b": Shape(
+        vision={
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "image_size": 336,
+            "patch_size": 14,
+        },
+        text={
+            "hidden_size": 1024,
+            "intermediate_size": 2816,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "num_hidden_layers": 16,
+            "vocab_size": 32064,
+            "max_position_embeddings": 4096,
+        },
+        attention_gain=2.0,
+    ),
+}
+
+
+def make_tokenizer(vocab_size: int) -> Any:
+    """A Llama-style tokenizer: metaspace words, byte fallback, `<s>` in front, `<image>` last in the vocabulary."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    for byte in range(256):
+        vocab[f"<0x{byte:02X}>"] = len(vocab)
+    characters = sorted(set("".join(WORDS)) | {chr(code) for code in range(33, 127)})
+    pieces = ["▁", *characters, *(f"▁{character}" for character in characters)]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        prefix = "▁"
+        for character in word:
+            merges.append((prefix, character))
+            prefix += character
+            pieces.append(prefix)
+    for piece in pieces:
+        if len(vocab) < vocab_size - 1:
+            vocab.setdefault(piece, len(vocab))
+    # Filler, so that `<image>` takes the last row of the embedding table.
+    vocab |= {f"▁w{index}": index for index in range(len(vocab), vocab_size - 1)}
+    merges = [
+        pair
+        for pair in dict.fromkeys(merges)
+        if "".join(pair) in vocab and pair[0] in vocab and pair[1] in vocab
+    ]
+
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    tokenizer.add_special_tokens([AddedToken("<image>", normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_checkpoint(
+    folder: Path,
+    shape: str = "tiny",
+    *,
+    layout: str = "hub",
+    seed: int = 0,
+    dtype: str = "float32",
+    max_shard_size: str = "2GB",
+    vision: dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
+    **model: Any,
+) -> Path:
+    """Write a LLaVA-1.5 checkpoint with random weights and return its folder.
+
+    Args:
+        folder: where to write; replaced if it exists.
+        shape: a name in SHAPES.
+        layout: weight names as published on the hub ("hub", transformers 4) or as re-saved by
+            transformers 5 ("v5").
+        seed: of the weights.
+        dtype: of the stored weights: float32, float16 or bfloat16.
+        max_shard_size: a small value gives several shards.
+        vision, text, model: overrides of the three configs, e.g. vision_feature_layer=-1.
+    """
+    import torch
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    sizes = SHAPES[shape]
+    text_config = {"bos_token_id": 1, "eos_token_id": 2, **sizes.text, **(text or {})}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**{**sizes.vision, **(vision or {})}),
+        text_config=LlamaConfig(**text_config),
+        image_token_index=text_config["vocab_size"] - 1,
+        **{**sizes.model, **model},
+    )
+    torch.manual_seed(seed)
+    network = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if "vision_tower" in name and ("q_proj.weight" in name or "k_proj.weight" in name):
+                weight.mul_(sizes.attention_gain)
+            if name.endswith("bias"):
+                weight.normal_(std=0.02)
+    network.to(getattr(torch, dtype))
+    shutil.rmtree(folder, ignore_errors=True)
+    network.save_pretrained(folder, max_shard_size=max_shard_size)
+    make_tokenizer(text_config["vocab_size"]).save_pretrained(folder)
+    image_size = config.vision_config.image_size
+    image_processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": image_size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(image_processor, indent=2))
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": config.vision_config.patch_size,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "image_token": "<image>",
+    }
+    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
+    if layout == "hub":
+        _rename_to_hub_layout(folder)
+    return folder
+
+
+def _rename_to_hub_layout(folder: Path) -> None:
+    """Give the vision weights the `vision_model.` that transformers 5 drops on saving."""
+    from safetensors.torch import load_file, save_file
+
+    def rename(name: str) -> str:
+        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+
+    for shard in folder.glob("*.safetensors"):
+        save_file(
+            {rename(name): tensor for name, tensor in load_file(shard).items()}, shard, {"format": "pt"}
+        )
+    index_file = folder / "model.safetensors.index.json"
+    if index_file.exists():
+        index = json.loads(index_file.read_text())
+        index["weight_map"] = {rename(name): shard for name, shard in index["weight_map"].items()}
+        index_file.write_text(json.dumps(index))
+
+
+def main() -> None:
+    """Write a checkpoint from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="demo")
+    parser.add_argument("--layout", choices=("hub", "v5"), default="hub")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    make_checkpoint(
+        options.folder, options.shape, layout=options.layout, dtype=options.dtype, seed=options.seed
+    )
+    print(f"wrote a checkpoint of shape {options.shape!r} with random weights to {options.folder}")
+
+
+if __name__ == "__main__":
+    main()

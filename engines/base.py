@@ -1,0 +1,49 @@
+"""What every engine offers: one graph, arrays in, arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from hivtp_ops.errors import EngineError
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How an engine runs a graph.
+
+    Attributes:
+        num_threads: threads of one run; None leaves the choice to the engine (the physical cores).
+    """
+
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_threads is not None and self.num_threads < 1:
+            raise EngineError(f"num_threads must be at least 1, not {self.num_threads}")
+
+
+class Engine(Protocol):
+    """Runs one graph. Several threads may call `run` at once."""
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the graph's outputs, in order."""
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """Run the graph.
+
+        Args:
+            inputs: an array for every input, in the dtype and shape that the graph declares.
+
+        Returns:
+            Every output by name.
+
+        Raises:
+            EngineError: the inputs do not fit, or the engine failed.
+        """

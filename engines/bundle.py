@@ -1,0 +1,224 @@
+"""The bundle: a folder of graphs and settings, with a manifest that says what each file is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hivtp_ops.errors import BundleError
+from hivtp_ops.spec import PruningSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+PROCESSOR_FOLDER = "processor"
+
+
+@dataclass(frozen=True)
+class VisionManifest:
+    """The vision graph.
+
+    Attributes:
+        file: the graph, relative to the bundle.
+        graph: "vision" (pruned embeddings) or "encoder" (features and attention).
+        precision: fp32, fp16 or int8.
+        grid: rows and columns of patches in one tile.
+        image_size: side of a tile in pixels.
+        num_prefix_tokens: tokens in front of the patches (1 where the CLS is a feature).
+        capacity: most patches that one tile keeps.
+        hidden_size: width of one output token.
+    """
+
+    file: str
+    graph: str
+    precision: str
+    grid: tuple[int, int]
+    image_size: int
+    num_prefix_tokens: int
+    capacity: int
+    hidden_size: int
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of one tile before pruning."""
+        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class LanguageManifest:
+    """The decoder graph and what its loop needs.
+
+    Attributes:
+        file: the decoder, `inputs_embeds` and a KV cache in, logits of the last position out.
+        embeddings: the token embedding table, [vocab, hidden] in a .npy file.
+        precision: fp32, int8 or int4.
+        num_layers, num_kv_heads, head_size, hidden_size, vocab_size: sizes of the model.
+        context_length: most positions, prompt and answer together.
+        image_token_id: the placeholder that an image's tokens replace.
+        eos_token_ids: tokens that end an answer.
+    """
+
+    file: str
+    embeddings: str
+    precision: str
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    image_token_id: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and sha256 of one file of the bundle."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a bundle says of itself.
+
+    Attributes:
+        family: the architecture, "llava".
+        source: name and fingerprint of the checkpoint.
+        pruning: the spec with its layers resolved; None where nothing is pruned.
+        vision: the vision graph.
+        language: the decoder; None in an encoder bundle.
+        verification: what was compared with PyTorch at export, and the errors reached.
+        versions: of the packages that wrote the bundle.
+        files: every file but the manifest, by its path relative to the bundle.
+        schema_version: of this layout.
+    """
+
+    family: str
+    source: Mapping[str, str]
+    pruning: PruningSpec | None
+    vision: VisionManifest
+    language: LanguageManifest | None
+    verification: Mapping[str, Any]
+    versions: Mapping[str, str]
+    files: Mapping[str, FileRecord]
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """The manifest as it is written."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read a manifest; the schema version is checked before anything else.
+
+        Raises:
+            BundleError: not JSON, of another schema, or with keys missing, unknown or of the wrong kind.
+        """
+        try:
+            raw = json.loads(text)
+            version = raw["schema_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BundleError(f"not a manifest of hivtp: {type(error).__name__}: {error}") from error
+        if version != SCHEMA_VERSION:
+            advice = (
+                "upgrade hivtp"
+                if isinstance(version, int) and version > SCHEMA_VERSION
+                else "export it again"
+            )
+            raise BundleError(
+                f"it has schema version {version!r}, this hivtp reads {SCHEMA_VERSION}; {advice}"
+            )
+        try:
+            vision = _build(VisionManifest, raw["vision"])
+            language = raw["language"] and _build(LanguageManifest, raw["language"])
+            files = {path: _build(FileRecord, record) for path, record in raw["files"].items()}
+            pruning = raw["pruning"] and PruningSpec.from_dict(raw["pruning"])
+            return _build(
+                cls, raw | {"vision": vision, "language": language, "files": files, "pruning": pruning}
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(
+                f"its manifest is damaged: {type(error).__name__}: {error}; export it again"
+            ) from error
+
+
+def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    names = {field.name for field in fields(kind)}
+    if set(values) != names:
+        raise ValueError(f"{kind.__name__} has keys {sorted(values)}, expected {sorted(names)}")
+    # JSON has no tuples; the manifest's sequences are all tuples.
+    return kind(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    )
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: str | Path, *, check_hashes: bool = False) -> Bundle:
+        """Open a bundle after checking its schema and the presence and size of every file.
+
+        Args:
+            folder: the bundle.
+            check_hashes: also read every file and compare its sha256.
+
+        Raises:
+            BundleError: what is wrong, and what to do.
+        """
+        folder = Path(folder)
+        manifest_file = folder / MANIFEST_NAME
+        if not manifest_file.is_file():
+            found = f"has no {MANIFEST_NAME}" if folder.is_dir() else "is not a folder"
+            raise BundleError(f"{folder} {found}; give the folder that hivtp-export wrote")
+        try:
+            manifest = Manifest.from_json(manifest_file.read_text(encoding="utf-8"))
+        except (BundleError, UnicodeDecodeError) as error:
+            raise BundleError(f"cannot open the bundle {folder}: {error}") from error
+        bundle = cls(folder, manifest)
+        bundle._check_files(check_hashes)
+        return bundle
+
+    @property
+    def processor_folder(self) -> Path:
+        """Where tokenizer, chat template and image preprocessing lie."""
+        return self.folder / PROCESSOR_FOLDER
+
+    @property
+    def vision_file(self) -> Path:
+        """The vision graph."""
+        return self.folder / self.manifest.vision.file
+
+    def _check_files(self, check_hashes: bool) -> None:
+        for name, record in self.manifest.files.items():
+            file = self.folder / name
+            if not file.is_file():
+                raise BundleError(f"the bundle {self.folder} lacks {name}; copy or export it again")
+            num_bytes = file.stat().st_size
+            if num_bytes != record.num_bytes:
+                raise BundleError(
+                    f"{name} of the bundle {self.folder} has {num_bytes} bytes instead of {record.num_bytes}; "
+                    "it is truncated or altered: copy or export it again"
+                )
+            if check_hashes and sha256_of(file) != record.sha256:
+                raise BundleError(
+                    f"{name} of the bundle {self.folder} was altered: its sha256 differs from the manifest's; "
+                    "copy or export it again"
+                )
+
+
+def sha256_of(file: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,59 @@
+"""ONNX Runtime: runs a graph file on the CPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hivtp.engines.base import Arrays, EngineSettings
+from hivtp_ops.errors import EngineError, MissingExtraError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+
+
+class OnnxRuntimeEngine:
+    """One graph in one `onnxruntime.InferenceSession`.
+
+    Args:
+        file: the .onnx file; its weights lie beside it.
+        settings: how to run it.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        EngineError: onnxruntime cannot load the file.
+    """
+
+    def __init__(self, file: Path, settings: EngineSettings | None = None) -> None:
+        self.session = open_session(file, settings or EngineSettings())
+        self.output_names = tuple(output.name for output in self.session.get_outputs())
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """See Engine.run."""
+        try:
+            outputs = self.session.run(None, dict(inputs))
+        except Exception as error:
+            raise EngineError(f"onnxruntime failed: {error}") from error
+        return dict(zip(self.output_names, outputs, strict=True))
+
+
+def open_session(file: Path, settings: EngineSettings) -> Any:
+    """Open an `onnxruntime.InferenceSession` on the CPU.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        EngineError: onnxruntime cannot load the file.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "cpu") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if settings.num_threads is not None:
+        options.intra_op_num_threads = settings.num_threads
+    try:
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise EngineError(f"onnxruntime cannot load {file}: {error}") from error

@@ -1,0 +1,194 @@
+"""hivtp-export: from a Hugging Face checkpoint to a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from hivtp.export.decoder import LanguagePrecision
+from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.graph import VisionPrecision
+from hivtp.export.vision import GraphKind
+from hivtp_ops.errors import HivtpError, SpecError
+from hivtp_ops.spec import PRESETS, PruningSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hivtp.engines.bundle import Bundle
+
+DESCRIPTION = """\
+Turn a LLaVA-1.5 checkpoint (Hugging Face format) into a bundle: a folder with the vision graph,
+HIVTP token pruning inside it, and the language model, all ONNX. Every graph is compared with PyTorch
+before the bundle appears. Run a bundle with hivtp-run.
+"""
+EXAMPLES = """\
+examples:
+  hivtp-export llava-1.5-7b-hf bundle                            the paper's pruning, float32
+  hivtp-export llava-1.5-7b-hf bundle --preset 192 \\
+      --vision-precision int8 --language-precision int4          small and fast on a CPU
+  hivtp-export llava-1.5-7b-hf bundle --no-pruning               all 576 tokens, to compare with
+  hivtp-export llava-1.5-7b-hf bundle --window 3 --keep 150      a rule of your own
+"""
+# The rule's settings, by the option that gives each.
+SPEC_OPTIONS = ("first_layer", "num_layers", "regions", "global_ratio", "window", "keep")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line; defaults come from ExportSettings and PruningSpec."""
+    defaults, rule = ExportSettings(), PruningSpec()
+    parser = argparse.ArgumentParser(
+        prog="hivtp-export",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, help="folder of the checkpoint: config.json, *.safetensors, tokenizer"
+    )
+    parser.add_argument("bundle", type=Path, help="folder to write; whole when it appears")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+    parser.add_argument("--quiet", action="store_true", help="print the summary only")
+
+    pruning = parser.add_argument_group("pruning, a preset or none")
+    choice = pruning.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="paper keeps 252 to 288 of 576 tokens, by content; a number keeps exactly that many "
+        f"(default: {defaults.preset})",
+    )
+    choice.add_argument("--no-pruning", action="store_true", help="keep every token")
+
+    own = parser.add_argument_group("pruning, a rule of your own (starts from the paper's)")
+    own.add_argument(
+        "--first-layer", type=int, metavar="N", help="first scoring layer, 0-based (default: 6 of 24)"
+    )
+    own.add_argument(
+        "--num-layers", type=int, metavar="N", help="number of scoring layers (default: 3 of 24)"
+    )
+    own.add_argument("--regions", type=int, metavar="N", help=f"regions per axis (default: {rule.regions})")
+    own.add_argument(
+        "--global-ratio",
+        type=float,
+        metavar="R",
+        help=f"share kept in each region, 0 to 1 (default: {rule.global_ratio})",
+    )
+    own.add_argument(
+        "--window", type=int, metavar="N", help=f"side of a local window (default: {rule.window})"
+    )
+    own.add_argument(
+        "--keep",
+        type=int,
+        metavar="N",
+        help="exact number of tokens per image (default: what the rule gives)",
+    )
+
+    precision = parser.add_argument_group("precision and graph")
+    precision.add_argument(
+        "--vision-precision",
+        choices=get_args(VisionPrecision),
+        default=defaults.vision_precision,
+        help="int8 is fastest on a CPU, fp16 is meant for a GPU (default: %(default)s)",
+    )
+    precision.add_argument(
+        "--language-precision",
+        choices=get_args(LanguagePrecision),
+        default=defaults.language_precision,
+        help="bits of the decoder's weights (default: %(default)s)",
+    )
+    precision.add_argument(
+        "--graph",
+        choices=get_args(GraphKind),
+        default=defaults.graph,
+        help="vision: a bundle that answers; encoder: only the graph that emits features and middle-layer "
+        "attention (default: %(default)s)",
+    )
+    return parser
+
+
+def settings_from(options: argparse.Namespace) -> ExportSettings:
+    """The settings that a command line asks for.
+
+    Raises:
+        SpecError: options that exclude each other, or a spec that cannot work.
+    """
+    own = {name: getattr(options, name) for name in SPEC_OPTIONS if getattr(options, name) is not None}
+    if own and (options.preset or options.no_pruning):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in own)
+        other = f"--preset {options.preset}" if options.preset else "--no-pruning"
+        raise SpecError(f"{flags} make a rule of your own and cannot go with {other}; drop one of the two")
+    return ExportSettings(
+        preset=options.preset or ExportSettings.preset,
+        spec=PruningSpec(**own) if own else None,
+        is_pruned=not options.no_pruning,
+        vision_precision=options.vision_precision,
+        language_precision=options.language_precision,
+        graph=options.graph,
+        overwrite=options.overwrite,
+    )
+
+
+def summary(bundle: Bundle) -> str:
+    """What was written, how large it is, and how close to PyTorch."""
+    manifest = bundle.manifest
+    vision, language = manifest.vision, manifest.language
+    lines = [f"wrote {bundle.folder}"]
+
+    def describe(part: str, folder: str, precision: str, checks: Sequence[str]) -> None:
+        size = sum(record.num_bytes for path, record in manifest.files.items() if path.startswith(folder))
+        lines.append(f"  {part:<9} {precision:<5} {size / 1e6:9.1f} MB   {', '.join(checks)}")
+
+    found = manifest.verification["vision"]
+    checks = [
+        f"relative error {found['relative_error']:.1e} (allowed {found['tolerance']['relative_error']:.0e})"
+    ]
+    if found["importance_error"] is not None:
+        checks.append(f"importance error {found['importance_error']:.1e}")
+    if found["kept_jaccard"] is not None:
+        checks.append(f"kept-token agreement {found['kept_jaccard']:.1%}")
+    describe("vision", "vision/", vision.precision, checks)
+    if language is not None:
+        found = manifest.verification["language"]
+        checks = [
+            f"relative error {found['relative_error']:.1e} (allowed {found['tolerance']['relative_error']:.0e})",
+            f"same greedy token {found['argmax_agreement']:.0%}",
+        ]
+        describe("language", "language/", language.precision, checks)
+    lines.append(f"  tokens    {_tokens(manifest.pruning, vision.num_image_tokens, vision.capacity)}")
+    if language is not None:
+        lines.append(f"\nask it: hivtp-run {bundle.folder} --image PHOTO 'What is in the picture?'")
+    return "\n".join(lines)
+
+
+def _tokens(spec: PruningSpec | None, num_image_tokens: int, capacity: int) -> str:
+    if spec is None:
+        return f"{num_image_tokens} per image, not pruned"
+    assert spec.first_layer is not None, "a manifest holds resolved specs"
+    assert spec.num_layers is not None, "a manifest holds resolved specs"
+    bound = "" if spec.keep else "up to "
+    layers = f"layers {spec.first_layer} to {spec.first_layer + spec.num_layers - 1}"
+    return f"{bound}{capacity} of {num_image_tokens} per image, scored by {layers}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is 0, or 1 after an error, or 130 after Ctrl-C."""
+    options = make_parser().parse_args(arguments)
+    try:
+        bundle = export_bundle(
+            options.checkpoint, options.bundle, settings_from(options), is_quiet=options.quiet
+        )
+    except HivtpError as error:
+        print(f"hivtp-export: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nhivtp-export: stopped; nothing was written", file=sys.stderr)
+        return 130
+    print(summary(bundle))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

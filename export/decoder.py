@@ -1,0 +1,139 @@
+"""The decoder: the language model as ONNX Runtime GenAI's model builder writes it, and its token embeddings."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from hivtp_ops.errors import CheckpointError, MissingExtraError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from transformers import LlamaForCausalLM
+
+    from hivtp.export.checkpoint import Checkpoint
+
+LanguagePrecision = Literal["fp32", "int8", "int4"]
+DECODER_NAME = "decoder.onnx"
+EMBEDDINGS_NAME = "embeddings.npy"
+
+
+def write_decoder(
+    checkpoint: Checkpoint,
+    folder: Path,
+    precision: LanguagePrecision,
+    on_layer: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Path:
+    """Write `decoder.onnx` and its weights: embeddings and KV cache in, logits of the last position out.
+
+    The builder gets the checkpoint's memory-mapped weights, so no copy of the language model is made.
+
+    Args:
+        checkpoint: an open checkpoint; only its language weights are read.
+        folder: where to write; made if absent.
+        precision: "fp32", or weights of 8 or 4 bits in blocks of 32 (activations become int8 in the kernels).
+        on_layer: called with (layers done, all layers).
+
+    Raises:
+        MissingExtraError: onnxruntime-genai is not installed.
+        CheckpointError: the builder refuses the language model.
+    """
+    builder = _builder_class()
+    import onnx_ir as ir
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = _builder_config(checkpoint)
+    weight_dtype = {"fp32": ir.DataType.FLOAT, "int8": ir.DataType.INT8, "int4": ir.DataType.INT4}[precision]
+    options = {"exclude_embeds": True, "prune_lm_head": True, "filename": DECODER_NAME}
+    with tempfile.TemporaryDirectory() as cache, _quiet(config.num_hidden_layers, on_layer):
+        try:
+            decoder = builder(config, ir.DataType.FLOAT, weight_dtype, "cpu", cache, options)
+            decoder.loaded_model = load_language_model(checkpoint)
+            decoder.make_model("")
+            decoder.save_model(str(folder))
+        except (NotImplementedError, AttributeError, KeyError) as error:
+            raise CheckpointError(
+                f"ONNX Runtime GenAI's model builder cannot build the language model of {checkpoint.folder}: {error}"
+            ) from error
+    return folder / DECODER_NAME
+
+
+def write_embeddings(checkpoint: Checkpoint, folder: Path) -> Path:
+    """Write the token embeddings [vocab, hidden] as .npy: float16 where the checkpoint is float16, else float32."""
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    table = checkpoint.tensor("language.model.embed_tokens.weight")
+    if table.dtype != torch.float16:
+        # numpy has no bfloat16, and float16 has not its range.
+        table = table.float()
+    file = folder / EMBEDDINGS_NAME
+    np.save(file, table.numpy(), allow_pickle=False)
+    return file
+
+
+def load_language_model(checkpoint: Checkpoint) -> LlamaForCausalLM:
+    """The language model over the checkpoint's memory-mapped weights, in their stored dtype."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(checkpoint.config.text_config)
+    weights = checkpoint.part("language.")
+    if checkpoint.is_lm_head_tied:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model.load_state_dict(weights, assign=True, strict=True)
+    return model.eval()
+
+
+def _builder_class() -> Any:
+    try:
+        import onnxruntime_genai.models  # noqa: F401  it puts the builder's folder on the path
+        from onnxruntime_genai.models.builders.llama import LlamaModel
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime-genai", "export") from error
+
+    class Decoder(LlamaModel):  # type: ignore[misc]  # the builder ships no types
+        """The builder's Llama, fed with an already opened model instead of a folder."""
+
+        loaded_model: LlamaForCausalLM
+
+        def load_weights(self, input_path: str) -> LlamaForCausalLM:  # noqa: ARG002  the builder's signature
+            return self.loaded_model
+
+    return Decoder
+
+
+def _builder_config(checkpoint: Checkpoint) -> Any:
+    # The builder writes into its config.
+    config = deepcopy(checkpoint.config.text_config)
+    config.architectures = ["LlamaForCausalLM"]
+    return config
+
+
+@contextlib.contextmanager
+def _quiet(num_layers: int, on_layer: Callable[[int, int], None]) -> Iterator[None]:
+    """Turn the builder's prints into progress, and hold back its bars and logs."""
+
+    class LayerCounter(io.StringIO):
+        def write(self, text: str) -> int:
+            if text.startswith("Reading layer "):
+                on_layer(int(text.removeprefix("Reading layer ")) + 1, num_layers)
+            return len(text)
+
+    quantizer_log = logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer")
+    level = quantizer_log.level
+    quantizer_log.setLevel(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(LayerCounter()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        quantizer_log.setLevel(level)

@@ -1,0 +1,197 @@
+"""A builder for inference graphs: named nodes, weights that stay on disk until saving, one place for precision."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    import onnx_ir as ir
+    import torch
+
+VisionPrecision = Literal["fp32", "fp16", "int8"]
+
+# 23 is the first opset with a fused Attention; onnxruntime and TensorRT both take it. IR version 10 goes with it.
+OPSET = 23
+IR_VERSION = 10
+
+
+class GraphBuilder:
+    """Collects the nodes and weights of one ONNX graph.
+
+    Args:
+        read_weight: returns a stored weight by name; called again at saving, so nothing is held meanwhile.
+        precision: "fp32"; "fp16" (weights and activations in half, norms and softmax in float32); or
+            "int8" (linear layers with int8 weights per output channel and activations quantised to uint8
+            per tensor at run time, all else in float32).
+    """
+
+    def __init__(self, read_weight: Callable[[str], torch.Tensor], precision: VisionPrecision) -> None:
+        import onnx_ir as ir
+        from onnx_ir.tape import Tape
+
+        self._ir = ir
+        self._tape = Tape()
+        self._read_weight = read_weight
+        self._inputs: list[ir.Value] = []
+        self._weights: dict[str, ir.Value] = {}
+        self.precision = precision
+        self.compute_dtype = ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT
+
+    def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> ir.Value:
+        """Declare a graph input; a string in `shape` is a dynamic dimension."""
+        value: ir.Value = self._ir.val(name, dtype=self._ir.DataType[dtype], shape=list(shape))
+        self._inputs.append(value)
+        return value
+
+    def op(
+        self, op_type: str, *inputs: ir.Value | None, name: str, domain: str = "", **attributes: Any
+    ) -> ir.Value:
+        """Add a node with one output; node and output share the name."""
+        output = self._ir.val(name)
+        return self._tape.op(op_type, inputs, attributes, domain=domain, name=name, output=output)
+
+    def op_multi_out(
+        self,
+        op_type: str,
+        *inputs: ir.Value,
+        name: str,
+        outputs: Sequence[str],
+        domain: str = "",
+        attributes: Mapping[str, Any] | None = None,
+    ) -> list[ir.Value]:
+        """Add a node with several named outputs."""
+        values = [self._ir.val(output) for output in outputs]
+        self._tape.op_multi_out(op_type, inputs, attributes or {}, domain=domain, name=name, outputs=values)
+        return values
+
+    def constant(self, name: str, array: np.ndarray | Sequence[int] | float) -> ir.Value:
+        """A small constant; Python integers become int64 and floats the compute dtype. Shared by name."""
+        if name not in self._weights:
+            if isinstance(array, float):
+                array = np.asarray(array, self.compute_dtype.numpy())
+            tensor = self._ir.tensor(np.asarray(array), name=name)
+            self._weights[name] = self._tape.initializer(tensor, name=name)
+        return self._weights[name]
+
+    def weight(
+        self, name: str, *, shape: Sequence[int] | None = None, is_transposed: bool = False
+    ) -> ir.Value:
+        """A stored weight in the compute dtype, optionally reshaped or transposed (2-D)."""
+        ir, key = self._ir, f"{name}.T" if is_transposed else name
+        if key in self._weights:
+            return self._weights[key]
+        stored = self._read_weight(name)
+        final_shape = tuple(shape or (stored.shape[::-1] if is_transposed else stored.shape))
+        numpy_dtype = self.compute_dtype.numpy()
+
+        def read() -> ir.TensorProtocol:
+            array = self._read_weight(name).float().numpy().astype(numpy_dtype, copy=False)
+            array = np.ascontiguousarray(array.T if is_transposed else array.reshape(final_shape))
+            return ir.tensor(array, name=key)
+
+        tensor = ir.LazyTensor(read, self.compute_dtype, ir.Shape(final_shape), name=key)
+        self._weights[key] = self._tape.initializer(tensor, name=key)
+        return self._weights[key]
+
+    def cast(self, value: ir.Value, dtype: str, name: str) -> ir.Value:
+        """A cast, or the value itself where the compute dtype already is `dtype`."""
+        target = self._ir.DataType[dtype]
+        return self.op("Cast", value, name=name, to=int(target))
+
+    def in_float32(
+        self, op_type: str, value: ir.Value, *weights: str, name: str, **attributes: Any
+    ) -> ir.Value:
+        """A one-input operator computed in float32 whatever the precision, back in the compute dtype."""
+        if self.precision != "fp16":
+            return self.op(
+                op_type, value, *(self.weight(weight) for weight in weights), name=name, **attributes
+            )
+        wide = self.cast(value, "FLOAT", f"{name}.in")
+        parameters = [self._float32_weight(weight) for weight in weights]
+        result = self.op(op_type, wide, *parameters, name=f"{name}.float32", **attributes)
+        return self.cast(result, "FLOAT16", name)
+
+    def linear(self, value: ir.Value, weight: str, bias: str | None, name: str) -> ir.Value:
+        """`value @ weight.T + bias` with a torch linear layer's [out, in] weight; int8 where precision says so."""
+        product = (
+            self._int8_matmul(value, weight, name)
+            if self.precision == "int8"
+            else self._matmul(value, weight, name)
+        )
+        return product if bias is None else self.op("Add", product, self.weight(bias), name=name)
+
+    def model(
+        self, outputs: Sequence[tuple[ir.Value, str, Sequence[int | str]]], functions: Sequence[Any]
+    ) -> ir.Model:
+        """The finished model; `outputs` are (value, dtype, shape), `functions` are onnx.FunctionProto."""
+        ir = self._ir
+        for value, dtype, shape in outputs:
+            value.dtype, value.shape = ir.DataType[dtype], ir.Shape(shape)
+        imported = [ir.from_proto(function) for function in functions]
+        graph = ir.Graph(
+            inputs=self._inputs,
+            outputs=[value for value, _, _ in outputs],
+            nodes=self._tape.nodes,
+            initializers=self._tape.initializers,
+            opset_imports={"": OPSET, **{function.domain: 1 for function in imported}},
+            name="vision",
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="hivtp", functions=imported)
+
+    def _matmul(self, value: ir.Value, weight: str, name: str) -> ir.Value:
+        return self.op("MatMul", value, self.weight(weight, is_transposed=True), name=f"{name}.matmul")
+
+    def _int8_matmul(self, value: ir.Value, weight: str, name: str) -> ir.Value:
+        # The node pattern that onnxruntime fuses into one DynamicQuantizeMatMul.
+        matrix, scale = quantize_per_channel(self._read_weight(weight).float().numpy())
+        weight_int8 = self.constant(f"{weight}.int8", matrix)
+        weight_scale = self.constant(f"{weight}.scale", scale)
+        zero_point = self.constant(f"{weight}.zero_point", np.zeros(scale.shape, np.int8))
+        quantized, value_scale, value_zero_point = self._quantized(value)
+        product = self.op(
+            "MatMulInteger", quantized, weight_int8, value_zero_point, zero_point, name=f"{name}.int32"
+        )
+        product = self.cast(product, "FLOAT", f"{name}.float32")
+        scales = self.op("Mul", value_scale, weight_scale, name=f"{name}.scales")
+        return self.op("Mul", product, scales, name=f"{name}.matmul")
+
+    def _quantized(self, value: ir.Value) -> Sequence[ir.Value]:
+        # Queries, keys and values share one input: quantise it once.
+        for node in (usage.node for usage in value.uses()):
+            if node.op_type == "DynamicQuantizeLinear":
+                return node.outputs
+        outputs = [f"{value.name}.{suffix}" for suffix in ("uint8", "scale", "zero_point")]
+        return self.op_multi_out(
+            "DynamicQuantizeLinear", value, name=f"{value.name}.quantize", outputs=outputs
+        )
+
+    def _float32_weight(self, name: str) -> ir.Value:
+        return self.constant(f"{name}.float32", self._read_weight(name).float().numpy())
+
+
+def quantize_per_channel(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Quantise a linear layer's weight symmetrically per output channel.
+
+    Args:
+        weight: [out, in] float32.
+
+    Returns:
+        The int8 matrix [in, out] and its scales [out] float32, with weight.T ≈ matrix * scales.
+    """
+    scale = np.maximum(np.abs(weight).max(axis=1), np.finfo(np.float32).tiny) / 127.0
+    matrix = np.rint(weight / scale[:, None]).astype(np.int8).T
+    return np.ascontiguousarray(matrix), scale.astype(np.float32)
+
+
+def save_model(model: ir.Model, path: Path) -> None:
+    """Write `path` and, beside it, the weights as `path.data`."""
+    import onnx_ir as ir
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One worker: weights are read and written one after the other, so memory stays small.
+    ir.save(model, path, external_data=f"{path.name}.data", max_workers=1)

@@ -1,0 +1,116 @@
+"""The processor files of a bundle: tokenizer, chat template, image preprocessing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hivtp_ops.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hivtp.export.checkpoint import Checkpoint
+
+IMAGE_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor")
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What a checkpoint's processor says, as transformers reads it.
+
+    Attributes:
+        tokenizer: a fast transformers tokenizer.
+        image_processor: its settings, complete.
+        prompt: chat template and the tokens that it uses.
+    """
+
+    tokenizer: Any
+    image_processor: dict[str, Any]
+    prompt: dict[str, str | None]
+
+    @classmethod
+    def open(cls, checkpoint: Checkpoint) -> Processor:
+        """Read the processor of a checkpoint.
+
+        Raises:
+            CheckpointError: a part is missing, not supported, or does not fit the model.
+        """
+        from transformers import AutoProcessor
+
+        folder = checkpoint.folder
+        try:
+            processor = AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+            tokenizer, image_processor = processor.tokenizer, processor.image_processor
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder} has no usable processor ({error}); "
+                "it needs tokenizer.json, tokenizer_config.json and preprocessor_config.json"
+            ) from error
+        image_token = getattr(processor, "image_token", "<image>")
+        prompt = {
+            "chat_template": processor.chat_template or getattr(tokenizer, "chat_template", None),
+            "bos_token": tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token,
+            "image_token": image_token,
+        }
+        opened = cls(tokenizer, _image_settings(folder, image_processor), prompt)
+        opened._check(checkpoint)
+        return opened
+
+    def write(self, folder: Path) -> None:
+        """Write tokenizer.json, image_processor.json and prompt.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "image_processor.json").write_text(json.dumps(self.image_processor, indent=2) + "\n")
+        (folder / "prompt.json").write_text(json.dumps(self.prompt, indent=2) + "\n")
+
+    def _check(self, checkpoint: Checkpoint) -> None:
+        folder, config = checkpoint.folder, checkpoint.config
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise CheckpointError(
+                f"{folder} has no tokenizer.json; save its fast tokenizer with transformers first"
+            )
+        image_token = self.prompt["image_token"]
+        found = self.tokenizer.convert_tokens_to_ids(image_token)
+        if found != config.image_token_id:
+            raise CheckpointError(
+                f"{folder}: the tokenizer gives {image_token!r} the id {found}, "
+                f"the config's image_token_index is {config.image_token_id}; they do not belong together"
+            )
+        settings, side = self.image_processor, config.vision_config.image_size
+        target = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
+        if (target.get("height"), target.get("width")) not in {(side, side), (None, None)}:
+            raise CheckpointError(
+                f"{folder}: the image processor gives {target}, the vision tower takes {side} x {side}"
+            )
+
+
+def end_token_ids(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end an answer: those of generation_config.json, else of the config, else the tokenizer's.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True).eos_token_id
+    except OSError:
+        found = None
+    for candidate in (found, checkpoint.config.text_config.eos_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return tuple(candidate) if isinstance(candidate, list) else (int(candidate),)
+    raise CheckpointError(
+        f"{checkpoint.folder} names no end-of-sequence token in generation_config.json or config.json"
+    )
+
+
+def _image_settings(folder: Path, image_processor: Any) -> dict[str, Any]:
+    name = type(image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
+    if name not in IMAGE_PROCESSORS:
+        raise CheckpointError(
+            f"{folder} has the image processor {name!r}; supported are {', '.join(IMAGE_PROCESSORS)}"
+        )
+    return json.loads(image_processor.to_json_string()) | {"image_processor_type": name}

@@ -1,0 +1,114 @@
+"""The reference: what PyTorch and transformers compute from the same checkpoint, in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from hivtp.export.checkpoint import Checkpoint
+    from hivtp_ops.spec import PruningSpec
+
+
+@dataclass(frozen=True)
+class VisionReference:
+    """The unpruned vision stage in float32.
+
+    Attributes:
+        features: [tiles, prefix + patches, width], the layer that LLaVA selects.
+        embeds: [tiles, prefix + patches, hidden of the language model], after the projector.
+        importance: [tiles, patches]; None without a spec.
+    """
+
+    features: NDArray[np.float32]
+    embeds: NDArray[np.float32]
+    importance: NDArray[np.float32] | None
+
+
+def vision_reference(
+    checkpoint: Checkpoint, spec: PruningSpec | None, pixel_values: NDArray[np.float32]
+) -> VisionReference:
+    """Run transformers' CLIP tower and projector.
+
+    Args:
+        checkpoint: only its vision and projector weights are read.
+        spec: with its layers resolved.
+        pixel_values: [tiles, 3, H, W] float32.
+    """
+    import torch
+    from transformers import CLIPVisionModel
+    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+    config = checkpoint.config
+    tower = CLIPVisionModel._from_config(config.vision_config, attn_implementation="eager").eval()
+    weights = {name: tensor.float() for name, tensor in checkpoint.part("vision.").items()}
+    tower.load_state_dict(weights, strict=False)
+    projector = LlavaMultiModalProjector(config).eval()
+    projector.load_state_dict(
+        {name: tensor.float() for name, tensor in checkpoint.part("projector.").items()}
+    )
+
+    received: list[torch.Tensor] = []
+
+    def record(_module: object, _inputs: object, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        # Mean over heads and queries, CLS column dropped (HIVTP, importance; DESIGN.md 2.1).
+        received.append(outputs[1].float().mean(dim=(1, 2))[:, 1:])
+
+    if spec is not None:
+        assert spec.first_layer is not None, "the exporter resolves the layers first"
+        assert spec.num_layers is not None, "the exporter resolves the layers first"
+        for layer in tower.encoder.layers[spec.first_layer : spec.first_layer + spec.num_layers]:
+            layer.self_attn.register_forward_hook(record)
+    with torch.inference_mode():
+        outputs = tower(torch.from_numpy(pixel_values), output_hidden_states=True)
+        features = outputs.hidden_states[config.vision_feature_layer]
+        if config.vision_feature_select_strategy == "default":
+            features = features[:, 1:]
+        embeds = projector(features)
+        importance = torch.stack(received).mean(dim=0).numpy() if received else None
+    return VisionReference(features.numpy(), embeds.numpy(), importance)
+
+
+def language_reference(checkpoint: Checkpoint, inputs_embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logits of every position in float32, with one decoder layer in memory at a time.
+
+    Args:
+        checkpoint: only its language weights are read.
+        inputs_embeds: [length, hidden] float32.
+
+    Returns:
+        [length, vocab] float32.
+    """
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+
+    config = checkpoint.config.text_config
+    config._attn_implementation = "sdpa"
+    length = len(inputs_embeds)
+    positions = torch.arange(length)[None]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+
+    def load(module: Any, prefix: str) -> Any:
+        weights = {name: tensor.float() for name, tensor in checkpoint.part(prefix).items()}
+        module.load_state_dict(weights, assign=True)
+        return module.eval()
+
+    with torch.inference_mode():
+        hidden = torch.from_numpy(inputs_embeds)[None]
+        rotary = LlamaRotaryEmbedding(config)(hidden, positions)
+        for index in range(config.num_hidden_layers):
+            with torch.device("meta"):
+                layer = LlamaDecoderLayer(config, index)
+            load(layer, f"language.model.layers.{index}.")
+            hidden = layer(hidden, attention_mask=causal, position_ids=positions, position_embeddings=rotary)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        norm = load(LlamaRMSNorm(config.hidden_size, config.rms_norm_eps), "language.model.norm.")
+        head = (
+            "language.model.embed_tokens.weight" if checkpoint.is_lm_head_tied else "language.lm_head.weight"
+        )
+        logits: NDArray[np.float32] = (norm(hidden)[0] @ checkpoint.tensor(head).float().T).numpy()
+    return logits

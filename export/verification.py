@@ -1,0 +1,225 @@
+"""The numeric check that ends every export: the written graphs against PyTorch, within a tolerance."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hivtp.engines import create_engine
+from hivtp.engines.base import EngineSettings
+from hivtp.engines.onnxruntime import open_session
+from hivtp.export.reference import language_reference, vision_reference
+from hivtp.export.vision import VisionShape
+from hivtp_ops.errors import VerificationError
+from hivtp_ops.selection import select
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from hivtp.export.checkpoint import Checkpoint
+    from hivtp_ops.spec import PruningSpec
+
+
+@dataclass(frozen=True)
+class VisionTolerance:
+    """How far a vision graph may be from PyTorch in float32.
+
+    Attributes:
+        relative_error: of embeddings or features, ||a - b|| / ||b||.
+        importance_error: largest absolute difference of a score.
+        min_jaccard: least agreement of the kept sets, |A ∩ B| / |A ∪ B|, over all tiles.
+    """
+
+    relative_error: float
+    importance_error: float
+    min_jaccard: float
+
+
+VISION_TOLERANCES: Mapping[str, VisionTolerance] = {
+    "fp32": VisionTolerance(1e-4, 1e-6, 0.99),
+    "fp16": VisionTolerance(1e-2, 1e-4, 0.95),
+    "int8": VisionTolerance(1e-1, 1e-3, 0.80),
+}
+# Relative error of the logits.
+LANGUAGE_TOLERANCES: Mapping[str, float] = {"fp32": 1e-3, "int8": 5e-2, "int4": 5e-1}
+NUM_TILES = 2
+NUM_PREFILL_TOKENS = 24
+NUM_DECODED_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class VisionReport:
+    """What the check of a vision graph found; errors as in VisionTolerance."""
+
+    relative_error: float
+    importance_error: float | None
+    kept_jaccard: float | None
+
+
+@dataclass(frozen=True)
+class LanguageReport:
+    """What the check of a decoder found.
+
+    Attributes:
+        relative_error: of the logits over prefill and decoded steps.
+        argmax_agreement: share of positions with the same greedy token.
+    """
+
+    relative_error: float
+    argmax_agreement: float
+
+
+def verify_vision(
+    checkpoint: Checkpoint, spec: PruningSpec | None, file: Path, precision: str, kind: str
+) -> dict[str, Any]:
+    """Compare a vision graph with PyTorch on generated pictures.
+
+    Embeddings are compared on the patches that the graph kept; the kept sets are compared with those that
+    the rule selects from PyTorch's scores.
+
+    Returns:
+        The report and the tolerance, for the manifest.
+
+    Raises:
+        VerificationError: an error is beyond its tolerance.
+    """
+    shape = VisionShape.of(checkpoint.config)
+    pixel_values = sample_pixels(NUM_TILES, shape.image_size)
+    reference = vision_reference(checkpoint, spec, pixel_values)
+    outputs = create_engine("onnxruntime", file).run({"pixel_values": pixel_values})
+    if kind == "encoder":
+        assert reference.importance is not None, "an encoder graph always has scoring layers"
+        report = VisionReport(
+            relative_error(outputs["features"], reference.features),
+            _largest_difference(outputs["importance"], reference.importance),
+            None,
+        )
+    elif spec is None or reference.importance is None:
+        report = VisionReport(relative_error(outputs["image_embeds"], reference.embeds), None, None)
+    else:
+        expected = select(reference.importance, shape.grid, spec)
+        prefix = shape.num_prefix_tokens
+        rows = np.concatenate(
+            [np.tile(np.arange(prefix), (NUM_TILES, 1)), np.maximum(outputs["kept_indices"], 0) + prefix],
+            axis=1,
+        )
+        embeds = np.take_along_axis(reference.embeds, rows[:, :, None], axis=1)
+        is_kept = np.concatenate([np.ones((NUM_TILES, prefix), bool), outputs["kept_indices"] >= 0], axis=1)
+        report = VisionReport(
+            relative_error(outputs["image_embeds"], embeds * is_kept[:, :, None]),
+            _largest_difference(outputs["importance"], reference.importance),
+            jaccard(outputs["kept_indices"], expected.indices),
+        )
+    tolerance = VISION_TOLERANCES[precision]
+    _refuse(
+        f"the {precision} vision graph",
+        [
+            ("relative error", report.relative_error, "at most", tolerance.relative_error),
+            ("importance error", report.importance_error, "at most", tolerance.importance_error),
+            ("kept-token agreement", report.kept_jaccard, "at least", tolerance.min_jaccard),
+        ],
+    )
+    return {"tiles": NUM_TILES, **asdict(report), "tolerance": asdict(tolerance)}
+
+
+def verify_language(checkpoint: Checkpoint, file: Path, precision: str) -> dict[str, Any]:
+    """Compare a decoder with PyTorch: a prefill, then teacher-forced steps through the KV cache.
+
+    Returns:
+        The report and the tolerance, for the manifest.
+
+    Raises:
+        VerificationError: the logits are beyond the tolerance.
+    """
+    config = checkpoint.config.text_config
+    length = min(NUM_PREFILL_TOKENS + NUM_DECODED_TOKENS, config.max_position_embeddings)
+    token_ids = np.random.default_rng(0).integers(config.vocab_size, size=length)
+    table = checkpoint.tensor("language.model.embed_tokens.weight")
+    embeds = table[token_ids].float().numpy()
+    expected = language_reference(checkpoint, embeds)[NUM_PREFILL_TOKENS - 1 :]
+    found = _decode(open_session(file, EngineSettings()), embeds, config.head_dim)
+    report = LanguageReport(
+        relative_error(found, expected), float((found.argmax(axis=1) == expected.argmax(axis=1)).mean())
+    )
+    tolerance = LANGUAGE_TOLERANCES[precision]
+    _refuse(f"the {precision} decoder", [("relative error", report.relative_error, "at most", tolerance)])
+    return {"tokens": length, **asdict(report), "tolerance": {"relative_error": tolerance}}
+
+
+def _decode(session: Any, embeds: NDArray[np.float32], head_size: int) -> NDArray[np.float32]:
+    """Logits [1 + decoded steps, vocab] of the positions from the last prefill token on."""
+    names = [output.name for output in session.get_outputs()]
+    cache = {
+        value.name: np.zeros((1, value.shape[1], 0, head_size), np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past_key_values")
+    }
+    logits, position = [], 0
+    steps = [embeds[:NUM_PREFILL_TOKENS], *embeds[NUM_PREFILL_TOKENS:, None]]
+    for step in steps:
+        position += len(step)
+        mask = np.ones((1, position), np.int64)
+        outputs = session.run(None, {"inputs_embeds": step[None], "attention_mask": mask, **cache})
+        named = dict(zip(names, outputs, strict=True))
+        logits.append(named["logits"][0, -1])
+        cache = {name: named[name.replace("past_key_values", "present")] for name in cache}
+    return np.stack(logits)
+
+
+def sample_pixels(num_tiles: int, image_size: int) -> NDArray[np.float32]:
+    """Generated pictures, normalised: soft colour fields with sharp rectangles and a little noise.
+
+    Returns:
+        [tiles, 3, image_size, image_size] float32, the same at every call.
+    """
+    rng = np.random.default_rng(2509_23663)
+    axis = np.linspace(0, 2 * np.pi, image_size, dtype=np.float32)
+    rows, columns = axis[:, None], axis[None, :]
+    pictures = np.empty((num_tiles, 3, image_size, image_size), np.float32)
+    for channel in pictures.reshape(-1, image_size, image_size):
+        phase, frequency = rng.uniform(0, 2 * np.pi, 2), rng.uniform(0.5, 3, 2)
+        channel[:] = np.sin(frequency[0] * rows + phase[0]) + np.cos(frequency[1] * columns + phase[1])
+        channel += rng.normal(0, 0.1, channel.shape).astype(np.float32)
+    for picture in pictures:
+        for _ in range(6):
+            top, left = rng.integers(0, image_size * 3 // 4, 2)
+            height, width = rng.integers(image_size // 16, image_size // 3, 2)
+            picture[:, top : top + height, left : left + width] = rng.uniform(-1.8, 2.0, (3, 1, 1))
+    return pictures
+
+
+def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """||found - expected|| / ||expected||, in float64."""
+    difference = np.linalg.norm(found.astype(np.float64).ravel() - expected.astype(np.float64).ravel())
+    return float(difference / np.linalg.norm(expected.astype(np.float64).ravel()))
+
+
+def jaccard(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
+    """|A ∩ B| / |A ∪ B| of two [tiles, capacity] kept sets, padding (-1) left out."""
+    pairs = [
+        {(tile, index) for tile, row in enumerate(kept.tolist()) for index in row if index >= 0}
+        for kept in (first, second)
+    ]
+    return len(pairs[0] & pairs[1]) / max(1, len(pairs[0] | pairs[1]))
+
+
+def _largest_difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    return float(np.abs(found.astype(np.float64) - expected).max())
+
+
+def _refuse(subject: str, checks: list[tuple[str, float | None, str, float]]) -> None:
+    for name, found, bound, limit in checks:
+        if found is None:
+            continue
+        # Written so that NaN is refused too.
+        is_within = found <= limit if bound == "at most" else found >= limit
+        if not is_within:
+            raise VerificationError(
+                f"{subject} differs from PyTorch: its {name} is {found:.3g}, allowed is {bound} {limit:g}; "
+                "nothing was written. Choose a higher precision for this checkpoint"
+            )

@@ -1,0 +1,166 @@
+"""hivtp-run: ask a bundle about images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hivtp_ops.errors import HivtpError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hivtp.runtime.answer import Answer
+    from hivtp.runtime.pipeline import AnswerStream, Pipeline
+
+DESCRIPTION = (
+    "Ask a bundle, written by hivtp-export, about one or several images. The answer streams as it comes."
+)
+EXAMPLES = """\
+examples:
+  hivtp-run bundle --image photo.jpg "What is in the picture?"
+  hivtp-run bundle --image photo.jpg "What is in the picture?" --overlay kept.png
+  hivtp-run bundle --image a.jpg --image b.jpg "Is <image> brighter than <image>?" --json
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line; defaults come from the pipeline and SamplingSettings."""
+    from hivtp.runtime.pipeline import DEFAULT_MAX_NEW_TOKENS
+    from hivtp.runtime.sampling import SamplingSettings
+
+    sampling = SamplingSettings()
+    parser = argparse.ArgumentParser(
+        prog="hivtp-run",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", type=Path, help="folder that hivtp-export wrote")
+    parser.add_argument("prompt", help="the question; <image> marks say where several images stand in it")
+    parser.add_argument(
+        "--image", type=Path, action="append", default=[], help="an image file; may be repeated"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=sampling.temperature,
+        metavar="T",
+        help="0 is greedy (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=sampling.top_p, metavar="P", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=sampling.top_k, metavar="K", help="0 is no limit (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=sampling.seed, metavar="N", help="makes sampling repeatable"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads of the engine (default: its own choice)"
+    )
+    parser.add_argument("--overlay", type=Path, metavar="PNG", help="write a picture of the kept tokens")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is 0, or 1 after an error, or 130 after Ctrl-C."""
+    options = make_parser().parse_args(arguments)
+    try:
+        _run(options)
+    except HivtpError as error:
+        print(f"hivtp-run: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nhivtp-run: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    from hivtp.runtime.pipeline import Pipeline
+
+    pipeline = Pipeline.load(options.bundle, num_threads=options.threads)
+    stream = pipeline.stream(
+        options.prompt,
+        options.image,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    for piece in stream:
+        if not options.json:
+            print(piece, end="", flush=True)
+    if options.json:
+        print(json.dumps(stream.answer.to_dict()))
+    else:
+        print(f"\n\n{report(stream.answer)}")
+    if options.overlay is not None:
+        for path in write_overlays(pipeline, stream, options.image, options.overlay):
+            print(f"wrote {path}", file=sys.stderr)
+
+
+def report(answer: Answer) -> str:
+    """Counts and timings of an answer, for people."""
+    timings = answer.timings
+    decode = timings.decode_ms_per_token
+    lines = [
+        f"visual tokens  {answer.num_image_tokens} -> {answer.num_kept_tokens}",
+        f"preprocess     {timings.preprocess_ms:8.1f} ms",
+        f"vision         {timings.vision_ms:8.1f} ms",
+        f"prefill        {timings.prefill_ms:8.1f} ms",
+        f"first token    {timings.ttft_ms:8.1f} ms",
+        f"decode         {decode:8.1f} ms per token"
+        if decode is not None
+        else "decode                - (one token)",
+        f"{len(answer.token_ids)} tokens, finished by {answer.finish_reason}",
+    ]
+    return "\n".join(lines)
+
+
+def write_overlays(
+    pipeline: Pipeline, stream: AnswerStream, images: Sequence[Path], target: Path
+) -> list[Path]:
+    """Write a picture of the kept tokens of each image: `target`, or numbered beside it where there are several.
+
+    Raises:
+        ImageError: there is no image to draw on, or a picture cannot be written.
+    """
+    from hivtp.runtime.images import load_image
+    from hivtp.runtime.overlay import draw_overlay
+    from hivtp_ops.errors import ImageError
+    from hivtp_ops.selection import select
+
+    if not images:
+        raise ImageError("--overlay needs an --image to draw on")
+    manifest = pipeline.bundle.manifest
+    written = []
+    for number, (image, tile) in enumerate(zip(images, stream.tiles, strict=True), start=1):
+        is_global = None
+        if manifest.pruning is not None and tile.importance is not None:
+            is_global = select(tile.importance[None], manifest.vision.grid, manifest.pruning).is_global[0]
+            is_global = is_global[: len(tile.kept_indices)]
+        overlay = draw_overlay(
+            load_image(image), pipeline.image_processor, manifest.vision.grid, tile.kept_indices, is_global
+        )
+        path = target if len(images) == 1 else target.with_name(f"{target.stem}-{number}{target.suffix}")
+        try:
+            overlay.save(path)
+        except (OSError, ValueError) as error:
+            raise ImageError(f"cannot write {path}: {error}; give a path that ends in .png") from error
+        written.append(path)
+    return written
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""What every language backend offers: embeddings in, token ids out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+# From the logits [vocab] float32 of one position to a token id.
+ChooseToken = Callable[[NDArray[np.float32]], int]
+
+
+class LanguageBackend(Protocol):
+    """A decoder and its token embeddings. It knows nothing of images. Several threads may use it at once."""
+
+    context_length: int
+
+    def embed(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Look up token embeddings: [num_tokens, hidden] float32."""
+
+    def generate(
+        self, inputs_embeds: NDArray[np.float32], max_new_tokens: int, choose_token: ChooseToken
+    ) -> Iterator[int]:
+        """Decode one sequence, yielding each token id as soon as it is known.
+
+        The first step of the iterator is the prefill. It ends after an end-of-sequence token, which it
+        yields, or after `max_new_tokens`, or where the context is full.
+
+        Args:
+            inputs_embeds: [length, hidden] float32, 0 < length < context_length.
+            max_new_tokens: at least 1.
+            choose_token: picks a token from the logits.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+
+    def is_end(self, token_id: int) -> bool:
+        """Whether the token ends an answer."""
+
+
+def embedding_table(file: Any) -> NDArray[Any]:
+    """Map a [vocab, hidden] table into memory; only the rows that are used are read."""
+    table: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
+    return table
