@@ -127,26 +127,18 @@ class Manifest:
         except (ValueError, KeyError, TypeError) as error:
             raise BundleError(f"not a manifest of hivtp: {type(error).__name__}: {error}") from error
         if version != SCHEMA_VERSION:
-            advice = (
-                "upgrade hivtp"
-                if isinstance(version, int) and version > SCHEMA_VERSION
-                else "export it again"
-            )
-            raise BundleError(
-                f"it has schema version {version!r}, this hivtp reads {SCHEMA_VERSION}; {advice}"
-            )
+            advice = "upgrade hivtp" if isinstance(version, int) and version > SCHEMA_VERSION else "export it again"
+            raise BundleError(f"it has schema version {version!r}, this hivtp reads {SCHEMA_VERSION}; {advice}")
         try:
             vision = _build(VisionManifest, raw["vision"])
             language = raw["language"] and _build(LanguageManifest, raw["language"])
             files = {path: _build(FileRecord, record) for path, record in raw["files"].items()}
             pruning = raw["pruning"] and PruningSpec.from_dict(raw["pruning"])
-            return _build(
-                cls, raw | {"vision": vision, "language": language, "files": files, "pruning": pruning}
-            )
+            parts = {"vision": vision, "language": language, "files": files, "pruning": pruning}
+            manifest: Manifest = _build(cls, raw | parts)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleError(
-                f"its manifest is damaged: {type(error).__name__}: {error}; export it again"
-            ) from error
+            raise BundleError(f"its manifest is damaged: {type(error).__name__}: {error}; export it again") from error
+        return manifest
 
 
 def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
@@ -154,9 +146,7 @@ def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
     if set(values) != names:
         raise ValueError(f"{kind.__name__} has keys {sorted(values)}, expected {sorted(names)}")
     # JSON has no tuples; the manifest's sequences are all tuples.
-    return kind(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    )
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 @dataclass(frozen=True)

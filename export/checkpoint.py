@@ -84,10 +84,11 @@ class Checkpoint:
         names = [name for name in self.locations if name.startswith(prefix)]
         return {name.removeprefix(prefix): self.tensor(name) for name in names}
 
-    @property
-    def is_lm_head_tied(self) -> bool:
-        """Whether the language model's head is its embedding table."""
-        return "language.lm_head.weight" not in self.locations
+    def language_tensor(self, name: str) -> torch.Tensor:
+        """Read a language weight by its name in LlamaForCausalLM; a tied head is the embedding table."""
+        if name == "lm_head.weight" and "language.lm_head.weight" not in self.locations:
+            name = "model.embed_tokens.weight"
+        return self.tensor(f"language.{name}")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -95,9 +96,7 @@ class Checkpoint:
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for name in sorted(self.locations):
             location = self.locations[name]
-            digest.update(
-                f"{name} {location.shape} {location.file.name} {location.file.stat().st_size}".encode()
-            )
+            digest.update(f"{name} {location.shape} {location.file.name} {location.file.stat().st_size}".encode())
             sample = self.tensor(name).flatten()[:16].float().numpy()
             digest.update(sample.tobytes())
         return digest.hexdigest()

@@ -45,9 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "checkpoint", type=Path, help="folder of the checkpoint: config.json, *.safetensors, tokenizer"
-    )
+    parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint: config.json, *.safetensors, tokenizer")
     parser.add_argument("bundle", type=Path, help="folder to write; whole when it appears")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     parser.add_argument("--quiet", action="store_true", help="print the summary only")
@@ -63,12 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
     choice.add_argument("--no-pruning", action="store_true", help="keep every token")
 
     own = parser.add_argument_group("pruning, a rule of your own (starts from the paper's)")
-    own.add_argument(
-        "--first-layer", type=int, metavar="N", help="first scoring layer, 0-based (default: 6 of 24)"
-    )
-    own.add_argument(
-        "--num-layers", type=int, metavar="N", help="number of scoring layers (default: 3 of 24)"
-    )
+    own.add_argument("--first-layer", type=int, metavar="N", help="first scoring layer, 0-based (default: 6 of 24)")
+    own.add_argument("--num-layers", type=int, metavar="N", help="number of scoring layers (default: 3 of 24)")
     own.add_argument("--regions", type=int, metavar="N", help=f"regions per axis (default: {rule.regions})")
     own.add_argument(
         "--global-ratio",
@@ -76,9 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="R",
         help=f"share kept in each region, 0 to 1 (default: {rule.global_ratio})",
     )
-    own.add_argument(
-        "--window", type=int, metavar="N", help=f"side of a local window (default: {rule.window})"
-    )
+    own.add_argument("--window", type=int, metavar="N", help=f"side of a local window (default: {rule.window})")
     own.add_argument(
         "--keep",
         type=int,
@@ -142,9 +134,7 @@ def summary(bundle: Bundle) -> str:
         lines.append(f"  {part:<9} {precision:<5} {size / 1e6:9.1f} MB   {', '.join(checks)}")
 
     found = manifest.verification["vision"]
-    checks = [
-        f"relative error {found['relative_error']:.1e} (allowed {found['tolerance']['relative_error']:.0e})"
-    ]
+    checks = [f"relative error {found['relative_error']:.1e} (allowed {found['tolerance']['relative_error']:.0e})"]
     if found["importance_error"] is not None:
         checks.append(f"importance error {found['importance_error']:.1e}")
     if found["kept_jaccard"] is not None:
@@ -154,6 +144,7 @@ def summary(bundle: Bundle) -> str:
         found = manifest.verification["language"]
         checks = [
             f"relative error {found['relative_error']:.1e} (allowed {found['tolerance']['relative_error']:.0e})",
+            f"quantisation error {found['quantization_error']:.1e}",
             f"same greedy token {found['argmax_agreement']:.0%}",
         ]
         describe("language", "language/", language.precision, checks)
@@ -177,9 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or 1 after an error, or 130 after Ctrl-C."""
     options = make_parser().parse_args(arguments)
     try:
-        bundle = export_bundle(
-            options.checkpoint, options.bundle, settings_from(options), is_quiet=options.quiet
-        )
+        bundle = export_bundle(options.checkpoint, options.bundle, settings_from(options), is_quiet=options.quiet)
     except HivtpError as error:
         print(f"hivtp-export: {error}", file=sys.stderr)
         return 1

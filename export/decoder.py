@@ -87,10 +87,8 @@ def load_language_model(checkpoint: Checkpoint) -> LlamaForCausalLM:
 
     with torch.device("meta"):
         model = LlamaForCausalLM(checkpoint.config.text_config)
-    weights = checkpoint.part("language.")
-    if checkpoint.is_lm_head_tied:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model.load_state_dict(weights, assign=True, strict=True)
+    weights = {name: checkpoint.language_tensor(name) for name in model.state_dict()}
+    model.load_state_dict(weights, assign=True)
     return model.eval()
 
 

@@ -18,13 +18,14 @@ from hivtp.engines.bundle import (
     sha256_of,
 )
 from hivtp.export.checkpoint import Checkpoint
+from hivtp.export.clip import VisionShape
 from hivtp.export.decoder import LanguagePrecision, write_decoder, write_embeddings
 from hivtp.export.graph import VisionPrecision, save_model
 from hivtp.export.processor import Processor, end_token_ids
 from hivtp.export.progress import Progress
 from hivtp.export.staging import check_destination, staged
 from hivtp.export.verification import verify_language, verify_vision
-from hivtp.export.vision import GraphKind, VisionShape, build_vision_graph
+from hivtp.export.vision import GraphKind, build_vision_graph
 from hivtp_ops.errors import SpecError
 from hivtp_ops.spec import PruningSpec
 
@@ -69,9 +70,7 @@ class ExportSettings:
             if getattr(self, name) not in allowed:
                 raise SpecError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         if self.graph == "encoder" and not self.is_pruned:
-            raise SpecError(
-                "the encoder graph emits the scoring layers' attention, so it needs a spec for them"
-            )
+            raise SpecError("the encoder graph emits the scoring layers' attention, so it needs a spec for them")
 
     def resolved_spec(self, shape: VisionShape) -> PruningSpec | None:
         """The spec for a vision tower: preset fitted to its grid, layers to its depth.
@@ -175,9 +174,7 @@ def _export_language(
     )
 
 
-def _vision_manifest(
-    shape: VisionShape, spec: PruningSpec | None, settings: ExportSettings
-) -> VisionManifest:
+def _vision_manifest(shape: VisionShape, spec: PruningSpec | None, settings: ExportSettings) -> VisionManifest:
     return VisionManifest(
         file=VISION_FILE,
         graph=settings.graph,
@@ -192,10 +189,7 @@ def _vision_manifest(
 
 def _file_records(folder: Path) -> dict[str, FileRecord]:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {
-        file.relative_to(folder).as_posix(): FileRecord(file.stat().st_size, sha256_of(file))
-        for file in files
-    }
+    return {file.relative_to(folder).as_posix(): FileRecord(file.stat().st_size, sha256_of(file)) for file in files}
 
 
 def package_versions() -> Mapping[str, str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    import onnx
     import onnx_ir as ir
     import torch
 
@@ -18,6 +20,15 @@ VisionPrecision = Literal["fp32", "fp16", "int8"]
 # 23 is the first opset with a fused Attention; onnxruntime and TensorRT both take it. IR version 10 goes with it.
 OPSET = 23
 IR_VERSION = 10
+
+
+@dataclass(frozen=True)
+class Output:
+    """A graph output: its value, dtype and shape; a string in `shape` is a dynamic dimension."""
+
+    value: ir.Value
+    dtype: str
+    shape: tuple[int | str, ...]
 
 
 class GraphBuilder:
@@ -48,9 +59,7 @@ class GraphBuilder:
         self._inputs.append(value)
         return value
 
-    def op(
-        self, op_type: str, *inputs: ir.Value | None, name: str, domain: str = "", **attributes: Any
-    ) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value | None, name: str, domain: str = "", **attributes: Any) -> ir.Value:
         """Add a node with one output; node and output share the name."""
         output = self._ir.val(name)
         return self._tape.op(op_type, inputs, attributes, domain=domain, name=name, output=output)
@@ -62,11 +71,11 @@ class GraphBuilder:
         name: str,
         outputs: Sequence[str],
         domain: str = "",
-        attributes: Mapping[str, Any] | None = None,
+        **attributes: Any,
     ) -> list[ir.Value]:
         """Add a node with several named outputs."""
         values = [self._ir.val(output) for output in outputs]
-        self._tape.op_multi_out(op_type, inputs, attributes or {}, domain=domain, name=name, outputs=values)
+        self._tape.op_multi_out(op_type, inputs, attributes, domain=domain, name=name, outputs=values)
         return values
 
     def constant(self, name: str, array: np.ndarray | Sequence[int] | float) -> ir.Value:
@@ -78,11 +87,9 @@ class GraphBuilder:
             self._weights[name] = self._tape.initializer(tensor, name=name)
         return self._weights[name]
 
-    def weight(
-        self, name: str, *, shape: Sequence[int] | None = None, is_transposed: bool = False
-    ) -> ir.Value:
+    def weight(self, name: str, *, shape: Sequence[int] | None = None, is_transposed: bool = False) -> ir.Value:
         """A stored weight in the compute dtype, optionally reshaped or transposed (2-D)."""
-        ir, key = self._ir, f"{name}.T" if is_transposed else name
+        onnx_ir, key = self._ir, f"{name}.T" if is_transposed else name
         if key in self._weights:
             return self._weights[key]
         stored = self._read_weight(name)
@@ -92,9 +99,10 @@ class GraphBuilder:
         def read() -> ir.TensorProtocol:
             array = self._read_weight(name).float().numpy().astype(numpy_dtype, copy=False)
             array = np.ascontiguousarray(array.T if is_transposed else array.reshape(final_shape))
-            return ir.tensor(array, name=key)
+            tensor: ir.TensorProtocol = onnx_ir.tensor(array, name=key)
+            return tensor
 
-        tensor = ir.LazyTensor(read, self.compute_dtype, ir.Shape(final_shape), name=key)
+        tensor = onnx_ir.LazyTensor(read, self.compute_dtype, onnx_ir.Shape(final_shape), name=key)
         self._weights[key] = self._tape.initializer(tensor, name=key)
         return self._weights[key]
 
@@ -103,45 +111,40 @@ class GraphBuilder:
         target = self._ir.DataType[dtype]
         return self.op("Cast", value, name=name, to=int(target))
 
-    def in_float32(
-        self, op_type: str, value: ir.Value, *weights: str, name: str, **attributes: Any
-    ) -> ir.Value:
-        """A one-input operator computed in float32 whatever the precision, back in the compute dtype."""
+    def layer_norm(self, value: ir.Value, weight: str, bias: str, epsilon: float, name: str) -> ir.Value:
+        """LayerNormalization over the last axis, in float32 whatever the precision."""
         if self.precision != "fp16":
             return self.op(
-                op_type, value, *(self.weight(weight) for weight in weights), name=name, **attributes
+                "LayerNormalization", value, self.weight(weight), self.weight(bias), name=name, epsilon=epsilon
             )
+        parameters = [self.constant(f"{key}.float32", self._read_weight(key).float().numpy()) for key in (weight, bias)]
         wide = self.cast(value, "FLOAT", f"{name}.in")
-        parameters = [self._float32_weight(weight) for weight in weights]
-        result = self.op(op_type, wide, *parameters, name=f"{name}.float32", **attributes)
-        return self.cast(result, "FLOAT16", name)
+        normed = self.op("LayerNormalization", wide, *parameters, name=f"{name}.float32", epsilon=epsilon)
+        return self.cast(normed, "FLOAT16", name)
 
     def linear(self, value: ir.Value, weight: str, bias: str | None, name: str) -> ir.Value:
         """`value @ weight.T + bias` with a torch linear layer's [out, in] weight; int8 where precision says so."""
         product = (
-            self._int8_matmul(value, weight, name)
-            if self.precision == "int8"
-            else self._matmul(value, weight, name)
+            self._int8_matmul(value, weight, name) if self.precision == "int8" else self._matmul(value, weight, name)
         )
         return product if bias is None else self.op("Add", product, self.weight(bias), name=name)
 
-    def model(
-        self, outputs: Sequence[tuple[ir.Value, str, Sequence[int | str]]], functions: Sequence[Any]
-    ) -> ir.Model:
-        """The finished model; `outputs` are (value, dtype, shape), `functions` are onnx.FunctionProto."""
-        ir = self._ir
-        for value, dtype, shape in outputs:
-            value.dtype, value.shape = ir.DataType[dtype], ir.Shape(shape)
-        imported = [ir.from_proto(function) for function in functions]
-        graph = ir.Graph(
+    def model(self, outputs: Sequence[Output], functions: Sequence[onnx.FunctionProto] = ()) -> ir.Model:
+        """The finished model."""
+        for output in outputs:
+            output.value.dtype = self._ir.DataType[output.dtype]
+            output.value.shape = self._ir.Shape(output.shape)
+        imported = [self._ir.from_proto(function) for function in functions]
+        graph = self._ir.Graph(
             inputs=self._inputs,
-            outputs=[value for value, _, _ in outputs],
+            outputs=[output.value for output in outputs],
             nodes=self._tape.nodes,
             initializers=self._tape.initializers,
             opset_imports={"": OPSET, **{function.domain: 1 for function in imported}},
             name="vision",
         )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="hivtp", functions=imported)
+        model: ir.Model = self._ir.Model(graph, ir_version=IR_VERSION, producer_name="hivtp", functions=imported)
+        return model
 
     def _matmul(self, value: ir.Value, weight: str, name: str) -> ir.Value:
         return self.op("MatMul", value, self.weight(weight, is_transposed=True), name=f"{name}.matmul")
@@ -153,9 +156,7 @@ class GraphBuilder:
         weight_scale = self.constant(f"{weight}.scale", scale)
         zero_point = self.constant(f"{weight}.zero_point", np.zeros(scale.shape, np.int8))
         quantized, value_scale, value_zero_point = self._quantized(value)
-        product = self.op(
-            "MatMulInteger", quantized, weight_int8, value_zero_point, zero_point, name=f"{name}.int32"
-        )
+        product = self.op("MatMulInteger", quantized, weight_int8, value_zero_point, zero_point, name=f"{name}.int32")
         product = self.cast(product, "FLOAT", f"{name}.float32")
         scales = self.op("Mul", value_scale, weight_scale, name=f"{name}.scales")
         return self.op("Mul", product, scales, name=f"{name}.matmul")
@@ -166,12 +167,7 @@ class GraphBuilder:
             if node.op_type == "DynamicQuantizeLinear":
                 return node.outputs
         outputs = [f"{value.name}.{suffix}" for suffix in ("uint8", "scale", "zero_point")]
-        return self.op_multi_out(
-            "DynamicQuantizeLinear", value, name=f"{value.name}.quantize", outputs=outputs
-        )
-
-    def _float32_weight(self, name: str) -> ir.Value:
-        return self.constant(f"{name}.float32", self._read_weight(name).float().numpy())
+        return self.op_multi_out("DynamicQuantizeLinear", value, name=f"{value.name}.quantize", outputs=outputs)
 
 
 def quantize_per_channel(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

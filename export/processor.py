@@ -69,9 +69,7 @@ class Processor:
     def _check(self, checkpoint: Checkpoint) -> None:
         folder, config = checkpoint.folder, checkpoint.config
         if not getattr(self.tokenizer, "is_fast", False):
-            raise CheckpointError(
-                f"{folder} has no tokenizer.json; save its fast tokenizer with transformers first"
-            )
+            raise CheckpointError(f"{folder} has no tokenizer.json; save its fast tokenizer with transformers first")
         image_token = self.prompt["image_token"]
         found = self.tokenizer.convert_tokens_to_ids(image_token)
         if found != config.image_token_id:
@@ -110,7 +108,6 @@ def end_token_ids(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
 def _image_settings(folder: Path, image_processor: Any) -> dict[str, Any]:
     name = type(image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
     if name not in IMAGE_PROCESSORS:
-        raise CheckpointError(
-            f"{folder} has the image processor {name!r}; supported are {', '.join(IMAGE_PROCESSORS)}"
-        )
-    return json.loads(image_processor.to_json_string()) | {"image_processor_type": name}
+        raise CheckpointError(f"{folder} has the image processor {name!r}; supported are {', '.join(IMAGE_PROCESSORS)}")
+    settings: dict[str, Any] = json.loads(image_processor.to_json_string())
+    return settings | {"image_processor_type": name}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     import torch
     from numpy.typing import NDArray
@@ -48,9 +51,7 @@ def vision_reference(
     weights = {name: tensor.float() for name, tensor in checkpoint.part("vision.").items()}
     tower.load_state_dict(weights, strict=False)
     projector = LlavaMultiModalProjector(config).eval()
-    projector.load_state_dict(
-        {name: tensor.float() for name, tensor in checkpoint.part("projector.").items()}
-    )
+    projector.load_state_dict({name: tensor.float() for name, tensor in checkpoint.part("projector.").items()})
 
     received: list[torch.Tensor] = []
 
@@ -73,27 +74,30 @@ def vision_reference(
     return VisionReference(features.numpy(), embeds.numpy(), importance)
 
 
-def language_reference(checkpoint: Checkpoint, inputs_embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Logits of every position in float32, with one decoder layer in memory at a time.
+def language_reference(
+    config: Any, read_weight: Callable[[str], torch.Tensor], inputs_embeds: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Run transformers' Llama in float32 with one layer in memory at a time.
 
     Args:
-        checkpoint: only its language weights are read.
+        config: a `transformers.LlamaConfig`.
+        read_weight: returns a weight by its name in LlamaForCausalLM.
         inputs_embeds: [length, hidden] float32.
 
     Returns:
-        [length, vocab] float32.
+        The logits of every position, [length, vocab] float32.
     """
     import torch
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-    config = checkpoint.config.text_config
+    config = deepcopy(config)
     config._attn_implementation = "sdpa"
     length = len(inputs_embeds)
     positions = torch.arange(length)[None]
     causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
 
     def load(module: Any, prefix: str) -> Any:
-        weights = {name: tensor.float() for name, tensor in checkpoint.part(prefix).items()}
+        weights = {name: read_weight(prefix + name).float() for name in module.state_dict()}
         module.load_state_dict(weights, assign=True)
         return module.eval()
 
@@ -103,12 +107,8 @@ def language_reference(checkpoint: Checkpoint, inputs_embeds: NDArray[np.float32
         for index in range(config.num_hidden_layers):
             with torch.device("meta"):
                 layer = LlamaDecoderLayer(config, index)
-            load(layer, f"language.model.layers.{index}.")
+            load(layer, f"model.layers.{index}.")
             hidden = layer(hidden, attention_mask=causal, position_ids=positions, position_embeddings=rotary)
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        norm = load(LlamaRMSNorm(config.hidden_size, config.rms_norm_eps), "language.model.norm.")
-        head = (
-            "language.model.embed_tokens.weight" if checkpoint.is_lm_head_tied else "language.lm_head.weight"
-        )
-        logits: NDArray[np.float32] = (norm(hidden)[0] @ checkpoint.tensor(head).float().T).numpy()
+        norm = load(LlamaRMSNorm(config.hidden_size, config.rms_norm_eps), "model.norm.")
+        logits: NDArray[np.float32] = (norm(hidden)[0] @ read_weight("lm_head.weight").float().T).numpy()
     return logits

@@ -10,15 +10,17 @@ import numpy as np
 from hivtp.engines import create_engine
 from hivtp.engines.base import EngineSettings
 from hivtp.engines.onnxruntime import open_session
+from hivtp.export.clip import VisionShape
+from hivtp.export.decoder_weights import DecoderWeights
 from hivtp.export.reference import language_reference, vision_reference
-from hivtp.export.vision import VisionShape
 from hivtp_ops.errors import VerificationError
 from hivtp_ops.selection import select
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    import torch
     from numpy.typing import NDArray
 
     from hivtp.export.checkpoint import Checkpoint
@@ -45,8 +47,9 @@ VISION_TOLERANCES: Mapping[str, VisionTolerance] = {
     "fp16": VisionTolerance(1e-2, 1e-4, 0.95),
     "int8": VisionTolerance(1e-1, 1e-3, 0.80),
 }
-# Relative error of the logits.
-LANGUAGE_TOLERANCES: Mapping[str, float] = {"fp32": 1e-3, "int8": 5e-2, "int4": 5e-1}
+# Relative error of the logits against PyTorch with the same, possibly quantised, weights. The kernels of
+# int8 and int4 weights round activations to 8 bits.
+LANGUAGE_TOLERANCES: Mapping[str, float] = {"fp32": 1e-3, "int8": 1e-1, "int4": 1e-1}
 NUM_TILES = 2
 NUM_PREFILL_TOKENS = 24
 NUM_DECODED_TOKENS = 8
@@ -63,14 +66,17 @@ class VisionReport:
 
 @dataclass(frozen=True)
 class LanguageReport:
-    """What the check of a decoder found.
+    """What the check of a decoder found, over a prefill and decoded steps.
 
     Attributes:
-        relative_error: of the logits over prefill and decoded steps.
-        argmax_agreement: share of positions with the same greedy token.
+        relative_error: of the logits, against PyTorch with the weights that the decoder holds.
+        quantization_error: of the logits, against PyTorch with the checkpoint's weights; what rounding the
+            weights costs is a property of the checkpoint, so it is reported and not bounded.
+        argmax_agreement: share of positions with the greedy token of the checkpoint's weights.
     """
 
     relative_error: float
+    quantization_error: float
     argmax_agreement: float
 
 
@@ -139,12 +145,18 @@ def verify_language(checkpoint: Checkpoint, file: Path, precision: str) -> dict[
     config = checkpoint.config.text_config
     length = min(NUM_PREFILL_TOKENS + NUM_DECODED_TOKENS, config.max_position_embeddings)
     token_ids = np.random.default_rng(0).integers(config.vocab_size, size=length)
-    table = checkpoint.tensor("language.model.embed_tokens.weight")
-    embeds = table[token_ids].float().numpy()
-    expected = language_reference(checkpoint, embeds)[NUM_PREFILL_TOKENS - 1 :]
+    embeds = checkpoint.language_tensor("model.embed_tokens.weight")[token_ids].float().numpy()
     found = _decode(open_session(file, EngineSettings()), embeds, config.head_dim)
+
+    def expected(read_weight: Callable[[str], torch.Tensor]) -> NDArray[np.float32]:
+        return language_reference(config, read_weight, embeds)[NUM_PREFILL_TOKENS - 1 :]
+
+    original = expected(checkpoint.language_tensor)
+    same_weights = original if precision == "fp32" else expected(DecoderWeights(checkpoint, file).tensor)
     report = LanguageReport(
-        relative_error(found, expected), float((found.argmax(axis=1) == expected.argmax(axis=1)).mean())
+        relative_error(found, same_weights),
+        relative_error(found, original),
+        float((found.argmax(axis=1) == original.argmax(axis=1)).mean()),
     )
     tolerance = LANGUAGE_TOLERANCES[precision]
     _refuse(f"the {precision} decoder", [("relative error", report.relative_error, "at most", tolerance)])

@@ -55,9 +55,7 @@ def hierarchical_prune_node(
     )
 
 
-def hierarchical_prune_function(
-    grid: tuple[int, int], spec: PruningSpec, opset: int = 23
-) -> onnx.FunctionProto:
+def hierarchical_prune_function(grid: tuple[int, int], spec: PruningSpec, opset: int = 23) -> onnx.FunctionProto:
     """Write the rule that `hivtp_ops.select` defines with standard ONNX ops, for one grid and spec.
 
     One input, `importance` [tiles, patches] float32, with any number of tiles; two outputs, `kept_indices`
@@ -148,9 +146,7 @@ class _Body:
         """Add a node under names that are given."""
         from onnx import helper
 
-        self.nodes.append(
-            helper.make_node(op_type, inputs, outputs, name=f"{NAME}.{len(self.nodes)}", **attributes)
-        )
+        self.nodes.append(helper.make_node(op_type, inputs, outputs, name=f"{NAME}.{len(self.nodes)}", **attributes))
 
     def op(self, op_type: str, *inputs: str, **attributes: Any) -> str:
         """Add a node of one output, and name the output."""

@@ -105,9 +105,7 @@ def _checked(importance: NDArray[np.floating], grid: tuple[int, int]) -> NDArray
     scores = np.asarray(importance)
     rows, cols = grid
     if scores.ndim != 2 or scores.shape[1] != rows * cols:
-        raise ScoreError(
-            f"importance has shape {scores.shape}; a {rows} x {cols} grid takes [tiles, {rows * cols}]"
-        )
+        raise ScoreError(f"importance has shape {scores.shape}; a {rows} x {cols} grid takes [tiles, {rows * cols}]")
     if not np.issubdtype(scores.dtype, np.floating):
         raise ScoreError(f"importance is {scores.dtype}; give floating scores, float32 at best")
     if len(bad_tiles := np.flatnonzero(np.isnan(scores).any(axis=1))):

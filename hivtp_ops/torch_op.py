@@ -73,9 +73,7 @@ def hierarchical_prune(
     return kept_indices, kept_counts
 
 
-def prune(
-    importance: torch.Tensor, grid: tuple[int, int], spec: PruningSpec
-) -> tuple[torch.Tensor, torch.Tensor]:
+def prune(importance: torch.Tensor, grid: tuple[int, int], spec: PruningSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply `hierarchical_prune` with the settings of a spec.
 
     Args:
