@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-# What an exhausted disk, quota or file-size limit looks like.
+# What an exhausted disk, quota or file-size limit looks like; numpy's own message comes without a number.
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NUMPY_SHORT_WRITE = "requested and"
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
@@ -54,7 +55,8 @@ def staged(destination: Path) -> Iterator[Path]:
         yield folder
         _put_in_place(folder, destination)
     except OSError as error:
-        reason = "the disk is full" if error.errno in _NO_SPACE else str(error)
+        is_full = error.errno in _NO_SPACE or (error.errno is None and _NUMPY_SHORT_WRITE in str(error))
+        reason = "the disk is full" if is_full else str(error)
         raise BundleError(
             f"cannot write {destination}: {reason}; free some space or give another destination. Nothing was written"
         ) from error

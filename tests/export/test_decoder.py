@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from benchmarks.checkpoints import make_checkpoint
+from transformers import LlavaForConditionalGeneration
+
+from hivtp.export.checkpoint import Checkpoint
+from hivtp.export.decoder import write_decoder, write_embeddings
+from hivtp.export.decoder_weights import DecoderWeights
+from hivtp.export.reference import language_reference
+from hivtp.export.verification import relative_error, verify_language
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def logits_of(folder: Path, embeds: np.ndarray) -> np.ndarray:
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return model(inputs_embeds=torch.from_numpy(embeds)[None]).logits[0].numpy()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1, "head_dim": 32},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 256,
+            }
+        },
+    ],
+)
+def test_decoder_and_streamed_reference_equal_hugging_face(tmp_path: Path, text: dict) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint", text=text)
+    checkpoint = Checkpoint.open(folder)
+    embeds = np.random.default_rng(0).normal(size=(20, 64)).astype(np.float32) * 0.05
+    config = checkpoint.config.text_config
+    streamed = language_reference(config, checkpoint.language_tensor, embeds)
+    assert relative_error(streamed, logits_of(folder, embeds)) < 1e-5
+    report = verify_language(checkpoint, write_decoder(checkpoint, tmp_path, "fp32"), "fp32")
+    assert report["relative_error"] < 1e-5
+    assert report["argmax_agreement"] == 1.0
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_quantised_decoder_computes_with_its_own_weights(
+    tiny_checkpoint: Path, tmp_path: Path, precision: str
+) -> None:
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    report = verify_language(checkpoint, write_decoder(checkpoint, tmp_path, precision), precision)
+    assert report["relative_error"] < 0.03
+    assert report["relative_error"] <= report["quantization_error"]
+
+
+@pytest.mark.parametrize(("precision", "levels"), [("int8", 127), ("int4", 7)])
+def test_dequantised_weights_are_the_checkpoints_within_half_a_step(
+    tiny_checkpoint: Path, tmp_path: Path, precision: str, levels: int
+) -> None:
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    weights = DecoderWeights(checkpoint, write_decoder(checkpoint, tmp_path, precision))
+    num_quantised = 0
+    for name in (location.removeprefix("language.") for location in checkpoint.locations if "language" in location):
+        original, found = checkpoint.language_tensor(name), weights.tensor(name)
+        assert original.shape == found.shape, name
+        if not torch.equal(original, found):
+            num_quantised += 1
+            assert (original - found).abs().max() <= original.abs().max() / levels * 0.75, name
+    assert num_quantised == 2 * 7 + 1
+
+
+def test_the_decoder_takes_embeddings_and_prunes_its_head(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = write_decoder(Checkpoint.open(tiny_checkpoint), tmp_path, "fp32")
+    graph = onnx.load(file, load_external_data=False).graph
+    assert {value.name for value in graph.input} == {"inputs_embeds", "attention_mask"} | {
+        f"past_key_values.{layer}.{kind}" for layer in range(2) for kind in ("key", "value")
+    }
+    [logits] = [value for value in graph.output if value.name == "logits"]
+    assert logits.type.tensor_type.shape.dim[1].dim_value == 1
+
+
+def test_a_tied_head_decodes(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "tied", text={"tie_word_embeddings": True}, tie_word_embeddings=True)
+    checkpoint = Checkpoint.open(folder)
+    report = verify_language(checkpoint, write_decoder(checkpoint, tmp_path, "int4"), "int4")
+    assert report["relative_error"] < 0.03
+
+
+def test_every_layer_is_announced(tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    seen = []
+    write_decoder(Checkpoint.open(tiny_checkpoint), tmp_path, "int4", lambda *progress: seen.append(progress))
+    assert seen == [(1, 2), (2, 2)]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("float32", "float32"), ("float16", "float16"), ("bfloat16", "float32")]
+)
+def test_embeddings_are_exact(tmp_path: Path, dtype: str, expected: str) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "checkpoint", dtype=dtype))
+    table = np.load(write_embeddings(checkpoint, tmp_path), allow_pickle=False)
+    assert table.dtype == expected
+    np.testing.assert_array_equal(table, checkpoint.language_tensor("model.embed_tokens.weight").float().numpy())
