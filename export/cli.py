@@ -142,11 +142,10 @@ def summary(bundle: Bundle) -> str:
     describe("vision", "vision/", vision.precision, checks)
     if language is not None:
         found = manifest.verification["language"]
-        checks = [
-            f"relative error {found['relative_error']:.1e} (allowed {found['tolerance']['relative_error']:.0e})",
-            f"quantisation error {found['quantization_error']:.1e}",
-            f"same greedy token {found['argmax_agreement']:.0%}",
-        ]
+        checks = [f"relative error {found['relative_error']:.1e} (allowed {found['tolerance']['relative_error']:.0e})"]
+        if language.precision != "fp32":
+            checks.append(f"quantisation error {found['quantization_error']:.1e}")
+        checks.append(f"same greedy token {found['argmax_agreement']:.0%}")
         describe("language", "language/", language.precision, checks)
     lines.append(f"  tokens    {_tokens(manifest.pruning, vision.num_image_tokens, vision.capacity)}")
     if language is not None:

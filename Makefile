@@ -1,0 +1,41 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+# Named on its own, since without a version pip may choose a build with gigabytes of CUDA libraries.
+TORCH ?= torch==2.13.0
+IMAGE ?=
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types layers tests wheel clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.demo $(if $(IMAGE),--image "$(IMAGE)")
+
+test: lint types layers tests wheel
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+layers: $(VENV)/.installed
+	$(BIN)/lint-imports --no-logo
+
+# A wheel made from the sdist, alone with the core dependencies, imports and shows every --help.
+wheel: $(VENV)/.installed
+	$(BIN)/python -m tests.wheel
+
+tests: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info
