@@ -1,4 +1,4 @@
-"""LLaVA-1.5 checkpoints with random weights, in the Hugging Face format: for tests, the demo and benchmarks."""
+"""LLaVA checkpoints with random weights, in the Hugging Face format: for tests, the demo and benchmarks."""
 
 from __future__ import annotations
 
@@ -208,6 +208,8 @@ def make_checkpoint(
     folder: Path,
     shape: str = "tiny",
     *,
+    family: str = "llava",
+    language: str = "llama",
     layout: str = "hub",
     seed: int = 0,
     dtype: str = "float32",
@@ -216,36 +218,46 @@ def make_checkpoint(
     text: dict[str, Any] | None = None,
     **model: Any,
 ) -> Path:
-    """Write a LLaVA-1.5 checkpoint with random weights and return its folder.
+    """Write a checkpoint with random weights and return its folder.
 
     Args:
         folder: where to write; replaced if it exists.
         shape: a name in SHAPES.
+        family: "llava" (LLaVA-1.5) or "llava_next".
+        language: "llama" or "mistral".
         layout: weight names as published on the hub ("hub", transformers 4) or as re-saved by
             transformers 5 ("v5").
         seed: of the weights.
         dtype: of the stored weights: float32, float16 or bfloat16.
         max_shard_size: a small value gives several shards.
-        vision, text, model: overrides of the three configs, e.g. vision_feature_layer=-1.
+        vision: overrides of the vision config.
+        text: overrides of the language model's config.
+        **model: overrides of the whole model's config, e.g. vision_feature_layer=-1.
     """
     import torch
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
+    import transformers
+    from transformers import CLIPVisionConfig
 
     sizes = SHAPES[shape]
+    text_class = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[language]
+    config_class, model_class = {
+        "llava": (transformers.LlavaConfig, transformers.LlavaForConditionalGeneration),
+        "llava_next": (transformers.LlavaNextConfig, transformers.LlavaNextForConditionalGeneration),
+    }[family]
     text_config = {"bos_token_id": 1, "eos_token_id": 2, **sizes.text, **(text or {})}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**{**sizes.vision, **(vision or {})}),
-        text_config=LlamaConfig(**text_config),
+    vision_config = CLIPVisionConfig(**{**sizes.vision, **(vision or {})})
+    if family == "llava_next":
+        side = vision_config.image_size
+        grids = [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)]
+        model = {"image_grid_pinpoints": [[rows * side, cols * side] for rows, cols in grids]} | model
+    config = config_class(
+        vision_config=vision_config,
+        text_config=text_class(**text_config),
         image_token_index=text_config["vocab_size"] - 1,
         **{**sizes.model, **model},
     )
     torch.manual_seed(seed)
-    network = LlavaForConditionalGeneration(config)
+    network = model_class(config)
     with torch.no_grad():
         for name, weight in network.named_parameters():
             if "vision_tower" in name and ("q_proj.weight" in name or "k_proj.weight" in name):
@@ -258,7 +270,7 @@ def make_checkpoint(
     make_tokenizer(text_config["vocab_size"]).save_pretrained(folder)
     image_size = config.vision_config.image_size
     image_processor = {
-        "image_processor_type": "CLIPImageProcessor",
+        "image_processor_type": "CLIPImageProcessor" if family == "llava" else "LlavaNextImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": image_size},
@@ -271,9 +283,11 @@ def make_checkpoint(
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
+    if family == "llava_next":
+        image_processor["image_grid_pinpoints"] = config.image_grid_pinpoints
     (folder / "preprocessor_config.json").write_text(json.dumps(image_processor, indent=2))
     processor = {
-        "processor_class": "LlavaProcessor",
+        "processor_class": "LlavaProcessor" if family == "llava" else "LlavaNextProcessor",
         "patch_size": config.vision_config.patch_size,
         "num_additional_image_tokens": 1,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,

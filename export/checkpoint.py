@@ -1,4 +1,4 @@
-"""A Hugging Face LLaVA-1.5 folder, opened part by part."""
+"""A Hugging Face LLaVA-1.5 or LLaVA-NeXT folder, opened part by part."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
     import torch
 
-SUPPORTED = "LLaVA-1.5 (model_type 'llava') with a CLIP vision tower and a Llama language model"
+SUPPORTED = (
+    "LLaVA-1.5 (model_type 'llava') or LLaVA-NeXT ('llava_next') with a CLIP vision tower "
+    "and a Llama or Mistral language model"
+)
+LANGUAGE_MODELS = ("llama", "mistral")
 
 # Weight names, from any layout, to `part.name`: the hub's (transformers 4), those of a live model, and
 # those that transformers 5 saves, which drop the tower's `vision_model.`.
@@ -27,6 +31,7 @@ _CANONICAL_NAMES = (
     (re.compile(r"^language_model\.(model\..+|lm_head\..+)$"), r"language.\1"),
     (re.compile(r"^model\.language_model\.(?:model\.)?(.+)$"), r"language.model.\1"),
     (re.compile(r"^(lm_head\..+)$"), r"language.\1"),
+    (re.compile(r"^(?:model\.)?(image_newline)$"), r"\1"),
 )
 # Buffers that old versions of transformers saved; they follow from the config.
 _BUFFERS = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
@@ -41,12 +46,13 @@ class _Location:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete, supported LLaVA-1.5 checkpoint; the weights stay on disk until they are asked for.
+    """A complete, supported LLaVA checkpoint; the weights stay on disk until they are asked for.
 
     Attributes:
         folder: where it lies.
-        config: its `transformers.LlavaConfig`.
-        locations: canonical weight name ("vision.…", "projector.…", "language.…") to its place on disk.
+        config: its `transformers.LlavaConfig` or `LlavaNextConfig`.
+        locations: canonical weight name ("vision.…", "projector.…", "language.…", "image_newline") to its
+            place on disk.
     """
 
     folder: Path
@@ -70,6 +76,12 @@ class Checkpoint:
         checkpoint._check_weights()
         return checkpoint
 
+    @property
+    def family(self) -> str:
+        """The architecture: "llava" or "llava_next"."""
+        family: str = self.config.model_type
+        return family
+
     def tensor(self, name: str) -> torch.Tensor:
         """Read one weight by its canonical name, as it is stored; memory-mapped, so only its pages are read."""
         from safetensors import safe_open
@@ -85,7 +97,7 @@ class Checkpoint:
         return {name.removeprefix(prefix): self.tensor(name) for name in names}
 
     def language_tensor(self, name: str) -> torch.Tensor:
-        """Read a language weight by its name in LlamaForCausalLM; a tied head is the embedding table."""
+        """Read a language weight by its name in the causal language model; a tied head is the embedding table."""
         if name == "lm_head.weight" and "language.lm_head.weight" not in self.locations:
             name = "model.embed_tokens.weight"
         return self.tensor(f"language.{name}")
@@ -136,7 +148,7 @@ def _read_config(folder: Path) -> Any:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
     found = raw.get("model_type") if isinstance(raw, dict) else None
-    if found != "llava":
+    if found not in ("llava", "llava_next"):
         raise CheckpointError(f"{folder} holds a model of type {found!r}; supported is {SUPPORTED}")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "an unknown method")
@@ -145,10 +157,10 @@ def _read_config(folder: Path) -> Any:
             "and choose precisions with --vision-precision and --language-precision"
         )
 
-    from transformers import LlavaConfig
+    from transformers import LlavaConfig, LlavaNextConfig
 
     try:
-        config = LlavaConfig.from_dict(raw)
+        config = (LlavaConfig if found == "llava" else LlavaNextConfig).from_dict(raw)
     except Exception as error:
         raise CheckpointError(f"{file} is not a valid LLaVA config: {error}") from error
     _check_architecture(folder, config)
@@ -157,21 +169,22 @@ def _read_config(folder: Path) -> Any:
 
 def _check_architecture(folder: Path, config: Any) -> None:
     vision, text = config.vision_config, config.text_config
+    strategies = ("default", "full") if config.model_type == "llava" else ("default",)
     refusals = [
         (vision.model_type != "clip_vision_model", f"a vision tower of type {vision.model_type!r}"),
-        (text.model_type != "llama", f"a language model of type {text.model_type!r}"),
+        (text.model_type not in LANGUAGE_MODELS, f"a language model of type {text.model_type!r}"),
         (
             not isinstance(config.vision_feature_layer, int),
             f"several vision feature layers {config.vision_feature_layer}",
         ),
         (
-            config.vision_feature_select_strategy not in ("default", "full"),
+            config.vision_feature_select_strategy not in strategies,
             f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}",
         ),
         (vision.image_size % vision.patch_size != 0, "an image size that its patch size does not divide"),
         (
-            text.model_type == "llama" and text.hidden_act != "silu",
-            f"a Llama with {text.hidden_act!r} activation",
+            text.model_type in LANGUAGE_MODELS and text.hidden_act != "silu",
+            f"a language model with {getattr(text, 'hidden_act', None)!r} activation",
         ),
     ]
     for is_refused, found in refusals:
@@ -235,7 +248,7 @@ def canonical_name(name: str) -> str | None:
 
 def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     import torch
-    from transformers import CLIPVisionModel, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, CLIPVisionModel
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     # On the meta device a module has shapes and no storage.
@@ -243,7 +256,7 @@ def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
         parts = {
             "vision": CLIPVisionModel(config.vision_config),
             "projector": LlavaMultiModalProjector(config),
-            "language": LlamaForCausalLM(config.text_config),
+            "language": AutoModelForCausalLM.from_config(config.text_config),
         }
     shapes = {
         f"{part}.{name.removeprefix('vision_model.')}": tuple(weight.shape)
@@ -253,6 +266,8 @@ def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     # The tower's last norm serves only its pooled output, which LLaVA does not use.
     for name in [name for name in shapes if name.startswith("vision.post_layernorm")]:
         del shapes[name]
+    if config.model_type == "llava_next":
+        shapes["image_newline"] = (config.text_config.hidden_size,)
     if config.text_config.tie_word_embeddings or config.tie_word_embeddings:
         shapes.pop("language.lm_head.weight", None)
     return shapes

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from hivtp.export.decoder import LanguagePrecision
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import ExportSettings, NewlineRule, export_bundle
 from hivtp.export.graph import VisionPrecision
 from hivtp.export.vision import GraphKind
 from hivtp_ops.errors import HivtpError, SpecError
@@ -17,10 +17,10 @@ from hivtp_ops.spec import PRESETS, PruningSpec
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hivtp.engines.bundle import Bundle
+    from hivtp.engines.bundle import Bundle, Manifest
 
 DESCRIPTION = """\
-Turn a LLaVA-1.5 checkpoint (Hugging Face format) into a bundle: a folder with the vision graph,
+Turn a LLaVA-1.5 or LLaVA-NeXT checkpoint (Hugging Face format) into a bundle: a folder with the vision graph,
 HIVTP token pruning inside it, and the language model, all ONNX. Every graph is compared with PyTorch
 before the bundle appears. Run a bundle with hivtp-run.
 """
@@ -78,6 +78,20 @@ def make_parser() -> argparse.ArgumentParser:
         help="exact number of tokens per image (default: what the rule gives)",
     )
 
+    tiles = parser.add_argument_group("LLaVA-NeXT, whose pictures are cut into tiles; presets count per tile")
+    tiles.add_argument(
+        "--keep-total",
+        type=int,
+        metavar="N",
+        help="one budget of tokens over all tiles of a picture, newlines not counted",
+    )
+    tiles.add_argument(
+        "--newline",
+        choices=get_args(NewlineRule),
+        default=defaults.newline,
+        help="picture rows that end with a newline token (default: %(default)s)",
+    )
+
     precision = parser.add_argument_group("precision and graph")
     precision.add_argument(
         "--vision-precision",
@@ -118,6 +132,8 @@ def settings_from(options: argparse.Namespace) -> ExportSettings:
         is_pruned=not options.no_pruning,
         vision_precision=options.vision_precision,
         language_precision=options.language_precision,
+        newline=options.newline,
+        keep_total=options.keep_total,
         graph=options.graph,
         overwrite=options.overwrite,
     )
@@ -147,20 +163,24 @@ def summary(bundle: Bundle) -> str:
             checks.append(f"quantisation error {found['quantization_error']:.1e}")
         checks.append(f"same greedy token {found['argmax_agreement']:.0%}")
         describe("language", "language/", language.precision, checks)
-    lines.append(f"  tokens    {_tokens(manifest.pruning, vision.num_image_tokens, vision.capacity)}")
+    lines.append(f"  tokens    {_tokens(manifest)}")
     if language is not None:
         lines.append(f"\nask it: hivtp-run {bundle.folder} --image PHOTO 'What is in the picture?'")
     return "\n".join(lines)
 
 
-def _tokens(spec: PruningSpec | None, num_image_tokens: int, capacity: int) -> str:
+def _tokens(manifest: Manifest) -> str:
+    vision, spec, tiling = manifest.vision, manifest.pruning, manifest.tiling
+    unit = "image" if tiling is None else "tile"
     if spec is None:
-        return f"{num_image_tokens} per image, not pruned"
+        return f"{vision.num_image_tokens} per {unit}, not pruned"
     assert spec.first_layer is not None, "a manifest holds resolved specs"
     assert spec.num_layers is not None, "a manifest holds resolved specs"
+    layers = f"scored by layers {spec.first_layer} to {spec.first_layer + spec.num_layers - 1}"
+    if tiling is not None and tiling.keep_total is not None:
+        return f"{tiling.keep_total} per image over all its tiles of {vision.num_image_tokens}, {layers}"
     bound = "" if spec.keep else "up to "
-    layers = f"layers {spec.first_layer} to {spec.first_layer + spec.num_layers - 1}"
-    return f"{bound}{capacity} of {num_image_tokens} per image, scored by {layers}"
+    return f"{bound}{vision.num_prefix_tokens + vision.capacity} of {vision.num_image_tokens} per {unit}, {layers}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,7 +30,7 @@ class VisionShape:
 
     @classmethod
     def of(cls, config: Any) -> VisionShape:
-        """Read the sizes from a `transformers.LlavaConfig`."""
+        """Read the sizes from a `transformers.LlavaConfig` or `LlavaNextConfig`."""
         vision = config.vision_config
         return cls(
             num_layers=vision.num_hidden_layers,
@@ -122,7 +122,7 @@ class ClipTower:
         outer = self._linear(inner, f"{path}.mlp.fc2", f"{name}.fc2")
         return graph.op("Add", hidden, outer, name=f"{name}.output")
 
-    def importance(self) -> ir.Value:
+    def importance(self, name: str) -> ir.Value:
         """Scores [tiles, patches] float32: the mean attention that each patch receives, over layers, heads and queries.
 
         Source: HIVTP (arXiv 2509.23663), importance; DESIGN.md, section 2, step 1.
@@ -137,7 +137,7 @@ class ClipTower:
             total = graph.op("Add", total, mean, name=f"importance.sum{index}")
         share = graph.constant("layer_share", np.array(1.0 / len(means), np.float32))
         average = graph.op("Mul", total, share, name="importance.with_cls")
-        return self.drop_cls(average, "importance")
+        return self.drop_cls(average, name)
 
     def drop_cls(self, value: ir.Value, name: str) -> ir.Value:
         """A value [tiles, 1 + patches, ...] without its first entry."""

@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from hivtp.export.graph import save_model
+from hivtp.export.weight_only import WeightOnlySettings, quantize_weights
 from hivtp_ops.errors import CheckpointError, MissingExtraError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from transformers import LlamaForCausalLM
+    from transformers import PreTrainedModel
 
     from hivtp.export.checkpoint import Checkpoint
 
 LanguagePrecision = Literal["fp32", "int8", "int4"]
+NUM_BITS = {"int8": 8, "int4": 4}
 DECODER_NAME = "decoder.onnx"
 EMBEDDINGS_NAME = "embeddings.npy"
 
@@ -30,7 +33,7 @@ def write_decoder(
     checkpoint: Checkpoint,
     folder: Path,
     precision: LanguagePrecision,
-    on_layer: Callable[[int, int], None] = lambda _done, _total: None,
+    on_weight: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Path:
     """Write `decoder.onnx` and its weights: embeddings and KV cache in, logits of the last position out.
 
@@ -40,29 +43,36 @@ def write_decoder(
         checkpoint: an open checkpoint; only its language weights are read.
         folder: where to write; made if absent.
         precision: "fp32", or weights of 8 or 4 bits in blocks of 32 (activations become int8 in the kernels).
-        on_layer: called with (layers done, all layers).
+        on_weight: called with (weights done, all weights).
 
     Raises:
         MissingExtraError: onnxruntime-genai is not installed.
         CheckpointError: the builder refuses the language model.
     """
-    builder = _builder_class()
+    builder = _builder_class(checkpoint.config.text_config.model_type)
     import onnx_ir as ir
 
     folder.mkdir(parents=True, exist_ok=True)
     config = _builder_config(checkpoint)
-    weight_dtype = {"fp32": ir.DataType.FLOAT, "int8": ir.DataType.INT8, "int4": ir.DataType.INT4}[precision]
     options = {"exclude_embeds": True, "prune_lm_head": True, "filename": DECODER_NAME}
-    with tempfile.TemporaryDirectory() as cache, _quiet(config.num_hidden_layers, on_layer):
-        try:
-            decoder = builder(config, ir.DataType.FLOAT, weight_dtype, "cpu", cache, options)
+    try:
+        with tempfile.TemporaryDirectory() as cache, _silenced():
+            # Built in float32 and quantised by us afterwards: the builder would hold all weights in memory.
+            decoder = builder(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", cache, options)
             decoder.loaded_model = load_language_model(checkpoint)
             decoder.make_model("")
-            decoder.save_model(str(folder))
-        except (NotImplementedError, AttributeError, KeyError) as error:
-            raise CheckpointError(
-                f"ONNX Runtime GenAI's model builder cannot build the language model of {checkpoint.folder}: {error}"
-            ) from error
+            del decoder.loaded_model
+    except (NotImplementedError, AttributeError, KeyError) as error:
+        raise CheckpointError(
+            f"ONNX Runtime GenAI's model builder cannot build the language model of {checkpoint.folder}: {error}"
+        ) from error
+    decoder.model.graph.sort()
+    if precision == "fp32":
+        save_model(decoder.model, folder / DECODER_NAME, on_weight)
+    else:
+        with _silenced():
+            quantize_weights(decoder.model, WeightOnlySettings(NUM_BITS[precision]), on_weight)
+        save_model(decoder.model, folder / DECODER_NAME)
     return folder / DECODER_NAME
 
 
@@ -80,31 +90,32 @@ def write_embeddings(checkpoint: Checkpoint, folder: Path) -> Path:
     return file
 
 
-def load_language_model(checkpoint: Checkpoint) -> LlamaForCausalLM:
-    """The language model over the checkpoint's memory-mapped weights, in their stored dtype."""
+def load_language_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The causal language model over the checkpoint's memory-mapped weights, in their stored dtype."""
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(checkpoint.config.text_config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(checkpoint.config.text_config)
     weights = {name: checkpoint.language_tensor(name) for name in model.state_dict()}
     model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
-def _builder_class() -> Any:
+def _builder_class(model_type: str) -> Any:
     try:
         import onnxruntime_genai.models  # noqa: F401  it puts the builder's folder on the path
-        from onnxruntime_genai.models.builders.llama import LlamaModel
+        from onnxruntime_genai.models.builders import llama, mistral
     except ImportError as error:
         raise MissingExtraError("onnxruntime-genai", "export") from error
+    base = {"llama": llama.LlamaModel, "mistral": mistral.MistralModel}[model_type]
 
-    class Decoder(LlamaModel):  # type: ignore[misc]  # the builder ships no types
-        """The builder's Llama, fed with an already opened model instead of a folder."""
+    class Decoder(base):  # type: ignore[misc, valid-type]  # the builder ships no types
+        """The builder's model, fed with an already opened one instead of a folder."""
 
-        loaded_model: LlamaForCausalLM
+        loaded_model: PreTrainedModel
 
-        def load_weights(self, input_path: str) -> LlamaForCausalLM:  # noqa: ARG002  the builder's signature
+        def load_weights(self, input_path: str) -> PreTrainedModel:  # noqa: ARG002  the builder's signature
             return self.loaded_model
 
     return Decoder
@@ -113,25 +124,18 @@ def _builder_class() -> Any:
 def _builder_config(checkpoint: Checkpoint) -> Any:
     # The builder writes into its config.
     config = deepcopy(checkpoint.config.text_config)
-    config.architectures = ["LlamaForCausalLM"]
+    config.architectures = [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[config.model_type]]
     return config
 
 
 @contextlib.contextmanager
-def _quiet(num_layers: int, on_layer: Callable[[int, int], None]) -> Iterator[None]:
-    """Turn the builder's prints into progress, and hold back its bars and logs."""
-
-    class LayerCounter(io.StringIO):
-        def write(self, text: str) -> int:
-            if text.startswith("Reading layer "):
-                on_layer(int(text.removeprefix("Reading layer ")) + 1, num_layers)
-            return len(text)
-
+def _silenced() -> Iterator[None]:
+    """Hold back what the builder and the quantizer print and log for every layer."""
     quantizer_log = logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer")
     level = quantizer_log.level
     quantizer_log.setLevel(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(LayerCounter()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         quantizer_log.setLevel(level)

@@ -40,7 +40,7 @@ class DecoderWeights:
                 self._register(node)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A weight by its name in LlamaForCausalLM, [out, in] float32 where it is quantised."""
+        """A weight by its name in the causal language model, [out, in] float32 where it is quantised."""
         import torch
 
         if name not in self._places:

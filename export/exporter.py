@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
 
 from hivtp.engines.bundle import (
     MANIFEST_NAME,
@@ -14,6 +16,7 @@ from hivtp.engines.bundle import (
     FileRecord,
     LanguageManifest,
     Manifest,
+    TilingManifest,
     VisionManifest,
     sha256_of,
 )
@@ -27,13 +30,15 @@ from hivtp.export.staging import check_destination, staged
 from hivtp.export.verification import verify_language, verify_vision
 from hivtp.export.vision import GraphKind, build_vision_graph
 from hivtp_ops.errors import SpecError
-from hivtp_ops.spec import PruningSpec
+from hivtp_ops.spec import PRESETS, PruningSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 VISION_FILE = "vision/model.onnx"
+NEWLINE_FILE = "vision/image_newline.npy"
 LANGUAGE_FOLDER = "language"
+NewlineRule = Literal["kept-rows", "all", "none"]
 PACKAGES = ("hivtp", "torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai")
 
 
@@ -47,6 +52,8 @@ class ExportSettings:
         is_pruned: False exports the unpruned model.
         vision_precision: fp32, fp16 or int8.
         language_precision: fp32, int8 or int4.
+        newline: which picture rows of LLaVA-NeXT end with a newline token.
+        keep_total: one budget over all tiles of a LLaVA-NeXT picture; None keeps per tile what the spec says.
         graph: "vision" for a bundle that answers; "encoder" for the graph that emits the features and the
             attention of the scoring layers, without a language model.
         overwrite: replace an existing bundle.
@@ -57,6 +64,8 @@ class ExportSettings:
     is_pruned: bool = True
     vision_precision: VisionPrecision = "fp32"
     language_precision: LanguagePrecision = "fp32"
+    newline: NewlineRule = "kept-rows"
+    keep_total: int | None = None
     graph: GraphKind = "vision"
     overwrite: bool = False
 
@@ -64,6 +73,7 @@ class ExportSettings:
         choices = {
             "vision_precision": get_args(VisionPrecision),
             "language_precision": get_args(LanguagePrecision),
+            "newline": get_args(NewlineRule),
             "graph": get_args(GraphKind),
         }
         for name, allowed in choices.items():
@@ -75,14 +85,40 @@ class ExportSettings:
     def resolved_spec(self, shape: VisionShape) -> PruningSpec | None:
         """The spec for a vision tower: preset fitted to its grid, layers to its depth.
 
+        With `keep_total` a tile may keep as much as the whole budget; the runtime shares it out.
+
         Raises:
             SpecError: it does not fit.
         """
         if not self.is_pruned:
             return None
         spec = self.spec or PruningSpec.preset(self.preset, shape.grid)
+        if self.keep_total is not None:
+            spec = replace(spec, keep=min(self.keep_total, shape.num_patches))
         spec.validate(shape.grid)
         return spec.resolve(shape.num_layers)
+
+    def check_family(self, checkpoint: Checkpoint, shape: VisionShape) -> None:
+        """Refuse what the architecture cannot do.
+
+        Raises:
+            SpecError: a budget without tiles, without pruning, or too small for the base tile.
+        """
+        if self.keep_total is None:
+            return
+        if checkpoint.family != "llava_next":
+            raise SpecError("keep_total shares a budget between the tiles of LLaVA-NeXT; this is LLaVA-1.5: use keep")
+        if not self.is_pruned:
+            raise SpecError("keep_total needs pruning; drop one of the two")
+        least = least_for_base(shape)
+        if self.keep_total < least:
+            raise SpecError(f"keep_total is {self.keep_total}; the base tile alone keeps at least {least}")
+
+
+def least_for_base(shape: VisionShape) -> int:
+    """Tokens that the base tile gets at least from a budget: those of the smallest preset."""
+    counts = [PruningSpec.preset(name, shape.grid).keep for name in PRESETS]
+    return min(count for count in counts if count is not None)
 
 
 def export_bundle(
@@ -92,7 +128,7 @@ def export_bundle(
     *,
     is_quiet: bool = False,
 ) -> Bundle:
-    """Export a LLaVA-1.5 checkpoint; each graph is compared with PyTorch before the bundle appears.
+    """Export a LLaVA checkpoint; each graph is compared with PyTorch before the bundle appears.
 
     Args:
         checkpoint_folder: a Hugging Face folder.
@@ -113,13 +149,14 @@ def export_bundle(
     with progress.step(f"Checkpoint {checkpoint_folder}"):
         checkpoint = Checkpoint.open(checkpoint_folder)
         shape = VisionShape.of(checkpoint.config)
+        settings.check_family(checkpoint, shape)
         spec = settings.resolved_spec(shape)
         processor = None if settings.graph == "encoder" else Processor.open(checkpoint)
     with staged(destination) as folder:
         verification: dict[str, Any] = {}
         with progress.step(f"Vision graph, {settings.vision_precision}"):
             graph = build_vision_graph(checkpoint, spec, settings.vision_precision, settings.graph)
-            save_model(graph, folder / VISION_FILE)
+            save_model(graph, folder / VISION_FILE, progress.update)
         with progress.step("Vision graph against PyTorch"):
             verification["vision"] = verify_vision(
                 checkpoint, spec, folder / VISION_FILE, settings.vision_precision, settings.graph
@@ -128,13 +165,16 @@ def export_bundle(
         if processor is not None:
             language = _export_language(checkpoint, processor, folder, settings, progress, verification)
         with progress.step("Manifest and hashes"):
+            tiling = None
             if processor is not None:
                 processor.write(folder / PROCESSOR_FOLDER)
+                tiling = _export_tiling(checkpoint, shape, settings, folder)
             manifest = Manifest(
-                family="llava",
+                family=checkpoint.family,
                 source={"name": checkpoint.folder.resolve().name, "fingerprint": checkpoint.fingerprint},
                 pruning=spec,
                 vision=_vision_manifest(shape, spec, settings),
+                tiling=tiling,
                 language=language,
                 verification=verification,
                 versions=package_versions(),
@@ -171,6 +211,22 @@ def _export_language(
         context_length=config.max_position_embeddings,
         image_token_id=checkpoint.config.image_token_id,
         eos_token_ids=end_token_ids(checkpoint, processor.tokenizer),
+    )
+
+
+def _export_tiling(
+    checkpoint: Checkpoint, shape: VisionShape, settings: ExportSettings, folder: Path
+) -> TilingManifest | None:
+    if checkpoint.family != "llava_next":
+        return None
+    newline = checkpoint.tensor("image_newline").float().numpy()
+    np.save(folder / NEWLINE_FILE, newline, allow_pickle=False)
+    return TilingManifest(
+        pinpoints=tuple(tuple(pair) for pair in checkpoint.config.image_grid_pinpoints),
+        newline=settings.newline,
+        newline_file=NEWLINE_FILE,
+        keep_total=settings.keep_total,
+        least_for_base=least_for_base(shape),
     )
 
 

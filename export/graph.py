@@ -184,10 +184,21 @@ def quantize_per_channel(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(matrix), scale.astype(np.float32)
 
 
-def save_model(model: ir.Model, path: Path) -> None:
-    """Write `path` and, beside it, the weights as `path.data`."""
+def save_model(model: ir.Model, path: Path, on_weight: Callable[[int, int], None] = lambda _done, _total: None) -> None:
+    """Write `path` and, beside it, the weights as `path.data`.
+
+    Args:
+        model: its weights may be lazy; they are read and written one after the other, so memory stays small.
+        path: the .onnx file.
+        on_weight: called with (weights written, all weights).
+    """
     import onnx_ir as ir
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One worker: weights are read and written one after the other, so memory stays small.
-    ir.save(model, path, external_data=f"{path.name}.data", max_workers=1)
+    ir.save(
+        model,
+        path,
+        external_data=f"{path.name}.data",
+        max_workers=1,
+        callback=lambda _tensor, progress: on_weight(progress.index + 1, progress.total),
+    )

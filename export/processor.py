@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
     from hivtp.export.checkpoint import Checkpoint
 
-IMAGE_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor")
+IMAGE_PROCESSORS = {
+    "llava": ("CLIPImageProcessor", "LlavaImageProcessor"),
+    "llava_next": ("LlavaNextImageProcessor",),
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Processor:
             "eos_token": tokenizer.eos_token,
             "image_token": image_token,
         }
-        opened = cls(tokenizer, _image_settings(folder, image_processor), prompt)
+        opened = cls(tokenizer, _image_settings(checkpoint, image_processor), prompt)
         opened._check(checkpoint)
         return opened
 
@@ -105,9 +108,12 @@ def end_token_ids(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
     )
 
 
-def _image_settings(folder: Path, image_processor: Any) -> dict[str, Any]:
+def _image_settings(checkpoint: Checkpoint, image_processor: Any) -> dict[str, Any]:
     name = type(image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
-    if name not in IMAGE_PROCESSORS:
-        raise CheckpointError(f"{folder} has the image processor {name!r}; supported are {', '.join(IMAGE_PROCESSORS)}")
+    supported = IMAGE_PROCESSORS[checkpoint.family]
+    if name not in supported:
+        raise CheckpointError(
+            f"{checkpoint.folder} has the image processor {name!r}; supported are {', '.join(supported)}"
+        )
     settings: dict[str, Any] = json.loads(image_processor.to_json_string())
     return settings | {"image_processor_type": name}

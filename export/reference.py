@@ -77,24 +77,26 @@ def vision_reference(
 def language_reference(
     config: Any, read_weight: Callable[[str], torch.Tensor], inputs_embeds: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Run transformers' Llama in float32 with one layer in memory at a time.
+    """Run transformers' language model in float32 with one layer in memory at a time.
 
     Args:
-        config: a `transformers.LlamaConfig`.
-        read_weight: returns a weight by its name in LlamaForCausalLM.
+        config: the language model's config.
+        read_weight: returns a weight by its name in the causal language model.
         inputs_embeds: [length, hidden] float32.
 
     Returns:
         The logits of every position, [length, vocab] float32.
     """
     import torch
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+    from transformers import AutoModelForCausalLM
 
     config = deepcopy(config)
     config._attn_implementation = "sdpa"
     length = len(inputs_embeds)
     positions = torch.arange(length)[None]
     causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config).model
 
     def load(module: Any, prefix: str) -> Any:
         weights = {name: read_weight(prefix + name).float() for name in module.state_dict()}
@@ -103,12 +105,12 @@ def language_reference(
 
     with torch.inference_mode():
         hidden = torch.from_numpy(inputs_embeds)[None]
-        rotary = LlamaRotaryEmbedding(config)(hidden, positions)
-        for index in range(config.num_hidden_layers):
-            with torch.device("meta"):
-                layer = LlamaDecoderLayer(config, index)
+        # Its frequencies are no weights, so it is made anew off the meta device.
+        rotary = type(skeleton.rotary_emb)(config)(hidden, positions)
+        for index, layer in enumerate(skeleton.layers):
             load(layer, f"model.layers.{index}.")
             hidden = layer(hidden, attention_mask=causal, position_ids=positions, position_embeddings=rotary)
-        norm = load(LlamaRMSNorm(config.hidden_size, config.rms_norm_eps), "model.norm.")
+            layer.to("meta")
+        norm = load(skeleton.norm, "model.norm.")
         logits: NDArray[np.float32] = (norm(hidden)[0] @ read_weight("lm_head.weight").float().T).numpy()
     return logits

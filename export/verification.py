@@ -97,29 +97,32 @@ def verify_vision(
     shape = VisionShape.of(checkpoint.config)
     pixel_values = sample_pixels(NUM_TILES, shape.image_size)
     reference = vision_reference(checkpoint, spec, pixel_values)
-    outputs = create_engine("onnxruntime", file).run({"pixel_values": pixel_values})
+    inputs: dict[str, NDArray[Any]] = {"pixel_values": pixel_values}
+    importance = reference.importance
+    if checkpoint.family == "llava_next" and spec is not None and kind == "vision":
+        inputs["patch_mask"] = patch_mask = sample_patch_mask(NUM_TILES, shape.grid)
+        assert importance is not None, "a spec has scoring layers"
+        importance = np.where(patch_mask, importance, np.float32(-np.inf))
+    outputs = create_engine("onnxruntime", file).run(inputs)
     if kind == "encoder":
-        assert reference.importance is not None, "an encoder graph always has scoring layers"
         report = VisionReport(
             relative_error(outputs["features"], reference.features),
-            _largest_difference(outputs["importance"], reference.importance),
+            _largest_difference(outputs["importance"], importance),
             None,
         )
-    elif spec is None or reference.importance is None:
+    elif spec is None or importance is None:
         report = VisionReport(relative_error(outputs["image_embeds"], reference.embeds), None, None)
     else:
-        expected = select(reference.importance, shape.grid, spec)
+        expected = select(importance, shape.grid, spec)
+        kept = outputs["kept_indices"]
         prefix = shape.num_prefix_tokens
-        rows = np.concatenate(
-            [np.tile(np.arange(prefix), (NUM_TILES, 1)), np.maximum(outputs["kept_indices"], 0) + prefix],
-            axis=1,
-        )
+        rows = np.concatenate([np.tile(np.arange(prefix), (NUM_TILES, 1)), np.maximum(kept, 0) + prefix], axis=1)
         embeds = np.take_along_axis(reference.embeds, rows[:, :, None], axis=1)
-        is_kept = np.concatenate([np.ones((NUM_TILES, prefix), bool), outputs["kept_indices"] >= 0], axis=1)
+        is_kept = np.concatenate([np.ones((NUM_TILES, prefix), bool), kept >= 0], axis=1)
         report = VisionReport(
             relative_error(outputs["image_embeds"], embeds * is_kept[:, :, None]),
-            _largest_difference(outputs["importance"], reference.importance),
-            jaccard(outputs["kept_indices"], expected.indices),
+            _largest_difference(outputs["importance"], importance),
+            jaccard(kept, expected.indices),
         )
     tolerance = VISION_TOLERANCES[precision]
     _refuse(
@@ -206,6 +209,18 @@ def sample_pixels(num_tiles: int, image_size: int) -> NDArray[np.float32]:
     return pictures
 
 
+def sample_patch_mask(num_tiles: int, grid: tuple[int, int]) -> NDArray[np.bool_]:
+    """A mask as LLaVA-NeXT has it: the first tile whole, the others with padding above and below.
+
+    Returns:
+        [tiles, patches] bool, False for padding.
+    """
+    rows, cols = grid
+    mask = np.ones((num_tiles, rows, cols), dtype=np.bool_)
+    mask[1:, : rows // 4] = mask[1:, rows - rows // 4 :] = False
+    return mask.reshape(num_tiles, rows * cols)
+
+
 def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
     """||found - expected|| / ||expected||, in float64."""
     difference = np.linalg.norm(found.astype(np.float64).ravel() - expected.astype(np.float64).ravel())
@@ -221,8 +236,11 @@ def jaccard(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
     return len(pairs[0] & pairs[1]) / max(1, len(pairs[0] | pairs[1]))
 
 
-def _largest_difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    return float(np.abs(found.astype(np.float64) - expected).max())
+def _largest_difference(found: NDArray[Any], expected: NDArray[Any] | None) -> float:
+    assert expected is not None, "what is compared was computed"
+    # Padding is -inf on both sides, and its difference no number.
+    is_padding = np.isneginf(found) & np.isneginf(expected)
+    return float(np.abs(np.where(is_padding, 0, found) - np.where(is_padding, 0, expected)).max())
 
 
 def _refuse(subject: str, checks: list[tuple[str, float | None, str, float]]) -> None:

@@ -24,7 +24,8 @@ def build_vision_graph(
 ) -> ir.Model:
     """Build one of the two vision graphs of DESIGN.md, section 3.
 
-    "vision": `pixel_values` [tiles, 3, H, W] float32 → `image_embeds` [tiles, prefix + capacity, hidden of
+    "vision": `pixel_values` [tiles, 3, H, W] float32 and, pruned and for LLaVA-NeXT, `patch_mask`
+    [tiles, patches] bool (False is padding, scored -inf) → `image_embeds` [tiles, prefix + capacity, hidden of
     the language model] float32 and, with a spec, `kept_indices` [tiles, capacity] int64, `kept_counts`
     [tiles] int64 and `importance` [tiles, patches] float32. Rows beyond the count are zero.
 
@@ -66,7 +67,7 @@ class _VisionGraph:
         last = shape.num_feature_layers - 1
         prunes_last_layer = tower.scoring_layers.stop <= last
         hidden = self._run_layers(last if prunes_last_layer else shape.num_feature_layers)
-        importance = tower.importance()
+        importance = self._scores()
         indices, counts = self._select(importance, spec)
         rows = self._rows(indices)
         if prunes_last_layer:
@@ -102,9 +103,18 @@ class _VisionGraph:
         outputs = [
             Output(features, "FLOAT", ("tiles", num_rows, shape.hidden_size)),
             Output(attention, "FLOAT", ("tiles", len(maps), shape.num_heads, side, side)),
-            Output(self.tower.importance(), "FLOAT", ("tiles", shape.num_patches)),
+            Output(self.tower.importance("importance"), "FLOAT", ("tiles", shape.num_patches)),
         ]
         return graph.model(outputs)
+
+    def _scores(self) -> ir.Value:
+        """The importance, -inf where a tile of LLaVA-NeXT shows padding and no picture."""
+        if self.config.model_type != "llava_next":
+            return self.tower.importance("importance")
+        graph = self.graph
+        mask = graph.input("patch_mask", "BOOL", ["tiles", self.shape.num_patches])
+        never = graph.constant("never", np.array(-np.inf, np.float32))
+        return graph.op("Where", mask, self.tower.importance("importance.unmasked"), never, name="importance")
 
     def _run_layers(self, num_layers: int) -> ir.Value:
         """The output of the first `num_layers`; scoring layers beyond them run for their attention alone."""

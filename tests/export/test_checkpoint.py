@@ -95,7 +95,7 @@ def test_other_weights_give_another_fingerprint(tiny_checkpoint: Path, tmp_path:
     ("edit", "message"),
     [
         (lambda config: config.update(model_type="bert"), "type 'bert'; supported is LLaVA-1.5"),
-        (lambda config: config.update(model_type="llava_next"), "type 'llava_next'"),
+        (lambda config: config.update(model_type="llava_next"), "the first is 'image_newline'"),
         (lambda config: config["text_config"].update(model_type="qwen2"), "language model of type 'qwen2'"),
         (lambda config: config["vision_config"].update(model_type="siglip_vision_model"), "vision tower of type"),
         (lambda config: config.update(vision_feature_layer=[-2, -3]), "several vision feature layers"),

@@ -10,7 +10,13 @@ from benchmarks.checkpoints import make_checkpoint
 from transformers import LlavaForConditionalGeneration
 
 from hivtp.export.checkpoint import Checkpoint
-from hivtp.export.decoder import write_decoder, write_embeddings
+from hivtp.export.decoder import (
+    _builder_class,
+    _builder_config,
+    load_language_model,
+    write_decoder,
+    write_embeddings,
+)
 from hivtp.export.decoder_weights import DecoderWeights
 from hivtp.export.reference import language_reference
 from hivtp.export.verification import relative_error, verify_language
@@ -63,7 +69,8 @@ def test_a_quantised_decoder_computes_with_its_own_weights(
     checkpoint = Checkpoint.open(tiny_checkpoint)
     report = verify_language(checkpoint, write_decoder(checkpoint, tmp_path, precision), precision)
     assert report["relative_error"] < 0.03
-    assert report["relative_error"] <= report["quantization_error"]
+    # Rounding to 4 bits costs more than the kernels' 8-bit activations do.
+    assert precision == "int8" or report["relative_error"] < report["quantization_error"] / 5
 
 
 @pytest.mark.parametrize(("precision", "levels"), [("int8", 127), ("int4", 7)])
@@ -99,11 +106,42 @@ def test_a_tied_head_decodes(tmp_path: Path) -> None:
     assert report["relative_error"] < 0.03
 
 
-def test_every_layer_is_announced(tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("precision", "num_weights"), [("fp32", None), ("int4", 11)])
+def test_progress_is_announced_and_nothing_printed(
+    tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], precision: str, num_weights: int | None
+) -> None:
     seen = []
-    write_decoder(Checkpoint.open(tiny_checkpoint), tmp_path, "int4", lambda *progress: seen.append(progress))
-    assert seen == [(1, 2), (2, 2)]
+    write_decoder(Checkpoint.open(tiny_checkpoint), tmp_path, precision, lambda *progress: seen.append(progress))
+    # Two layers of five linear maps, queries, keys and values being one, and the head; in float32 every tensor.
+    num_all = num_weights or seen[0][1]
+    assert seen == [(done, num_all) for done in range(1, num_all + 1)]
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_weights_are_rounded_as_the_model_builder_rounds_them(
+    tiny_checkpoint: Path, tmp_path: Path, precision: str
+) -> None:
+    import onnx_ir as ir
+
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    dtype = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4}[precision]
+    options = {"exclude_embeds": True, "prune_lm_head": True, "filename": "decoder.onnx"}
+    builder = _builder_class("llama")(_builder_config(checkpoint), ir.DataType.FLOAT, dtype, "cpu", "", options)
+    builder.loaded_model = load_language_model(checkpoint)
+    builder.make_model("")
+    (tmp_path / "builder").mkdir()
+    builder.save_model(str(tmp_path / "builder"))
+    models = [
+        onnx.load(tmp_path / "builder" / "decoder.onnx"),
+        onnx.load(write_decoder(checkpoint, tmp_path, precision)),
+    ]
+    theirs, ours = ({item.name: item for item in model.graph.initializer} for model in models)
+    assert theirs.keys() == ours.keys()
+    for name, item in theirs.items():
+        assert item.raw_data == ours[name].raw_data, name
+    theirs, ours = ({node.name: (node.op_type, *node.attribute) for node in model.graph.node} for model in models)
+    assert theirs == ours
 
 
 @pytest.mark.parametrize(

@@ -30,20 +30,14 @@ def damage(file: Path, name: str, factor: float) -> None:
     onnx.save(model, file)
 
 
-@pytest.mark.parametrize(
-    ("weight", "complaint"),
-    [
-        ("projector.linear_2.weight.T", "relative error"),
-        ("vision.encoder.layers.2.self_attn.q_proj.weight.T", "importance error"),
-    ],
-)
-def test_a_wrong_weight_is_refused(tiny_checkpoint: Path, tmp_path: Path, weight: str, complaint: str) -> None:
+@pytest.mark.parametrize("weight", ["projector.linear_2.weight.T", "vision.encoder.layers.2.self_attn.q_proj.weight.T"])
+def test_a_wrong_weight_is_refused(tiny_checkpoint: Path, tmp_path: Path, weight: str) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint)
     file = tmp_path / "model.onnx"
     save_model(build_vision_graph(checkpoint, SPEC, "fp32"), file)
     verify_vision(checkpoint, SPEC, file, "fp32", "vision")
     damage(file, weight, 1.001)
-    with pytest.raises(VerificationError, match=complaint):
+    with pytest.raises(VerificationError, match="vision graph differs from PyTorch"):
         verify_vision(checkpoint, SPEC, file, "fp32", "vision")
 
 

@@ -1,0 +1,101 @@
+"""Weight-only quantisation of a decoder, one linear layer in memory at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class WeightOnlySettings:
+    """How weights are rounded.
+
+    Attributes:
+        bits: 4 or 8.
+        block_size: weights that share a scale.
+        is_symmetric: no zero points.
+        accuracy_level: 4 lets the kernels round activations to int8.
+    """
+
+    bits: int
+    block_size: int = 32
+    is_symmetric: bool = True
+    accuracy_level: int = 4
+
+
+def quantize_weights(
+    model: ir.Model,
+    settings: WeightOnlySettings,
+    on_node: Callable[[int, int], None] = lambda _done, _total: None,
+) -> None:
+    """Replace every MatMul with a constant weight by a com.microsoft MatMulNBits, in place.
+
+    ONNX Runtime's own quantizer takes whole models, and a 7 B one in float32 needs 27 GB. Each linear layer
+    is given to it as a model of its own instead, so one weight at a time is in memory in float32.
+
+    Args:
+        model: its weights may be lazy.
+        settings: how to round.
+        on_node: called with (layers done, all layers).
+    """
+    from onnx_ir.convenience import replace_nodes_and_values
+
+    nodes = [node for node in model.graph if node.op_type == "MatMul" and _is_constant(node.inputs[1])]
+    for done, node in enumerate(nodes, start=1):
+        quantized = _quantized_alone(node, settings)
+        value, weight = node.inputs
+        assert weight is not None, "it was found by its weight"
+        initializers = list(quantized.graph.initializers.values())
+        replacement = _node(quantized, [value, *initializers])
+        replace_nodes_and_values(model.graph, node, [node], [replacement], node.outputs, replacement.outputs)
+        for initializer in initializers:
+            quantized.graph.initializers.pop(str(initializer.name))
+            model.graph.register_initializer(initializer)
+        if not weight.uses():
+            model.graph.initializers.pop(str(weight.name))
+        on_node(done, len(nodes))
+
+
+def _quantized_alone(node: Any, settings: WeightOnlySettings) -> ir.Model:
+    """The node as a whole model, quantised."""
+    import onnx_ir as ir
+    from onnx import TensorProto, helper, numpy_helper
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    weight = node.inputs[1]
+    proto = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("MatMul", ["input", weight.name], ["output"], name=node.name)],
+            "linear",
+            [helper.make_tensor_value_info("input", TensorProto.FLOAT, None)],
+            [helper.make_tensor_value_info("output", TensorProto.FLOAT, None)],
+            [numpy_helper.from_array(weight.const_value.numpy(), weight.name)],
+        )
+    )
+    quantizer = MatMulNBitsQuantizer(
+        proto,
+        bits=settings.bits,
+        block_size=settings.block_size,
+        is_symmetric=settings.is_symmetric,
+        accuracy_level=settings.accuracy_level,
+    )
+    quantizer.process()
+    model: ir.Model = ir.from_proto(quantizer.model.model)
+    return model
+
+
+def _node(quantized: ir.Model, inputs: list[Any]) -> ir.Node:
+    import onnx_ir as ir
+
+    [node] = quantized.graph
+    assert list(node.inputs[1:]) == inputs[1:], "inputs and initializers have the same order"
+    return ir.Node(node.domain, node.op_type, inputs, attributes=list(node.attributes.values()), name=node.name)
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None
