@@ -68,7 +68,7 @@ def test_a_quantised_decoder_computes_with_its_own_weights(
 ) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint)
     report = verify_language(checkpoint, write_decoder(checkpoint, tmp_path, precision), precision)
-    assert report["relative_error"] < 0.03
+    assert report["relative_error"] < 0.05
     # Rounding to 4 bits costs more than the kernels' 8-bit activations do.
     assert precision == "int8" or report["relative_error"] < report["quantization_error"] / 5
 
@@ -103,7 +103,7 @@ def test_a_tied_head_decodes(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "tied", text={"tie_word_embeddings": True}, tie_word_embeddings=True)
     checkpoint = Checkpoint.open(folder)
     report = verify_language(checkpoint, write_decoder(checkpoint, tmp_path, "int4"), "int4")
-    assert report["relative_error"] < 0.03
+    assert report["relative_error"] < 0.05
 
 
 @pytest.mark.parametrize(("precision", "num_weights"), [("fp32", None), ("int4", 11)])
