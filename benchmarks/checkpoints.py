@@ -156,6 +156,28 @@ SHAPES = {
         },
         attention_gain=2.0,
     ),
+    # LLaVA-1.5-7B and LLaVA-NeXT-7B (Vicuna): for benchmarks.large_checkpoint, which never holds a whole model.
+    "7b": Shape(
+        vision={
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "image_size": 336,
+            "patch_size": 14,
+        },
+        text={
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "num_hidden_layers": 32,
+            "vocab_size": 32064,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+        attention_gain=2.0,
+    ),
 }
 
 
@@ -182,9 +204,7 @@ def make_tokenizer(vocab_size: int) -> Any:
     # Filler, so that `<image>` takes the last row of the embedding table.
     vocab |= {f"▁w{index}": index for index in range(len(vocab), vocab_size - 1)}
     merges = [
-        pair
-        for pair in dict.fromkeys(merges)
-        if "".join(pair) in vocab and pair[0] in vocab and pair[1] in vocab
+        pair for pair in dict.fromkeys(merges) if "".join(pair) in vocab and pair[0] in vocab and pair[1] in vocab
     ]
 
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -235,42 +255,72 @@ def make_checkpoint(
         **model: overrides of the whole model's config, e.g. vision_feature_layer=-1.
     """
     import torch
-    import transformers
-    from transformers import CLIPVisionConfig
 
-    sizes = SHAPES[shape]
-    text_class = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[language]
-    config_class, model_class = {
-        "llava": (transformers.LlavaConfig, transformers.LlavaForConditionalGeneration),
-        "llava_next": (transformers.LlavaNextConfig, transformers.LlavaNextForConditionalGeneration),
-    }[family]
-    text_config = {"bos_token_id": 1, "eos_token_id": 2, **sizes.text, **(text or {})}
-    vision_config = CLIPVisionConfig(**{**sizes.vision, **(vision or {})})
-    if family == "llava_next":
-        side = vision_config.image_size
-        grids = [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)]
-        model = {"image_grid_pinpoints": [[rows * side, cols * side] for rows, cols in grids]} | model
-    config = config_class(
-        vision_config=vision_config,
-        text_config=text_class(**text_config),
-        image_token_index=text_config["vocab_size"] - 1,
-        **{**sizes.model, **model},
-    )
+    config = make_config(shape, family=family, language=language, vision=vision, text=text, **model)
     torch.manual_seed(seed)
-    network = model_class(config)
+    network = model_class(family)(config)
     with torch.no_grad():
         for name, weight in network.named_parameters():
             if "vision_tower" in name and ("q_proj.weight" in name or "k_proj.weight" in name):
-                weight.mul_(sizes.attention_gain)
+                weight.mul_(SHAPES[shape].attention_gain)
             if name.endswith("bias"):
                 weight.normal_(std=0.02)
     network.to(getattr(torch, dtype))
     shutil.rmtree(folder, ignore_errors=True)
     network.save_pretrained(folder, max_shard_size=max_shard_size)
-    make_tokenizer(text_config["vocab_size"]).save_pretrained(folder)
+    write_processor(folder, config)
+    if layout == "hub":
+        _rename_to_hub_layout(folder)
+    return folder
+
+
+def make_config(
+    shape: str,
+    *,
+    family: str = "llava",
+    language: str = "llama",
+    vision: dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
+    **model: Any,
+) -> Any:
+    """The transformers config of a shape; see make_checkpoint for the arguments."""
+    import transformers
+
+    sizes = SHAPES[shape]
+    text_class = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[language]
+    config_class = {"llava": transformers.LlavaConfig, "llava_next": transformers.LlavaNextConfig}[family]
+    text_config = {"bos_token_id": 1, "eos_token_id": 2, **sizes.text, **(text or {})}
+    vision_config = transformers.CLIPVisionConfig(**{**sizes.vision, **(vision or {})})
+    if family == "llava_next":
+        side = vision_config.image_size
+        # The five grids of llava-v1.6.
+        grids = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
+        model = {"image_grid_pinpoints": [[rows * side, cols * side] for rows, cols in grids]} | model
+    return config_class(
+        vision_config=vision_config,
+        text_config=text_class(**text_config),
+        image_token_index=text_config["vocab_size"] - 1,
+        **{**sizes.model, **model},
+    )
+
+
+def model_class(family: str) -> Any:
+    """The transformers class of a family."""
+    import transformers
+
+    return {
+        "llava": transformers.LlavaForConditionalGeneration,
+        "llava_next": transformers.LlavaNextForConditionalGeneration,
+    }[family]
+
+
+def write_processor(folder: Path, config: Any) -> None:
+    """Write tokenizer, chat template and image preprocessing for a config."""
+    make_tokenizer(config.text_config.vocab_size).save_pretrained(folder)
+    is_next = config.model_type == "llava_next"
     image_size = config.vision_config.image_size
     image_processor = {
-        "image_processor_type": "CLIPImageProcessor" if family == "llava" else "LlavaNextImageProcessor",
+        "image_processor_type": "LlavaNextImageProcessor" if is_next else "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": image_size},
@@ -283,20 +333,17 @@ def make_checkpoint(
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
-    if family == "llava_next":
+    if is_next:
         image_processor["image_grid_pinpoints"] = config.image_grid_pinpoints
     (folder / "preprocessor_config.json").write_text(json.dumps(image_processor, indent=2))
     processor = {
-        "processor_class": "LlavaProcessor" if family == "llava" else "LlavaNextProcessor",
+        "processor_class": "LlavaNextProcessor" if is_next else "LlavaProcessor",
         "patch_size": config.vision_config.patch_size,
         "num_additional_image_tokens": 1,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "image_token": "<image>",
     }
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
-    if layout == "hub":
-        _rename_to_hub_layout(folder)
-    return folder
 
 
 def _rename_to_hub_layout(folder: Path) -> None:
@@ -307,9 +354,7 @@ def _rename_to_hub_layout(folder: Path) -> None:
         return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
 
     for shard in folder.glob("*.safetensors"):
-        save_file(
-            {rename(name): tensor for name, tensor in load_file(shard).items()}, shard, {"format": "pt"}
-        )
+        save_file({rename(name): tensor for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
     index_file = folder / "model.safetensors.index.json"
     if index_file.exists():
         index = json.loads(index_file.read_text())
@@ -326,9 +371,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    make_checkpoint(
-        options.folder, options.shape, layout=options.layout, dtype=options.dtype, seed=options.seed
-    )
+    make_checkpoint(options.folder, options.shape, layout=options.layout, dtype=options.dtype, seed=options.seed)
     print(f"wrote a checkpoint of shape {options.shape!r} with random weights to {options.folder}")
 
 
