@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping  # noqa: TC003  the hints are read at run time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import Any, get_origin, get_type_hints
 
 from hivtp_ops.errors import BundleError
 from hivtp_ops.spec import PruningSpec
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -47,6 +46,26 @@ class VisionManifest:
     def num_image_tokens(self) -> int:
         """Tokens of one tile before pruning."""
         return self.num_prefix_tokens + self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class TilingManifest:
+    """How LLaVA-NeXT lays a picture on tiles and its tokens in a row.
+
+    Attributes:
+        pinpoints: (height, width) of every tile grid, in pixels.
+        newline: which picture rows end with a newline token: "kept-rows", "all" or "none".
+        newline_file: the newline's embedding [hidden] float32, relative to the bundle.
+        keep_total: tokens of one picture over all its tiles, newlines not counted; None where each tile
+            keeps what the spec says.
+        least_for_base: tokens that the base tile gets at least, with `keep_total`.
+    """
+
+    pinpoints: tuple[tuple[int, int], ...]
+    newline: str
+    newline_file: str
+    keep_total: int | None
+    least_for_base: int
 
 
 @dataclass(frozen=True)
@@ -89,10 +108,11 @@ class Manifest:
     """All that a bundle says of itself.
 
     Attributes:
-        family: the architecture, "llava".
+        family: the architecture, "llava" or "llava_next".
         source: name and fingerprint of the checkpoint.
         pruning: the spec with its layers resolved; None where nothing is pruned.
         vision: the vision graph.
+        tiling: how pictures become tiles; None for LLaVA-1.5, where a picture is one tile.
         language: the decoder; None in an encoder bundle.
         verification: what was compared with PyTorch at export, and the errors reached.
         versions: of the packages that wrote the bundle.
@@ -104,6 +124,7 @@ class Manifest:
     source: Mapping[str, str]
     pruning: PruningSpec | None
     vision: VisionManifest
+    tiling: TilingManifest | None
     language: LanguageManifest | None
     verification: Mapping[str, Any]
     versions: Mapping[str, str]
@@ -131,10 +152,11 @@ class Manifest:
             raise BundleError(f"it has schema version {version!r}, this hivtp reads {SCHEMA_VERSION}; {advice}")
         try:
             vision = _build(VisionManifest, raw["vision"])
-            language = raw["language"] and _build(LanguageManifest, raw["language"])
+            language = None if raw["language"] is None else _build(LanguageManifest, raw["language"])
+            tiling = None if raw["tiling"] is None else _build(TilingManifest, raw["tiling"])
             files = {path: _build(FileRecord, record) for path, record in raw["files"].items()}
-            pruning = raw["pruning"] and PruningSpec.from_dict(raw["pruning"])
-            parts = {"vision": vision, "language": language, "files": files, "pruning": pruning}
+            pruning = None if raw["pruning"] is None else PruningSpec.from_dict(raw["pruning"])
+            parts = {"vision": vision, "tiling": tiling, "language": language, "files": files, "pruning": pruning}
             manifest: Manifest = _build(cls, raw | parts)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"its manifest is damaged: {type(error).__name__}: {error}; export it again") from error
@@ -142,11 +164,20 @@ class Manifest:
 
 
 def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    names = {field.name for field in fields(kind)}
-    if set(values) != names:
-        raise ValueError(f"{kind.__name__} has keys {sorted(values)}, expected {sorted(names)}")
-    # JSON has no tuples; the manifest's sequences are all tuples.
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    hints = get_type_hints(kind)
+    if set(values) != set(hints):
+        raise ValueError(f"{kind.__name__} has keys {sorted(values)}, expected {sorted(hints)}")
+    values = {name: _as_tuple(value) for name, value in values.items()}
+    for name, hint in hints.items():
+        expected = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
+        if not isinstance(values[name], expected):
+            raise TypeError(f"{name} of {kind.__name__} is {values[name]!r}, expected {hint}")
+    return kind(**values)
+
+
+def _as_tuple(value: Any) -> Any:
+    """JSON has no tuples; the manifest's sequences are all tuples."""
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -174,7 +205,7 @@ class Bundle:
             raise BundleError(f"{folder} {found}; give the folder that hivtp-export wrote")
         try:
             manifest = Manifest.from_json(manifest_file.read_text(encoding="utf-8"))
-        except (BundleError, UnicodeDecodeError) as error:
+        except (BundleError, UnicodeDecodeError, OSError) as error:
             raise BundleError(f"cannot open the bundle {folder}: {error}") from error
         bundle = cls(folder, manifest)
         bundle._check_files(check_hashes)
@@ -189,6 +220,21 @@ class Bundle:
     def vision_file(self) -> Path:
         """The vision graph."""
         return self.folder / self.manifest.vision.file
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON object of the processor folder.
+
+        Raises:
+            BundleError: the file is missing or damaged.
+        """
+        file = self.processor_folder / name
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BundleError(f"cannot read {file}: {error}; copy or export the bundle again") from error
+        if not isinstance(content, dict):
+            raise BundleError(f"{file} holds no JSON object; copy or export the bundle again")
+        return content
 
     def _check_files(self, check_hashes: bool) -> None:
         for name, record in self.manifest.files.items():

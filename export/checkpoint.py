@@ -65,9 +65,9 @@ class Checkpoint:
 
         Raises:
             CheckpointError: what was found, and what is supported.
-            MissingExtraError: torch, transformers or safetensors is not installed.
+            MissingExtraError: a package of the export extra is not installed.
         """
-        for package in ("torch", "transformers", "safetensors"):
+        for package in ("torch", "transformers", "safetensors", "onnx", "onnx_ir"):
             _require(package)
         folder = Path(folder)
         config = _read_config(folder)

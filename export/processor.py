@@ -86,6 +86,27 @@ class Processor:
             raise CheckpointError(
                 f"{folder}: the image processor gives {target}, the vision tower takes {side} x {side}"
             )
+        if checkpoint.family == "llava_next":
+            self._check_pinpoints(checkpoint)
+
+    def _check_pinpoints(self, checkpoint: Checkpoint) -> None:
+        side = checkpoint.config.vision_config.image_size
+        pinpoints = checkpoint.config.image_grid_pinpoints
+        is_valid = isinstance(pinpoints, list) and all(
+            isinstance(pair, list | tuple)
+            and len(pair) == 2
+            and all(isinstance(length, int) and length > 0 and length % side == 0 for length in pair)
+            for pair in pinpoints
+        )
+        if not (is_valid and pinpoints):
+            raise CheckpointError(
+                f"{checkpoint.folder}: image_grid_pinpoints is {pinpoints!r}; expected a list of "
+                f"[height, width] in multiples of {side}"
+            )
+        if [list(pair) for pair in pinpoints] != self.image_processor["image_grid_pinpoints"]:
+            raise CheckpointError(
+                f"{checkpoint.folder}: config.json and preprocessor_config.json have different image_grid_pinpoints"
+            )
 
 
 def end_token_ids(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:

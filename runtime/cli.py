@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +19,7 @@ if TYPE_CHECKING:
     from hivtp.runtime.answer import Answer
     from hivtp.runtime.pipeline import AnswerStream, Pipeline
 
-DESCRIPTION = (
-    "Ask a bundle, written by hivtp-export, about one or several images. The answer streams as it comes."
-)
+DESCRIPTION = "Ask a bundle, written by hivtp-export, about one or several images. The answer streams as it comes."
 EXAMPLES = """\
 examples:
   hivtp-run bundle --image photo.jpg "What is in the picture?"
@@ -41,9 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("bundle", type=Path, help="folder that hivtp-export wrote")
     parser.add_argument("prompt", help="the question; <image> marks say where several images stand in it")
-    parser.add_argument(
-        "--image", type=Path, action="append", default=[], help="an image file; may be repeated"
-    )
+    parser.add_argument("--image", type=Path, action="append", default=[], help="an image file; may be repeated")
     parser.add_argument(
         "--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N", help="default: %(default)s"
     )
@@ -54,26 +53,24 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="T",
         help="0 is greedy (default: %(default)s)",
     )
-    parser.add_argument(
-        "--top-p", type=float, default=sampling.top_p, metavar="P", help="default: %(default)s"
-    )
+    parser.add_argument("--top-p", type=float, default=sampling.top_p, metavar="P", help="default: %(default)s")
     parser.add_argument(
         "--top-k", type=int, default=sampling.top_k, metavar="K", help="0 is no limit (default: %(default)s)"
     )
-    parser.add_argument(
-        "--seed", type=int, default=sampling.seed, metavar="N", help="makes sampling repeatable"
-    )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads of the engine (default: its own choice)"
-    )
+    parser.add_argument("--seed", type=int, default=sampling.seed, metavar="N", help="makes sampling repeatable")
+    parser.add_argument("--check-hashes", action="store_true", help="refuse a bundle whose files were altered")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of the engine (default: its own choice)")
     parser.add_argument("--overlay", type=Path, metavar="PNG", help="write a picture of the kept tokens")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, or 1 after an error, or 130 after Ctrl-C."""
+    """Run the command; the exit code is 0, or 1 after an error, 130 after Ctrl-C, 141 where the reader has left."""
     options = make_parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A model may write any character, and a terminal need not know them all.
+        sys.stdout.reconfigure(errors="replace")
     try:
         _run(options)
     except HivtpError as error:
@@ -82,13 +79,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nhivtp-run: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # As `head` does. Python would fail once more on what is still buffered.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
 
 
 def _run(options: argparse.Namespace) -> None:
+    from PIL import Image
+
     from hivtp.runtime.pipeline import Pipeline
 
-    pipeline = Pipeline.load(options.bundle, num_threads=options.threads)
+    # load_image refuses what is too large, in words; Pillow's warning would add two lines of its own.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    if options.overlay is not None:
+        check_overlay(options.overlay, options.image)
+    pipeline = Pipeline.load(options.bundle, num_threads=options.threads, check_hashes=options.check_hashes)
     stream = pipeline.stream(
         options.prompt,
         options.image,
@@ -102,9 +109,9 @@ def _run(options: argparse.Namespace) -> None:
         if not options.json:
             print(piece, end="", flush=True)
     if options.json:
-        print(json.dumps(stream.answer.to_dict()))
+        print(json.dumps(stream.answer.to_dict()), flush=True)
     else:
-        print(f"\n\n{report(stream.answer)}")
+        print(f"\n\n{report(stream.answer)}", flush=True)
     if options.overlay is not None:
         for path in write_overlays(pipeline, stream, options.image, options.overlay):
             print(f"wrote {path}", file=sys.stderr)
@@ -120,39 +127,45 @@ def report(answer: Answer) -> str:
         f"vision         {timings.vision_ms:8.1f} ms",
         f"prefill        {timings.prefill_ms:8.1f} ms",
         f"first token    {timings.ttft_ms:8.1f} ms",
-        f"decode         {decode:8.1f} ms per token"
-        if decode is not None
-        else "decode                - (one token)",
+        f"decode         {decode:8.1f} ms per token" if decode is not None else "decode                - (one token)",
         f"{len(answer.token_ids)} tokens, finished by {answer.finish_reason}",
     ]
     return "\n".join(lines)
 
 
-def write_overlays(
-    pipeline: Pipeline, stream: AnswerStream, images: Sequence[Path], target: Path
-) -> list[Path]:
-    """Write a picture of the kept tokens of each image: `target`, or numbered beside it where there are several.
+def check_overlay(target: Path, images: Sequence[Path]) -> None:
+    """Refuse a picture of the kept tokens that could not be written, before the model runs.
 
     Raises:
-        ImageError: there is no image to draw on, or a picture cannot be written.
+        ImageError: there is no image to draw on, or no folder to write to, or the name is not a picture's.
     """
-    from hivtp.runtime.images import load_image
-    from hivtp.runtime.overlay import draw_overlay
+    from PIL import Image
+
     from hivtp_ops.errors import ImageError
-    from hivtp_ops.selection import select
 
     if not images:
         raise ImageError("--overlay needs an --image to draw on")
+    if not target.parent.is_dir():
+        raise ImageError(f"cannot write {target}: {target.parent} is not a folder")
+    if target.suffix.lower() not in Image.registered_extensions():
+        raise ImageError(f"cannot write {target}: no image format goes by that name; give a path that ends in .png")
+
+
+def write_overlays(pipeline: Pipeline, stream: AnswerStream, images: Sequence[Path], target: Path) -> list[Path]:
+    """Write a picture of the kept tokens of each image: `target`, or numbered beside it where there are several.
+
+    Raises:
+        ImageError: a picture cannot be written.
+    """
+    from hivtp.runtime.images import load_image
+    from hivtp.runtime.overlay import draw_tiles
+    from hivtp_ops.errors import ImageError
+
     manifest = pipeline.bundle.manifest
     written = []
-    for number, (image, tile) in enumerate(zip(images, stream.tiles, strict=True), start=1):
-        is_global = None
-        if manifest.pruning is not None and tile.importance is not None:
-            is_global = select(tile.importance[None], manifest.vision.grid, manifest.pruning).is_global[0]
-            is_global = is_global[: len(tile.kept_indices)]
-        overlay = draw_overlay(
-            load_image(image), pipeline.image_processor, manifest.vision.grid, tile.kept_indices, is_global
-        )
+    for number, (image, encoded) in enumerate(zip(images, stream.images, strict=True), start=1):
+        frames = pipeline.images.frames(load_image(image))
+        overlay = draw_tiles(frames, encoded.tiles, manifest.vision.grid, manifest.pruning)
         path = target if len(images) == 1 else target.with_name(f"{target.stem}-{number}{target.suffix}")
         try:
             overlay.save(path)

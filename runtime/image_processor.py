@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from hivtp.runtime.images import MAX_IMAGE_PIXELS
-from hivtp_ops.errors import BundleError, CheckpointError, ImageError
+from hivtp_ops.errors import CheckpointError, ImageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -78,9 +78,7 @@ class ImageProcessor:
 
     def _expect(self, name: str, expected: str, is_met: bool) -> None:
         if not is_met:
-            raise CheckpointError(
-                f"image preprocessing: {name} is {getattr(self, name)!r}; expected {expected}"
-            )
+            raise CheckpointError(f"image preprocessing: {name} is {getattr(self, name)!r}; expected {expected}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ImageProcessor:
@@ -116,29 +114,6 @@ class ImageProcessor:
             value = settings[name]
             settings[name] = (value,) * 3 if _is_number(value) else _as_tuple(value)
         return cls(**settings)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give every setting, as JSON holds it."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
-
-    @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> ImageProcessor:
-        """Read what `to_dict` gave.
-
-        Raises:
-            BundleError: if a setting is unknown, missing, or of a value that cannot work.
-        """
-        names = {field.name for field in dataclasses.fields(cls)}
-        if settings.keys() != names:
-            unknown, missing = sorted(settings.keys() - names), sorted(names - settings.keys())
-            raise BundleError(f"image preprocessing: unknown settings {unknown}, missing settings {missing}")
-        try:
-            return cls(**{name: _as_tuple(value) for name, value in settings.items()})
-        except CheckpointError as error:
-            raise BundleError(str(error)) from error
 
     @property
     def output_size(self) -> tuple[int, int]:

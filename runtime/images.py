@@ -15,9 +15,7 @@ from hivtp_ops.errors import ImageError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-ImageSource: TypeAlias = (
-    "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8]"
-)
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8]"
 
 MAX_IMAGE_PIXELS = 100_000_000
 MIN_IMAGE_SIDE = 2

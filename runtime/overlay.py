@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from hivtp_ops import select
 from hivtp_ops.errors import ImageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
 
-    from hivtp.runtime.image_processor import ImageProcessor
+    from hivtp.runtime.vision import EncodedTile
+    from hivtp_ops import PruningSpec
 
 MIN_SIDE_PIXELS = 672
 LEGEND_HEIGHT_PIXELS = 44
@@ -27,6 +31,21 @@ LOCAL = (0, 208, 255)
 
 
 @dataclasses.dataclass(frozen=True)
+class TileFrame:
+    """A picture as some of its tiles show it together.
+
+    Attributes:
+        image: RGB, before normalising.
+        tile_rows: rows of tiles.
+        tile_cols: columns of tiles.
+    """
+
+    image: Image.Image
+    tile_rows: int = 1
+    tile_cols: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class _Stage:
     """The patches that share a colour."""
 
@@ -36,8 +55,7 @@ class _Stage:
 
 
 def draw_overlay(
-    image: Image.Image,
-    processor: ImageProcessor,
+    frame: Image.Image,
     grid: tuple[int, int],
     kept_indices: npt.NDArray[np.integer],
     is_global: npt.NDArray[np.bool_] | None = None,
@@ -45,8 +63,7 @@ def draw_overlay(
     """Draw the image as the model saw it and mark the patches that pruning kept.
 
     Args:
-        image: as `load_image` gives it.
-        processor: the checkpoint's own, which resizes and crops.
+        frame: RGB, after resizing and cropping, before normalising.
         grid: (rows, cols) of patches.
         kept_indices: [num] integers, raster indices into the grid; -1 stands for no patch.
         is_global: [num] bool, which of them the global stage kept; given, each stage has its colour.
@@ -58,7 +75,7 @@ def draw_overlay(
         ImageError: if an index lies outside of the grid, or a shape or dtype is not as above.
     """
     stages = _stages(grid, np.asarray(kept_indices), is_global)
-    picture, patch_width, patch_height = _enlarge(processor.frame(image), grid)
+    picture, patch_width, patch_height = _enlarge(frame, grid)
 
     is_kept = np.zeros(grid, np.uint8)
     for stage in stages:
@@ -78,6 +95,57 @@ def draw_overlay(
     overlay.paste(picture)
     _draw_legend(overlay, stages, num_patches=is_kept.size)
     return overlay
+
+
+def draw_tiles(
+    frames: Sequence[TileFrame], tiles: Sequence[EncodedTile], grid: tuple[int, int], spec: PruningSpec | None
+) -> Image.Image:
+    """Draw every frame of a picture with what its tiles kept, side by side.
+
+    Args:
+        frames: the picture as the model saw it, once for each way in which it was tiled.
+        tiles: what each tile kept, in order.
+        grid: rows and columns of patches in one tile.
+        spec: what the tiles were pruned by, which tells the stages apart; None draws them alike.
+
+    Returns:
+        An RGB image.
+    """
+    overlays, start = [], 0
+    for frame in frames:
+        part = tiles[start : start + frame.tile_rows * frame.tile_cols]
+        start += len(part)
+        indices = np.concatenate([_on_frame(tile.kept_indices, place, frame, grid) for place, tile in enumerate(part)])
+        flags = [flag for tile in part if (flag := _is_global(tile, grid, spec)) is not None]
+        is_global = np.concatenate(flags) if flags else None
+        overlays.append(
+            draw_overlay(frame.image, (frame.tile_rows * grid[0], frame.tile_cols * grid[1]), indices, is_global)
+        )
+    height = max(overlay.height for overlay in overlays)
+    sheet = Image.new("RGB", (sum(overlay.width for overlay in overlays), height), BACKGROUND)
+    left = 0
+    for overlay in overlays:
+        sheet.paste(overlay, (left, 0))
+        left += overlay.width
+    return sheet
+
+
+def _on_frame(
+    indices: npt.NDArray[np.int64], place: int, frame: TileFrame, grid: tuple[int, int]
+) -> npt.NDArray[np.int64]:
+    """Raster indices in one tile as raster indices in the whole frame."""
+    tile_row, tile_col = divmod(place, frame.tile_cols)
+    rows, cols = np.divmod(indices, grid[1])
+    return (tile_row * grid[0] + rows) * (frame.tile_cols * grid[1]) + tile_col * grid[1] + cols
+
+
+def _is_global(tile: EncodedTile, grid: tuple[int, int], spec: PruningSpec | None) -> npt.NDArray[np.bool_] | None:
+    if spec is None or tile.importance is None:
+        return None
+    selection = select(tile.importance[None], grid, spec)
+    is_global = np.zeros(grid[0] * grid[1], np.bool_)
+    is_global[selection.indices[0][selection.is_global[0]]] = True
+    return is_global[tile.kept_indices]
 
 
 def _stages(
@@ -114,9 +182,7 @@ def _stages(
 def _enlarge(frame: Image.Image, grid: tuple[int, int]) -> tuple[Image.Image, int, int]:
     rows, cols = grid
     if not (0 < rows <= frame.height and 0 < cols <= frame.width):
-        raise ImageError(
-            f"a grid of {rows} x {cols} patches does not fit {frame.width} x {frame.height} pixels"
-        )
+        raise ImageError(f"a grid of {rows} x {cols} patches does not fit {frame.width} x {frame.height} pixels")
     patch_width, patch_height = frame.width // cols, frame.height // rows
     # An encoder whose patches do not divide the image never sees what is over at the right and the bottom.
     seen = frame.crop((0, 0, cols * patch_width, rows * patch_height))

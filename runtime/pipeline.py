@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hivtp.engines import EngineSettings, create_engine
+from hivtp.engines import EngineSettings
 from hivtp.engines.bundle import Bundle
 from hivtp.runtime.answer import Answer, FinishReason, Timings
-from hivtp.runtime.image_processor import ImageProcessor
+from hivtp.runtime.embedding_cache import DEFAULT_CACHE_BYTES, EmbeddingCache
+from hivtp.runtime.image_encoder import open_image_encoder
 from hivtp.runtime.images import load_image
 from hivtp.runtime.language import LanguageBackend, create_language
 from hivtp.runtime.prompt import PromptTemplate
 from hivtp.runtime.sampling import Sampler, SamplingSettings
 from hivtp.runtime.tokenizer import Tokenizer
-from hivtp.runtime.vision import EncodedTile, VisionStage
-from hivtp_ops.errors import BundleError, CheckpointError, PromptError, SettingsError
+from hivtp.runtime.vision import DEFAULT_MAX_TILES_PER_RUN, VisionStage
+from hivtp_ops.errors import BundleError, PromptError, SettingsError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from hivtp.runtime.image_encoder import EncodedImage, ImageEncoder, PreparedImage
     from hivtp.runtime.images import ImageSource
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -37,34 +38,37 @@ class Pipeline:
 
     Args:
         bundle: what the stages were made from.
-        image_processor: pictures to pixels.
+        images: pictures to the embeddings of their kept tokens.
         template: a prompt to the text that the model was trained on.
         tokenizer: text to token ids and back.
-        vision: pixels to the embeddings of the kept tokens.
         language: embeddings to tokens.
     """
 
     def __init__(
         self,
         bundle: Bundle,
-        image_processor: ImageProcessor,
+        images: ImageEncoder,
         template: PromptTemplate,
         tokenizer: Tokenizer,
-        vision: VisionStage,
         language: LanguageBackend,
     ) -> None:
         assert bundle.manifest.language is not None, "an encoder bundle has no pipeline"
         self.bundle = bundle
-        self.image_processor = image_processor
+        self.images = images
         self.template = template
         self.tokenizer = tokenizer
-        self.vision = vision
         self.language = language
         self._image_token_id = bundle.manifest.language.image_token_id
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, num_threads: int | None = None, check_hashes: bool = False
+        cls,
+        folder: str | Path,
+        *,
+        num_threads: int | None = None,
+        check_hashes: bool = False,
+        max_tiles_per_run: int = DEFAULT_MAX_TILES_PER_RUN,
+        image_cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> Pipeline:
         """Load a bundle that hivtp-export wrote; needs numpy and onnxruntime, not torch.
 
@@ -72,6 +76,8 @@ class Pipeline:
             folder: the bundle.
             num_threads: threads of each engine; None leaves the choice to the engine.
             check_hashes: also compare every file's sha256 with the manifest.
+            max_tiles_per_run: more tiles than this go through the vision graph in several runs.
+            image_cache_bytes: memory for the embeddings of pictures seen before; 0 keeps none.
 
         Raises:
             BundleError: the bundle is incomplete, altered, of another schema, or cannot answer.
@@ -88,10 +94,11 @@ class Pipeline:
         settings = EngineSettings(num_threads)
         return cls(
             bundle,
-            _read_image_processor(bundle),
-            PromptTemplate(**_read_json(bundle, "prompt.json")),
+            open_image_encoder(
+                bundle, VisionStage.open(bundle, settings, max_tiles_per_run), EmbeddingCache(image_cache_bytes)
+            ),
+            _read_template(bundle),
             Tokenizer.load(bundle.processor_folder),
-            VisionStage(create_engine("onnxruntime", bundle.vision_file, settings), manifest.vision),
             create_language("onnxruntime", bundle.folder, manifest.language, settings),
         )
 
@@ -159,29 +166,25 @@ class Pipeline:
     def _prepare(self, prompt: str, images: Sequence[ImageSource]) -> _Request:
         started = time.perf_counter()
         if isinstance(images, str | bytes) or not isinstance(images, Sequence):
-            raise PromptError(
-                f"images must be a list of images, not {type(images).__name__}; write images=[image]"
-            )
+            raise PromptError(f"images must be a list of images, not {type(images).__name__}; write images=[image]")
         text = self.template.render(prompt, len(images))
         token_ids = self.template.encode(self.tokenizer, text, self._image_token_id)
         manifest = self.bundle.manifest.vision
         # What pruning keeps is known after the vision stage only; the least that it can be is refused here.
         self._check_length(len(token_ids) - len(images) + manifest.num_prefix_tokens * len(images))
-        pixel_values = self.image_processor([load_image(image) for image in images]) if images else None
-        return _Request(token_ids, pixel_values, started, _milliseconds_since(started))
+        prepared = [self.images.prepare(load_image(image)) for image in images]
+        return _Request(token_ids, prepared, _milliseconds_since(started))
 
-    def _embed(self, token_ids: Sequence[int], tiles: Sequence[EncodedTile]) -> NDArray[np.float32]:
+    def _embed(self, token_ids: Sequence[int], images: Sequence[EncodedImage]) -> NDArray[np.float32]:
         """The prompt's embeddings [length, hidden], with each image's tokens in place of its placeholder."""
         embeds = self.language.embed(token_ids)
-        if not tiles:
+        if not images:
             return embeds
         pieces: list[NDArray[np.float32]] = []
         start = 0
-        positions = [
-            position for position, token_id in enumerate(token_ids) if token_id == self._image_token_id
-        ]
-        for position, tile in zip(positions, tiles, strict=True):
-            pieces += [embeds[start:position], tile.embeds]
+        positions = [position for position, token_id in enumerate(token_ids) if token_id == self._image_token_id]
+        for position, image in zip(positions, images, strict=True):
+            pieces += [embeds[start:position], image.embeds]
             start = position + 1
         embeds = np.concatenate([*pieces, embeds[start:]])
         self._check_length(len(embeds))
@@ -200,8 +203,7 @@ class _Request:
     """A checked request: the prompt's ids, one placeholder per image, and the images' pixels."""
 
     token_ids: list[int]
-    pixel_values: NDArray[np.float32] | None
-    started: float
+    images: list[PreparedImage]
     preprocess_ms: float
 
 
@@ -209,11 +211,11 @@ class AnswerStream:
     """The pieces of one answer, as they come; made by `Pipeline.stream`.
 
     Attributes:
-        tiles: what the vision stage kept, one item per image; empty until the first piece was asked for.
+        images: what the language model sees of each image; empty until the first piece was asked for.
     """
 
     def __init__(self, pipeline: Pipeline, request: _Request, max_new_tokens: int, sampler: Sampler) -> None:
-        self.tiles: list[EncodedTile] = []
+        self.images: list[EncodedImage] = []
         self._answer: Answer | None = None
         self._pieces = self._run(pipeline, request, max_new_tokens, sampler)
 
@@ -234,16 +236,13 @@ class AnswerStream:
             raise RuntimeError("the answer is complete when the stream is exhausted; iterate it first")
         return self._answer
 
-    def _run(
-        self, pipeline: Pipeline, request: _Request, max_new_tokens: int, sampler: Sampler
-    ) -> Iterator[str]:
+    def _run(self, pipeline: Pipeline, request: _Request, max_new_tokens: int, sampler: Sampler) -> Iterator[str]:
         started = time.perf_counter()
-        if request.pixel_values is not None:
-            self.tiles = pipeline.vision.encode(request.pixel_values)
+        self.images = pipeline.images.encode(request.images)
         vision_ms = _milliseconds_since(started)
 
         started = time.perf_counter()
-        embeds = pipeline._embed(request.token_ids, self.tiles)
+        embeds = pipeline._embed(request.token_ids, self.images)
         tokens = pipeline.language.generate(embeds, max_new_tokens, sampler)
         text = pipeline.tokenizer.stream()
         token_ids: list[int] = []
@@ -261,13 +260,12 @@ class AnswerStream:
             pieces.append(piece)
             yield piece
         finish_reason: FinishReason = "stop" if pipeline.language.is_end(token_ids[-1]) else "length"
-        manifest = pipeline.bundle.manifest.vision
         self._answer = Answer(
             text="".join(pieces),
             token_ids=token_ids,
-            num_image_tokens=manifest.num_image_tokens * len(self.tiles),
-            num_kept_tokens=sum(len(tile.embeds) for tile in self.tiles),
-            kept_indices=[tile.kept_indices.tolist() for tile in self.tiles],
+            num_image_tokens=sum(image.num_unpruned_tokens for image in self.images),
+            num_kept_tokens=sum(len(image.embeds) for image in self.images),
+            kept_indices=[tile.kept_indices.tolist() for image in self.images for tile in image.tiles],
             finish_reason=finish_reason,
             timings=Timings(
                 preprocess_ms=request.preprocess_ms,
@@ -279,20 +277,11 @@ class AnswerStream:
         )
 
 
-def _read_image_processor(bundle: Bundle) -> ImageProcessor:
+def _read_template(bundle: Bundle) -> PromptTemplate:
     try:
-        return ImageProcessor.from_config(_read_json(bundle, "image_processor.json"))
-    except CheckpointError as error:
-        raise BundleError(f"the image preprocessing of {bundle.folder} is not supported: {error}") from error
-
-
-def _read_json(bundle: Bundle, name: str) -> dict[str, Any]:
-    file = bundle.processor_folder / name
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"cannot read {file}: {error}; copy or export the bundle again") from error
-    return content
+        return PromptTemplate(**bundle.read_json("prompt.json"))
+    except TypeError as error:
+        raise BundleError(f"the prompt template of {bundle.folder} is damaged: {error}; export it again") from error
 
 
 def _milliseconds_since(started: float) -> float:

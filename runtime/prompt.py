@@ -188,9 +188,7 @@ def _compile(source: str) -> jinja2.Template:
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def strftime_now(form: str) -> str:
         return datetime.now().strftime(form)
@@ -199,7 +197,5 @@ def _compile(source: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = to_json
-    environment.globals.update(
-        namespace=Namespace, raise_exception=raise_exception, strftime_now=strftime_now
-    )
+    environment.globals.update(namespace=Namespace, raise_exception=raise_exception, strftime_now=strftime_now)
     return environment.from_string(source)

@@ -36,9 +36,7 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
-        self._special_tokens = {
-            token.content for token in backend.get_added_tokens_decoder().values() if token.special
-        }
+        self._special_tokens = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         self._is_token_wise = _is_token_wise(backend.decoder)
 
     @classmethod

@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hivtp_ops.errors import ScoreError
+from hivtp.engines import create_engine
+from hivtp_ops.errors import ScoreError, SettingsError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from hivtp.engines.base import Engine
-    from hivtp.engines.bundle import VisionManifest
+    from hivtp.engines import Engine, EngineSettings
+    from hivtp.engines.bundle import Bundle, VisionManifest
+
+
+# A tile of ViT-L takes about 60 MB of activations.
+DEFAULT_MAX_TILES_PER_RUN = 8
 
 
 @dataclass(frozen=True)
@@ -37,18 +42,40 @@ class VisionStage:
     Args:
         engine: holds the graph.
         manifest: describes it.
+        max_tiles_per_run: more tiles than this go through the graph in several runs, which bounds its memory.
     """
 
-    def __init__(self, engine: Engine, manifest: VisionManifest) -> None:
+    def __init__(
+        self, engine: Engine, manifest: VisionManifest, max_tiles_per_run: int = DEFAULT_MAX_TILES_PER_RUN
+    ) -> None:
+        if isinstance(max_tiles_per_run, bool) or not isinstance(max_tiles_per_run, int) or max_tiles_per_run < 1:
+            raise SettingsError(f"max_tiles_per_run must be a whole number, 1 or more, not {max_tiles_per_run!r}")
         self.engine = engine
         self.manifest = manifest
+        self.max_tiles_per_run = max_tiles_per_run
         self.is_pruned = "kept_indices" in engine.output_names
 
-    def encode(self, pixel_values: NDArray[np.float32]) -> list[EncodedTile]:
-        """Encode tiles in one run.
+    @classmethod
+    def open(
+        cls, bundle: Bundle, settings: EngineSettings, max_tiles_per_run: int = DEFAULT_MAX_TILES_PER_RUN
+    ) -> VisionStage:
+        """Open the vision graph of a bundle in an engine.
+
+        Raises:
+            EngineError: the graph cannot be loaded.
+            MissingExtraError: the engine's package is not installed.
+        """
+        engine = create_engine("onnxruntime", bundle.vision_file, settings)
+        return cls(engine, bundle.manifest.vision, max_tiles_per_run)
+
+    def encode(
+        self, pixel_values: NDArray[np.float32], patch_mask: NDArray[np.bool_] | None = None
+    ) -> list[EncodedTile]:
+        """Encode tiles.
 
         Args:
             pixel_values: [tiles, 3, image_size, image_size] float32, normalised.
+            patch_mask: [tiles, patches] bool, False for padding, which is never kept; for LLaVA-NeXT.
 
         Returns:
             One EncodedTile per tile; each is what the tile gives alone.
@@ -57,22 +84,42 @@ class VisionStage:
             ScoreError: the scores hold NaN, so no patch can be ranked.
             EngineError: the engine failed.
         """
-        outputs = self.engine.run({"pixel_values": pixel_values})
-        embeds = outputs["image_embeds"]
+        tiles: list[EncodedTile] = []
+        for start in range(0, len(pixel_values), self.max_tiles_per_run):
+            chunk = slice(start, start + self.max_tiles_per_run)
+            tiles += self._run(pixel_values[chunk], None if patch_mask is None else patch_mask[chunk], start)
+        return tiles
+
+    def _run(
+        self, pixel_values: NDArray[np.float32], patch_mask: NDArray[np.bool_] | None, first_tile: int
+    ) -> list[EncodedTile]:
+        prefix = self.manifest.num_prefix_tokens
         if not self.is_pruned:
+            embeds = self.engine.run({"pixel_values": pixel_values})["image_embeds"]
             every_patch = np.arange(self.manifest.grid[0] * self.manifest.grid[1])
-            return [EncodedTile(tile, every_patch, None) for tile in embeds]
+            if patch_mask is None:
+                return [EncodedTile(tile, every_patch, None) for tile in embeds]
+            return [
+                EncodedTile(tile[is_picture], every_patch[is_picture], None)
+                for tile, is_picture in zip(embeds, patch_mask, strict=True)
+            ]
+        inputs = {"pixel_values": pixel_values} | ({} if patch_mask is None else {"patch_mask": patch_mask})
+        outputs = self.engine.run(inputs)
         importance = outputs["importance"]
         if np.isnan(importance).any():
-            tile = int(np.isnan(importance).any(axis=1).argmax())
+            tile = first_tile + int(np.isnan(importance).any(axis=1).argmax())
             raise ScoreError(
                 f"the importance scores of tile {tile} hold NaN: the vision graph overflowed on this image; "
                 "export it with --vision-precision fp32, or check the checkpoint's weights"
             )
-        prefix = self.manifest.num_prefix_tokens
         return [
-            EncodedTile(tile[: prefix + count], indices[:count], scores)
+            # A copy, so that a kept tile does not hold the memory of its whole run.
+            EncodedTile(tile[: prefix + count].copy(), indices[:count], scores)
             for tile, indices, count, scores in zip(
-                embeds, outputs["kept_indices"], outputs["kept_counts"].tolist(), importance, strict=True
+                outputs["image_embeds"],
+                outputs["kept_indices"],
+                outputs["kept_counts"].tolist(),
+                importance,
+                strict=True,
             )
         ]

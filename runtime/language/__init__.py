@@ -28,6 +28,7 @@ def create_language(
         settings: how to run it.
 
     Raises:
+        BundleError: the embeddings are damaged.
         EngineError: there is no such backend, or it cannot load the decoder.
         MissingExtraError: the backend's package is not installed.
     """

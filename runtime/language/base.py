@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hivtp_ops.errors import BundleError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # From the logits [vocab] float32 of one position to a token id.
 ChooseToken = Callable[[NDArray[np.float32]], int]
@@ -41,7 +46,19 @@ class LanguageBackend(Protocol):
         """Whether the token ends an answer."""
 
 
-def embedding_table(file: Any) -> NDArray[Any]:
-    """Map a [vocab, hidden] table into memory; only the rows that are used are read."""
-    table: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
+def embedding_table(file: Path, shape: tuple[int, int]) -> NDArray[np.floating]:
+    """Map a table [vocab, hidden] of floats into memory; only the rows that are used are read.
+
+    Raises:
+        BundleError: the file is no such table.
+    """
+    try:
+        table: NDArray[np.floating] = np.lib.format.open_memmap(file, mode="r")
+    except Exception as error:  # a damaged header makes numpy raise nearly anything
+        raise BundleError(f"cannot read the embeddings {file}: {error}; copy or export the bundle again") from error
+    if table.shape != shape or not np.issubdtype(table.dtype, np.floating):
+        raise BundleError(
+            f"the embeddings {file} are {table.dtype} of shape {list(table.shape)}, the manifest says floats of shape "
+            f"{list(shape)}; copy or export the bundle again"
+        )
     return table

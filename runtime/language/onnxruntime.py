@@ -29,6 +29,7 @@ class OnnxRuntimeLanguage:
         settings: how to run it.
 
     Raises:
+        BundleError: the embeddings are damaged.
         MissingExtraError: onnxruntime is not installed.
         EngineError: onnxruntime cannot load the decoder.
     """
@@ -37,7 +38,7 @@ class OnnxRuntimeLanguage:
         self.manifest = manifest
         self.context_length = manifest.context_length
         self._session = open_session(folder / manifest.file, settings)
-        self._embeddings = embedding_table(folder / manifest.embeddings)
+        self._embeddings = embedding_table(folder / manifest.embeddings, (manifest.vocab_size, manifest.hidden_size))
 
     def embed(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """See LanguageBackend.embed."""

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from benchmarks.checkpoints import make_checkpoint
 
+from benchmarks.checkpoints import make_checkpoint
 from hivtp.export.checkpoint import Checkpoint, canonical_name
 from hivtp.export.decoder import load_language_model
 from hivtp_ops.errors import CheckpointError

@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from benchmarks.checkpoints import make_checkpoint
 from transformers import LlavaForConditionalGeneration
 
+from benchmarks.checkpoints import make_checkpoint
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.decoder import (
     _builder_class,

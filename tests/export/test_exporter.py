@@ -13,8 +13,8 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from benchmarks.checkpoints import make_checkpoint
 
+from benchmarks.checkpoints import make_checkpoint
 from hivtp.engines.bundle import Bundle
 from hivtp.export import exporter
 from hivtp.export.exporter import ExportSettings, export_bundle

@@ -9,9 +9,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from benchmarks.checkpoints import make_checkpoint
 from transformers import LlavaForConditionalGeneration
 
+from benchmarks.checkpoints import make_checkpoint
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.clip import VisionShape
 from hivtp.export.graph import quantize_per_channel, save_model

@@ -172,6 +172,4 @@ def score_maps(num_patches: int, max_tiles: int = 3) -> st.SearchStrategy[NDArra
     few_values = st.sampled_from([-INF, -1.0, -0.0, 0.0, 1.0, INF])
     any_values = st.floats(width=32, allow_nan=False)
     shape = st.tuples(st.integers(1, max_tiles), st.just(num_patches))
-    return hnp.arrays(np.float32, shape, elements=few_values) | hnp.arrays(
-        np.float32, shape, elements=any_values
-    )
+    return hnp.arrays(np.float32, shape, elements=few_values) | hnp.arrays(np.float32, shape, elements=any_values)

@@ -10,6 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+
+from hivtp_ops import PRESETS, PruningSpec, SpecError, op, select
+from hivtp_ops.onnx_function import hierarchical_prune_function, hierarchical_prune_node
 from tests.hivtp_ops.brute_force import (
     CASES,
     PAPER_GRID,
@@ -19,9 +22,6 @@ from tests.hivtp_ops.brute_force import (
     prune_tile,
     score_maps,
 )
-
-from hivtp_ops import PRESETS, PruningSpec, SpecError, op, select
-from hivtp_ops.onnx_function import hierarchical_prune_function, hierarchical_prune_node
 
 case = pytest.mark.parametrize(("grid", "spec"), CASES, ids=str)
 
@@ -55,9 +55,7 @@ def make_model(grid, spec, opset=23):
 def make_session(model):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 @functools.cache
@@ -95,9 +93,7 @@ def test_function_is_select_on_many_random_maps(grid, spec):
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.sampled_from(CASES[5:]).flatmap(lambda pair: st.tuples(st.just(pair), score_maps(math.prod(pair[0]))))
-)
+@given(st.sampled_from(CASES[5:]).flatmap(lambda pair: st.tuples(st.just(pair), score_maps(math.prod(pair[0])))))
 def test_function_is_select_on_any_map(problem):
     (grid, spec), maps = problem
     indices, counts = run(maps, grid, spec)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from hivtp_ops import PRESETS, PruningSpec, ScoreError, SpecError, select
 from tests.hivtp_ops.brute_force import (
     CASES,
     INF,
@@ -17,8 +19,6 @@ from tests.hivtp_ops.brute_force import (
     prune_tile,
     score_maps,
 )
-
-from hivtp_ops import PRESETS, PruningSpec, ScoreError, SpecError, select
 
 case = pytest.mark.parametrize(("grid", "spec"), CASES, ids=str)
 

@@ -80,9 +80,7 @@ def test_resolve_keeps_the_layers_that_are_given():
     assert PruningSpec(num_layers=5).resolve(24) == PruningSpec(first_layer=6, num_layers=5)
 
 
-@pytest.mark.parametrize(
-    "spec", [PruningSpec(23, 3), PruningSpec(24, 1), PruningSpec(0, 25), PruningSpec(23)]
-)
+@pytest.mark.parametrize("spec", [PruningSpec(23, 3), PruningSpec(24, 1), PruningSpec(0, 25), PruningSpec(23)])
 def test_layers_outside_the_encoder_are_an_error(spec):
     with pytest.raises(SpecError, match="outside the encoder"):
         spec.resolve(24)

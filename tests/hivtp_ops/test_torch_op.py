@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from hivtp_ops import PRESETS, PruningSpec, ScoreError, SpecError, op, select, torch_op
 from tests.hivtp_ops.brute_force import (
     CASES,
     PAPER_GRID,
@@ -19,8 +21,6 @@ from tests.hivtp_ops.brute_force import (
     prune_tile,
     score_maps,
 )
-
-from hivtp_ops import PRESETS, PruningSpec, ScoreError, SpecError, op, select, torch_op
 
 case = pytest.mark.parametrize(("grid", "spec"), CASES, ids=str)
 a_few_cases = pytest.mark.parametrize(("grid", "spec"), [CASES[0], CASES[2], CASES[7]], ids=str)

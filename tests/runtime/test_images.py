@@ -91,9 +91,7 @@ FILES = {
     "multipage tiff": lambda photo: encode(photo, "TIFF", save_all=True, append_images=[photo.rotate(90)]),
     "two pixels": lambda photo: encode(photo.resize((2, 2)), "PNG"),
 } | {
-    f"{file_format} of orientation {value}": lambda photo, f=file_format, v=value: encode(
-        photo, f, exif=orientation(v)
-    )
+    f"{file_format} of orientation {value}": lambda photo, f=file_format, v=value: encode(photo, f, exif=orientation(v))
     for file_format in ("JPEG", "PNG", "WEBP", "TIFF")
     for value in range(1, 9)
 }
@@ -185,9 +183,7 @@ def test_a_directory_is_refused(tmp_path):
         load_image(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "url", ["http://example.org/a.png", "https://example.org/a.png", "HTTPS://example.org/a"]
-)
+@pytest.mark.parametrize("url", ["http://example.org/a.png", "https://example.org/a.png", "HTTPS://example.org/a"])
 def test_urls_are_not_fetched(url):
     with pytest.raises(ImageError, match="URLs are not fetched"):
         load_image(url)

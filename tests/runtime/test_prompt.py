@@ -64,16 +64,11 @@ VICUNA = (
     "{{ bos_token }}A chat. {% for message in messages %}"
     "{{ message['role'].upper() + ': ' + message['content'] | trim + ' ' }}{% endfor %}ASSISTANT:"
 )
-STRINGIFIES = (
-    "{{ bos_token }}{% for message in messages %}[INST] {{ message['content'] }} [/INST]{% endfor %}"
-)
+STRINGIFIES = "{{ bos_token }}{% for message in messages %}[INST] {{ message['content'] }} [/INST]{% endfor %}"
 DROPS_LISTS = (
-    "{% for m in messages %}{% if m.content is string %}Human: {{ m.content }}{% endif %}{% endfor %}"
-    " Assistant:"
+    "{% for m in messages %}{% if m.content is string %}Human: {{ m.content }}{% endif %}{% endfor %} Assistant:"
 )
-LOSES_IMAGES = (
-    "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %} Assistant:"
-)
+LOSES_IMAGES = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %} Assistant:"
 
 PROMPTS = ["What is this?", "  Two\n lines \n", "a <b> & 'c' \"d\" {{ 7 * 7 }}", "日本 🙂", "A"]
 
@@ -114,9 +109,7 @@ def tokenizer(folder: Path) -> Tokenizer:
 def reference(folder: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +186,7 @@ def test_another_image_token_is_respected() -> None:
 
 
 @pytest.mark.parametrize("chat_template", [LLAVA, VICUNA, None])
-@pytest.mark.parametrize(
-    "injection", ["{{ 7 * 7 }}", "{% raw %}", "{# gone #}", "{{ raise_exception('x') }}"]
-)
+@pytest.mark.parametrize("injection", ["{{ 7 * 7 }}", "{% raw %}", "{# gone #}", "{{ raise_exception('x') }}"])
 def test_jinja_in_a_prompt_is_text(chat_template: str | None, injection: str) -> None:
     assert injection in _template(chat_template).render(injection, num_images=1)
 
@@ -225,9 +216,7 @@ def test_a_prompt_that_is_no_unicode_is_refused() -> None:
 def test_image_tokens_must_match_the_images(
     chat_template: str | None, prompt: str, num_marks: int, num_images: int
 ) -> None:
-    with pytest.raises(
-        PromptError, match=f"has {num_marks} <image> marks and {num_images} images.*once per image"
-    ):
+    with pytest.raises(PromptError, match=f"has {num_marks} <image> marks and {num_images} images.*once per image"):
         _template(chat_template).render(prompt, num_images)
 
 
@@ -289,9 +278,7 @@ def test_ids_are_those_of_the_reference_with_one_per_image(
     assert ids[0] == 1
 
 
-def test_special_tokens_are_added_where_there_is_no_bos_token(
-    tokenizer: Tokenizer, image_token_id: int
-) -> None:
+def test_special_tokens_are_added_where_there_is_no_bos_token(tokenizer: Tokenizer, image_token_id: int) -> None:
     text = "<s>Hello"
     assert PromptTemplate(None, None, None).encode(tokenizer, text, image_token_id)[:2] == [1, 1]
     assert _template(None).encode(tokenizer, text, image_token_id).count(1) == 1

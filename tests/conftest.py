@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from benchmarks.checkpoints import make_checkpoint
+from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp_ops import PruningSpec
+
+if TYPE_CHECKING:
+    from tests.reference import HuggingFace
+
+
+# Read when torch is imported: threads cost models this small more than they give, above all on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    # At the usual 0.02 the next token of a model this small follows from the last one alone: every picture would
+    # get the same answer.
+    return make_checkpoint(folder, "tiny", text={"initializer_range": 0.2})
+
+
+@pytest.fixture(scope="session")
+def pruned_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pruned") / "bundle"
+    return export_bundle(tiny_checkpoint, folder, ExportSettings(preset="paper"), is_quiet=True).folder
+
+
+@pytest.fixture(scope="session")
+def unpruned_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unpruned") / "bundle"
+    return export_bundle(tiny_checkpoint, folder, ExportSettings(is_pruned=False), is_quiet=True).folder
+
+
+@pytest.fixture(scope="session")
+def exact_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Preset 192, which keeps 21 of 8 x 8 patches, whatever the picture."""
+    folder = tmp_path_factory.mktemp("exact") / "bundle"
+    return export_bundle(tiny_checkpoint, folder, ExportSettings(preset="192"), is_quiet=True).folder
+
+
+@pytest.fixture(scope="session")
+def varying_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A rule whose count depends on the picture: 52 to 64 of 8 x 8 patches."""
+    folder = tmp_path_factory.mktemp("varying") / "bundle"
+    settings = ExportSettings(spec=PruningSpec(global_ratio=0.75))
+    return export_bundle(tiny_checkpoint, folder, settings, is_quiet=True).folder
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """Folder of the real photographs that scikit-image ships."""
+    spec = importlib.util.find_spec("skimage")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def photo(photos: Path) -> Path:
+    return photos / "astronaut.png"
+
+
+@pytest.fixture(scope="session")
+def hugging_face(tiny_checkpoint: Path) -> HuggingFace:
+    """transformers on the tiny checkpoint."""
+    from tests.reference import HuggingFace
+
+    return HuggingFace(tiny_checkpoint)

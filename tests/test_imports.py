@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hivtp
+import hivtp_ops
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("export", "engines", "runtime")
+CORE = {"numpy", "PIL", "tokenizers", "jinja2", "markupsafe"}
+HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "safetensors", "onnxruntime_genai"}
+
+# Makes every package absent but those named: what an installation with few extras is like.
+ONLY = """
+import sys
+
+class Only:
+    def __init__(self, allowed):
+        self.allowed = allowed | {"hivtp", "hivtp_ops"} | sys.stdlib_module_names
+        self.finders = sys.meta_path[:]
+
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top not in self.allowed and not top.startswith("_"):
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in self.finders)
+        return next((spec for spec in specs if spec is not None), None)
+
+sys.meta_path[:] = [Only(ALLOWED)]
+"""
+
+
+def run_python(code: str, allowed: set[str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh process, in which only the packages `allowed` are installed; None is all."""
+    if allowed is not None:
+        code = ONLY.replace("ALLOWED", repr(allowed)) + code
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_every_module_imports_with_the_core_alone():
+    code = """
+import importlib, json, pkgutil
+import hivtp, hivtp_ops
+
+names = [
+    module.name
+    for package in (hivtp, hivtp_ops)
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+]
+for name in names:
+    importlib.import_module(name)
+print(json.dumps([names, sorted({name.partition(".")[0] for name in sys.modules})]))
+"""
+    done = run_python(code, CORE)
+    assert done.returncode == 0, done.stderr
+    modules, packages = json.loads(done.stdout)
+    files = [file for part in (*PARTS, "hivtp_ops") for file in (ROOT / part).rglob("*.py")]
+    # `hivtp_ops` itself is no module below a package, and each of the other parts is.
+    assert len(modules) == len(files) - 1
+    assert not (HEAVY | {"onnxruntime"}) & set(packages)
+
+
+@pytest.mark.parametrize(("command", "module"), [("hivtp-export", "export"), ("hivtp-run", "runtime")])
+def test_each_command_shows_its_help_with_the_core_alone(command, module):
+    done = run_python(f"from hivtp.{module}.cli import main; main(['--help'])", CORE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: {command}")
+    assert "examples:" in done.stdout
+
+
+def test_the_commands_are_installed():
+    scripts = importlib.metadata.entry_points(group="console_scripts")
+    assert scripts["hivtp-run"].load() is importlib.import_module("hivtp.runtime.cli").main
+    assert scripts["hivtp-export"].load() is importlib.import_module("hivtp.export.cli").main
+
+
+def test_running_without_an_engine_names_the_extra_that_brings_it(pruned_bundle):
+    code = f"from hivtp.runtime.cli import main; sys.exit(main([{str(pruned_bundle)!r}, 'what']))"
+    done = run_python(code, CORE)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "hivtp-run: onnxruntime is not installed; install it with: pip install 'hivtp[cpu]'\n"
+
+
+def test_exporting_without_torch_names_the_extra_that_brings_it(tiny_checkpoint, tmp_path):
+    destination = str(tmp_path / "bundle")
+    code = f"from hivtp.export.cli import main; sys.exit(main([{str(tiny_checkpoint)!r}, {destination!r}, '--quiet']))"
+    done = run_python(code, CORE)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith("torch is not installed; install it with: pip install 'hivtp[export]'\n")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_running_a_bundle_never_imports_what_exporting_needs(pruned_bundle, photo, tmp_path):
+    overlay = tmp_path / "kept.png"
+    code = f"""
+import sys
+from hivtp import Pipeline
+from hivtp.runtime.cli import main
+
+pipeline = Pipeline.load({str(pruned_bundle)!r}, check_hashes=True)
+answer = pipeline.generate("what", [{str(photo)!r}], max_new_tokens=3, temperature=1.0, top_k=9)
+assert len(answer.token_ids) == 3
+"".join(pipeline.stream("how many dogs", max_new_tokens=3))
+arguments = [{str(pruned_bundle)!r}, "what", "--image", {str(photo)!r}, "--max-new-tokens", "2"]
+assert main([*arguments, "--overlay", {str(overlay)!r}]) == 0
+print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    packages = set(done.stdout.splitlines()[-1].split())
+    assert {"hivtp", "onnxruntime", "tokenizers"} <= packages
+    assert not HEAVY & packages
+    assert overlay.is_file()
+
+
+def test_importing_hivtp_is_quick():
+    code = "import time; started = time.perf_counter(); import hivtp; print(time.perf_counter() - started)"
+    seconds = min(float(run_python(code).stdout) for _ in range(5))
+    print(f"import hivtp: {seconds:.3f} s")  # noqa: T201  shown by pytest -s
+    # 0.3 s is what is wanted of a quiet machine; a busy one gets twice that.
+    assert seconds < 0.6
+
+
+@pytest.mark.parametrize("link", [*(f"src/hivtp/{part}" for part in PARTS), "src/hivtp_ops"])
+def test_the_links_under_src_lead_to_the_parts_at_the_root(link):
+    path = ROOT / link
+    assert path.is_symlink()
+    assert not path.readlink().is_absolute()
+    assert path.resolve() == ROOT.resolve() / path.name
+    assert (path / "__init__.py").is_file()
+
+
+def test_the_public_names_are_there():
+    assert {"Pipeline", "Answer", "AnswerStream", "Timings", "PruningSpec", "HivtpError"} <= set(hivtp.__all__)
+    assert {"PruningSpec", "select", "Selection", "HivtpError"} <= set(hivtp_ops.__all__)
+    for package in (hivtp, hivtp_ops):
+        assert all(hasattr(package, name) for name in package.__all__)
+        assert package.__doc__
+    assert (ROOT / "src" / "hivtp" / "py.typed").is_file()
+
+
+def test_an_error_of_each_part_is_a_hivtp_error():
+    errors = importlib.import_module("hivtp_ops.errors")
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    assert len(kinds) > 8
+    assert all(issubclass(kind, hivtp.HivtpError) for kind in kinds)
