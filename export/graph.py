@@ -129,7 +129,7 @@ class GraphBuilder:
         )
         return product if bias is None else self.op("Add", product, self.weight(bias), name=name)
 
-    def model(self, outputs: Sequence[Output], functions: Sequence[onnx.FunctionProto] = ()) -> ir.Model:
+    def model(self, outputs: Sequence[Output], functions: Sequence[onnx.FunctionProto]) -> ir.Model:
         """The finished model."""
         for output in outputs:
             output.value.dtype = self._ir.DataType[output.dtype]

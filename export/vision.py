@@ -82,14 +82,16 @@ class _VisionGraph:
             Output(counts, "INT64", ("tiles",)),
             Output(importance, "FLOAT", ("tiles", shape.num_patches)),
         ]
-        return graph.model(outputs, [hierarchical_prune_function(shape.grid, spec, opset=OPSET)])
+        prune = hierarchical_prune_function(shape.grid, spec, opset=OPSET)
+        return graph.model(outputs, [prune, *tower.functions()])
 
     def unpruned(self) -> ir.Model:
         shape = self.shape
         features = self._features(self._run_layers(shape.num_feature_layers))
         embeds = self.graph.cast(self._project(features), "FLOAT", "image_embeds")
         num_tokens = shape.num_prefix_tokens + shape.num_patches
-        return self.graph.model([Output(embeds, "FLOAT", ("tiles", num_tokens, shape.language_hidden_size))])
+        outputs = [Output(embeds, "FLOAT", ("tiles", num_tokens, shape.language_hidden_size))]
+        return self.graph.model(outputs, self.tower.functions())
 
     def encoder(self) -> ir.Model:
         graph, shape = self.graph, self.shape
@@ -105,7 +107,7 @@ class _VisionGraph:
             Output(attention, "FLOAT", ("tiles", len(maps), shape.num_heads, side, side)),
             Output(self.tower.importance("importance"), "FLOAT", ("tiles", shape.num_patches)),
         ]
-        return graph.model(outputs)
+        return graph.model(outputs, self.tower.functions())
 
     def _scores(self) -> ir.Value:
         """The importance, -inf where a tile of LLaVA-NeXT shows padding and no picture."""
