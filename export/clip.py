@@ -97,11 +97,16 @@ class ClipTower:
         width = shape.hidden_size
         if graph.precision == "fp16":
             pixels = graph.cast(pixels, "FLOAT16", "pixels")
-        kernel = graph.weight("vision.embeddings.patch_embedding.weight")
-        sides = [shape.patch_size] * 2
-        patches = graph.op("Conv", pixels, kernel, name="patches", kernel_shape=sides, strides=sides)
-        patches = graph.op("Reshape", patches, graph.constant("flat", [0, width, -1]), name="patches.flat")
-        patches = graph.op("Transpose", patches, name="patches.rows", perm=[0, 2, 1])
+        # The convolution's windows do not overlap, so it is a matrix product, and a faster one on a CPU.
+        (rows, cols), side = shape.grid, shape.patch_size
+        split = graph.constant("split_patches", [-1, 3, rows, side, cols, side])
+        patches = graph.op("Reshape", pixels, split, name="patches.split")
+        patches = graph.op("Transpose", patches, name="patches.by_place", perm=[0, 2, 4, 1, 3, 5])
+        num_values = 3 * side * side
+        flat = graph.constant("flat_patches", [-1, shape.num_patches, num_values])
+        patches = graph.op("Reshape", patches, flat, name="patches.flat")
+        kernel = "vision.embeddings.patch_embedding.weight"
+        patches = graph.matmul(patches, kernel, "patches", shape=(width, num_values))
         cls = graph.weight("vision.embeddings.class_embedding", shape=(1, 1, width))
         tiles = graph.op("Shape", patches, name="tiles", start=0, end=1)
         cls_shape = graph.op("Concat", tiles, graph.constant("one_row", [1, width]), name="cls.shape", axis=0)
@@ -161,14 +166,20 @@ class ClipTower:
         return graph.op("Slice", value, starts, ends, graph.constant("axis_patches", [1]), name=name)
 
     def _attention(self, index: int, queries_from: ir.Value, normed: ir.Value, name: str, path: str) -> ir.Value:
+        graph = self.graph
         queries = self._linear(queries_from, f"{path}.q_proj", f"{name}.queries")
-        keys = self._linear(normed, f"{path}.k_proj", f"{name}.keys")
-        values = self._linear(normed, f"{path}.v_proj", f"{name}.values")
+        # Softmax takes no notice of what is the same for all keys of a query, and the keys' bias is just that.
+        keys = graph.linear(normed, f"{path}.k_proj.weight", None, f"{name}.keys")
+        # Probabilities sum to one, so the values' bias passes through them, and is added behind instead.
+        values = graph.linear(normed, f"{path}.v_proj.weight", None, f"{name}.values")
         if index in self.scoring_layers:
             mixed = self._explicit_attention(queries, keys, values, name)
         else:
             mixed = self._fused_attention(queries, keys, values, f"{name}.fused")
-        return self._linear(mixed, f"{path}.out_proj", f"{name}.output")
+        bias = graph.read(f"{path}.out_proj.weight") @ graph.read(f"{path}.v_proj.bias")
+        bias = (bias + graph.read(f"{path}.out_proj.bias")).astype(graph.compute_dtype.numpy())
+        bias_with_values = graph.constant(f"{path}.out_proj.bias_with_values", bias)
+        return graph.linear(mixed, f"{path}.out_proj.weight", bias_with_values, f"{name}.output")
 
     def _fused_attention(self, queries: ir.Value, keys: ir.Value, values: ir.Value, name: str) -> ir.Value:
         graph, num_heads = self.graph, self.shape.num_heads

@@ -88,23 +88,29 @@ class GraphBuilder:
         return self._weights[name]
 
     def weight(self, name: str, *, shape: Sequence[int] | None = None, is_transposed: bool = False) -> ir.Value:
-        """A stored weight in the compute dtype, optionally reshaped or transposed (2-D)."""
+        """A stored weight in the compute dtype; reshaped where a shape is given, and then transposed (2-D) if asked."""
         onnx_ir, key = self._ir, f"{name}.T" if is_transposed else name
         if key in self._weights:
             return self._weights[key]
-        stored = self._read_weight(name)
-        final_shape = tuple(shape or (stored.shape[::-1] if is_transposed else stored.shape))
+        final_shape = tuple(shape or self._read_weight(name).shape)
         numpy_dtype = self.compute_dtype.numpy()
 
         def read() -> ir.TensorProtocol:
-            array = self._read_weight(name).float().numpy().astype(numpy_dtype, copy=False)
-            array = np.ascontiguousarray(array.T if is_transposed else array.reshape(final_shape))
-            tensor: ir.TensorProtocol = onnx_ir.tensor(array, name=key)
+            array = self.read(name).reshape(final_shape).astype(numpy_dtype, copy=False)
+            tensor: ir.TensorProtocol = onnx_ir.tensor(
+                np.ascontiguousarray(array.T if is_transposed else array), name=key
+            )
             return tensor
 
-        tensor = onnx_ir.LazyTensor(read, self.compute_dtype, onnx_ir.Shape(final_shape), name=key)
+        stored_shape = final_shape[::-1] if is_transposed else final_shape
+        tensor = onnx_ir.LazyTensor(read, self.compute_dtype, onnx_ir.Shape(stored_shape), name=key)
         self._weights[key] = self._tape.initializer(tensor, name=key)
         return self._weights[key]
+
+    def read(self, name: str) -> np.ndarray:
+        """The values of a stored weight, float32."""
+        values: np.ndarray = self._read_weight(name).float().numpy()
+        return values
 
     def cast(self, value: ir.Value, dtype: str, name: str) -> ir.Value:
         """A cast, or the value itself where the compute dtype already is `dtype`."""
@@ -117,17 +123,22 @@ class GraphBuilder:
             return self.op(
                 "LayerNormalization", value, self.weight(weight), self.weight(bias), name=name, epsilon=epsilon
             )
-        parameters = [self.constant(f"{key}.float32", self._read_weight(key).float().numpy()) for key in (weight, bias)]
+        parameters = [self.constant(f"{key}.float32", self.read(key)) for key in (weight, bias)]
         wide = self.cast(value, "FLOAT", f"{name}.in")
         normed = self.op("LayerNormalization", wide, *parameters, name=f"{name}.float32", epsilon=epsilon)
         return self.cast(normed, "FLOAT16", name)
 
-    def linear(self, value: ir.Value, weight: str, bias: str | None, name: str) -> ir.Value:
+    def linear(self, value: ir.Value, weight: str, bias: str | ir.Value | None, name: str) -> ir.Value:
         """`value @ weight.T + bias` with a torch linear layer's [out, in] weight; int8 where precision says so."""
-        product = (
-            self._int8_matmul(value, weight, name) if self.precision == "int8" else self._matmul(value, weight, name)
-        )
-        return product if bias is None else self.op("Add", product, self.weight(bias), name=name)
+        multiply = self._int8_matmul if self.precision == "int8" else self.matmul
+        product = multiply(value, weight, name)
+        if bias is None:
+            return product
+        return self.op("Add", product, self.weight(bias) if isinstance(bias, str) else bias, name=name)
+
+    def matmul(self, value: ir.Value, weight: str, name: str, shape: Sequence[int] | None = None) -> ir.Value:
+        """`value @ weight.T` in the compute dtype; `shape` is that of the weight as a matrix."""
+        return self.op("MatMul", value, self.weight(weight, shape=shape, is_transposed=True), name=f"{name}.matmul")
 
     def model(self, outputs: Sequence[Output], functions: Sequence[onnx.FunctionProto]) -> ir.Model:
         """The finished model."""
@@ -146,12 +157,9 @@ class GraphBuilder:
         model: ir.Model = self._ir.Model(graph, ir_version=IR_VERSION, producer_name="hivtp", functions=imported)
         return model
 
-    def _matmul(self, value: ir.Value, weight: str, name: str) -> ir.Value:
-        return self.op("MatMul", value, self.weight(weight, is_transposed=True), name=f"{name}.matmul")
-
     def _int8_matmul(self, value: ir.Value, weight: str, name: str) -> ir.Value:
         # The node pattern that onnxruntime fuses into one DynamicQuantizeMatMul.
-        matrix, scale = quantize_per_channel(self._read_weight(weight).float().numpy())
+        matrix, scale = quantize_per_channel(self.read(weight))
         weight_int8 = self.constant(f"{weight}.int8", matrix)
         weight_scale = self.constant(f"{weight}.scale", scale)
         zero_point = self.constant(f"{weight}.zero_point", np.zeros(scale.shape, np.int8))
