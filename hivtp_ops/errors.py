@@ -43,6 +43,10 @@ class EngineError(HivtpError):
     """An inference engine that is absent, or that failed on a graph."""
 
 
+class OutOfMemoryError(HivtpError, MemoryError):
+    """Memory that ran out for one request of a batch."""
+
+
 class MissingExtraError(HivtpError, ImportError):
     """An optional package that is needed here and not installed.
 

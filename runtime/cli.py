@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hivtp.runtime.answer import Answer
-    from hivtp.runtime.pipeline import AnswerStream, Pipeline
+    from hivtp.runtime.answer_stream import AnswerStream
+    from hivtp.runtime.pipeline import Pipeline
 
 DESCRIPTION = "Ask a bundle, written by hivtp-export, about one or several images. The answer streams as it comes."
 EXAMPLES = """\
@@ -30,7 +31,7 @@ examples:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line; defaults come from the pipeline and SamplingSettings."""
-    from hivtp.runtime.pipeline import DEFAULT_MAX_NEW_TOKENS
+    from hivtp.runtime.request import DEFAULT_MAX_NEW_TOKENS
     from hivtp.runtime.sampling import SamplingSettings
 
     sampling = SamplingSettings()

@@ -5,32 +5,33 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
 from hivtp.engines import EngineSettings
 from hivtp.engines.bundle import Bundle
-from hivtp.runtime.answer import Answer, FinishReason, Timings
+from hivtp.runtime.answer_stream import AnswerStream, milliseconds_since
+from hivtp.runtime.batch import answer_batch
 from hivtp.runtime.embedding_cache import DEFAULT_CACHE_BYTES, EmbeddingCache
 from hivtp.runtime.image_encoder import open_image_encoder
 from hivtp.runtime.images import load_image
 from hivtp.runtime.language import LanguageBackend, create_language
 from hivtp.runtime.prompt import PromptTemplate
-from hivtp.runtime.sampling import Sampler, SamplingSettings
+from hivtp.runtime.request import GenerationSettings, Request
+from hivtp.runtime.sampling import Sampler
 from hivtp.runtime.tokenizer import Tokenizer
 from hivtp.runtime.vision import DEFAULT_MAX_TILES_PER_RUN, VisionStage
-from hivtp_ops.errors import BundleError, PromptError, SettingsError
+from hivtp_ops.errors import BundleError, HivtpError, PromptError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from hivtp.runtime.answer import Answer
     from hivtp.runtime.image_encoder import EncodedImage, ImageEncoder, PreparedImage
     from hivtp.runtime.images import ImageSource
-
-DEFAULT_MAX_NEW_TOKENS = 256
 
 
 class Pipeline:
@@ -103,51 +104,23 @@ class Pipeline:
         )
 
     def generate(
-        self,
-        prompt: str,
-        images: Sequence[ImageSource] = (),
-        *,
-        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
-        temperature: float = SamplingSettings.temperature,
-        top_p: float = SamplingSettings.top_p,
-        top_k: int = SamplingSettings.top_k,
-        seed: int | None = SamplingSettings.seed,
+        self, prompt: str, images: Sequence[ImageSource] = (), **settings: Unpack[GenerationSettings]
     ) -> Answer:
         """Answer a prompt; see `stream` for the arguments and errors."""
-        stream = self.stream(
-            prompt,
-            images,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-        )
+        stream = self.stream(prompt, images, **settings)
         for _piece in stream:
             pass
         return stream.answer
 
     def stream(
-        self,
-        prompt: str,
-        images: Sequence[ImageSource] = (),
-        *,
-        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
-        temperature: float = SamplingSettings.temperature,
-        top_p: float = SamplingSettings.top_p,
-        top_k: int = SamplingSettings.top_k,
-        seed: int | None = SamplingSettings.seed,
+        self, prompt: str, images: Sequence[ImageSource] = (), **settings: Unpack[GenerationSettings]
     ) -> AnswerStream:
         """Answer a prompt piece by piece.
 
         Args:
             prompt: the question; `<image>` marks say where the images stand, a single image needs none.
             images: paths, encoded bytes, PIL images or uint8 arrays.
-            max_new_tokens: at most this many tokens; fewer where the context ends first.
-            temperature: 0 is greedy; see SamplingSettings for this and the rest.
-            top_p: share of the probability to draw from.
-            top_k: number of tokens to draw from; 0 is all.
-            seed: of the draws.
+            **settings: max_new_tokens, temperature, top_p, top_k and seed, as in Request.
 
         Returns:
             An iterator of text pieces; when it is exhausted, its `answer` is complete. Input is checked here,
@@ -158,12 +131,32 @@ class Pipeline:
             PromptError: the prompt is empty, does not fit the images, or is longer than the context.
             SettingsError: a setting cannot work.
         """
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise SettingsError(f"max_new_tokens must be a whole number, 1 or more, not {max_new_tokens!r}")
-        sampler = Sampler(SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed))
-        return AnswerStream(self, self._prepare(prompt, images), max_new_tokens, sampler)
+        request = Request(prompt, images, **settings)
+        prepared = self.prepare(prompt, images)
+        sampler = Sampler(request.sampling)
 
-    def _prepare(self, prompt: str, images: Sequence[ImageSource]) -> _Request:
+        def decode(encoded: list[EncodedImage]) -> Iterator[int]:
+            embeds = self.embed(prepared.token_ids, encoded)
+            return self.language.generate(embeds, request.max_new_tokens, sampler)
+
+        return AnswerStream(self, prepared, decode)
+
+    def generate_batch(self, requests: Sequence[Request]) -> list[Answer | HivtpError]:
+        """Answer several requests together: one vision batch, then one decoder step for all of them.
+
+        Each answer is the one that its request gives alone. The timings of an answer are those of its request
+        where it has its own (preprocess_ms, prefill_ms), and else those of what was done together: vision_ms
+        is that of all images, decode_ms_per_token the mean of the joint steps that the request took part in.
+        ttft_ms is their sum as ever; the time that a request waited for others is in none.
+
+        Returns:
+            For each request its answer, or the error that it alone failed with: what `stream` raises, or an
+            EngineError or OutOfMemoryError. It costs no other request its answer.
+        """
+        return answer_batch(self, requests)
+
+    def prepare(self, prompt: str, images: Sequence[ImageSource]) -> PreparedPrompt:
+        """Check and tokenise a prompt, and read and resize its images; see `stream` for the errors."""
         started = time.perf_counter()
         if isinstance(images, str | bytes) or not isinstance(images, Sequence):
             raise PromptError(f"images must be a list of images, not {type(images).__name__}; write images=[image]")
@@ -173,10 +166,14 @@ class Pipeline:
         # What pruning keeps is known after the vision stage only; the least that it can be is refused here.
         self._check_length(len(token_ids) - len(images) + manifest.num_prefix_tokens * len(images))
         prepared = [self.images.prepare(load_image(image)) for image in images]
-        return _Request(token_ids, prepared, _milliseconds_since(started))
+        return PreparedPrompt(token_ids, prepared, milliseconds_since(started))
 
-    def _embed(self, token_ids: Sequence[int], images: Sequence[EncodedImage]) -> NDArray[np.float32]:
-        """The prompt's embeddings [length, hidden], with each image's tokens in place of its placeholder."""
+    def embed(self, token_ids: Sequence[int], images: Sequence[EncodedImage]) -> NDArray[np.float32]:
+        """The prompt's embeddings [length, hidden], with each image's tokens in place of its placeholder.
+
+        Raises:
+            PromptError: they are longer than the context.
+        """
         embeds = self.language.embed(token_ids)
         if not images:
             return embeds
@@ -199,82 +196,12 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
-class _Request:
-    """A checked request: the prompt's ids, one placeholder per image, and the images' pixels."""
+class PreparedPrompt:
+    """A checked prompt: its ids, one placeholder per image, and the images' pixels."""
 
     token_ids: list[int]
     images: list[PreparedImage]
     preprocess_ms: float
-
-
-class AnswerStream:
-    """The pieces of one answer, as they come; made by `Pipeline.stream`.
-
-    Attributes:
-        images: what the language model sees of each image; empty until the first piece was asked for.
-    """
-
-    def __init__(self, pipeline: Pipeline, request: _Request, max_new_tokens: int, sampler: Sampler) -> None:
-        self.images: list[EncodedImage] = []
-        self._answer: Answer | None = None
-        self._pieces = self._run(pipeline, request, max_new_tokens, sampler)
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer.
-
-        Raises:
-            RuntimeError: the stream is not exhausted.
-        """
-        if self._answer is None:
-            raise RuntimeError("the answer is complete when the stream is exhausted; iterate it first")
-        return self._answer
-
-    def _run(self, pipeline: Pipeline, request: _Request, max_new_tokens: int, sampler: Sampler) -> Iterator[str]:
-        started = time.perf_counter()
-        self.images = pipeline.images.encode(request.images)
-        vision_ms = _milliseconds_since(started)
-
-        started = time.perf_counter()
-        embeds = pipeline._embed(request.token_ids, self.images)
-        tokens = pipeline.language.generate(embeds, max_new_tokens, sampler)
-        text = pipeline.tokenizer.stream()
-        token_ids: list[int] = []
-        pieces: list[str] = []
-        step_ms: list[float] = []
-        for token_id in tokens:
-            step_ms.append(_milliseconds_since(started))
-            token_ids.append(token_id)
-            if piece := text.push(token_id):
-                pieces.append(piece)
-                yield piece
-            # The time that the caller takes with a piece is not the decoder's.
-            started = time.perf_counter()
-        if piece := text.finish():
-            pieces.append(piece)
-            yield piece
-        finish_reason: FinishReason = "stop" if pipeline.language.is_end(token_ids[-1]) else "length"
-        self._answer = Answer(
-            text="".join(pieces),
-            token_ids=token_ids,
-            num_image_tokens=sum(image.num_unpruned_tokens for image in self.images),
-            num_kept_tokens=sum(len(image.embeds) for image in self.images),
-            kept_indices=[tile.kept_indices.tolist() for image in self.images for tile in image.tiles],
-            finish_reason=finish_reason,
-            timings=Timings(
-                preprocess_ms=request.preprocess_ms,
-                vision_ms=vision_ms,
-                prefill_ms=step_ms[0],
-                ttft_ms=request.preprocess_ms + vision_ms + step_ms[0],
-                decode_ms_per_token=float(np.mean(step_ms[1:])) if len(step_ms) > 1 else None,
-            ),
-        )
 
 
 def _read_template(bundle: Bundle) -> PromptTemplate:
@@ -282,7 +209,3 @@ def _read_template(bundle: Bundle) -> PromptTemplate:
         return PromptTemplate(**bundle.read_json("prompt.json"))
     except TypeError as error:
         raise BundleError(f"the prompt template of {bundle.folder} is damaged: {error}; export it again") from error
-
-
-def _milliseconds_since(started: float) -> float:
-    return (time.perf_counter() - started) * 1e3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -13,8 +14,25 @@ from hivtp_ops.errors import BundleError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hivtp_ops.errors import HivtpError
+
 # From the logits [vocab] float32 of one position to a token id.
 ChooseToken = Callable[[NDArray[np.float32]], int]
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """One sequence of a batch: the arguments of `LanguageBackend.generate`.
+
+    Args:
+        inputs_embeds: [length, hidden] float32, 0 < length < context_length.
+        max_new_tokens: at least 1.
+        choose_token: picks a token from the logits.
+    """
+
+    inputs_embeds: NDArray[np.float32]
+    max_new_tokens: int
+    choose_token: ChooseToken
 
 
 class LanguageBackend(Protocol):
@@ -40,6 +58,15 @@ class LanguageBackend(Protocol):
 
         Raises:
             EngineError: the engine failed.
+        """
+
+    def generate_batch(self, requests: Sequence[DecodeRequest]) -> Iterator[dict[int, int | HivtpError]]:
+        """Decode several sequences together, each to the tokens that `generate` gives for it alone.
+
+        Yields one dict per run of the decoder, from the index of a request to its next token. The prefills come
+        first, one run per request, in order; then each run is a step of all sequences that have not ended. A
+        request that fails gets its error (an EngineError, an OutOfMemoryError, or what its `choose_token`
+        raised) in place of a token, and leaves the batch; nothing is raised.
         """
 
     def is_end(self, token_id: int) -> bool:

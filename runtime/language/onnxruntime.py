@@ -1,14 +1,17 @@
-"""The decoder in ONNX Runtime: our loop over `inputs_embeds`, with the KV cache updated in place."""
+"""The decoder in ONNX Runtime: our loops over `inputs_embeds`, for one sequence and for several together."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hivtp.engines.onnxruntime import open_session
-from hivtp.runtime.language.base import ChooseToken, embedding_table
-from hivtp_ops.errors import EngineError
+from hivtp.runtime.language.base import ChooseToken, DecodeRequest, embedding_table
+from hivtp.runtime.language.kv_cache import BoundRows, allocate_cache
+from hivtp.runtime.outcome import attempt
+from hivtp_ops.errors import HivtpError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -52,9 +55,8 @@ class OnnxRuntimeLanguage:
         self, inputs_embeds: NDArray[np.float32], max_new_tokens: int, choose_token: ChooseToken
     ) -> Iterator[int]:
         """See LanguageBackend.generate."""
-        length = len(inputs_embeds)
-        num_tokens = min(max_new_tokens, self.context_length - length)
-        sequence = _Sequence(self._session, self.manifest, capacity=length + num_tokens)
+        num_tokens = min(max_new_tokens, self.context_length - len(inputs_embeds))
+        sequence = _Sequence(self._session, self.manifest, capacity=len(inputs_embeds) + num_tokens)
         logits = sequence.append(inputs_embeds)
         for step in range(num_tokens):
             token_id = choose_token(logits)
@@ -64,41 +66,132 @@ class OnnxRuntimeLanguage:
             if step + 1 < num_tokens:
                 logits = sequence.append(self.embed([token_id]))
 
+    def generate_batch(self, requests: Sequence[DecodeRequest]) -> Iterator[dict[int, int | HivtpError]]:
+        """See LanguageBackend.generate_batch.
+
+        The decoder gives logits of the last position only, so each prompt is prefilled alone, into its own row of
+        one KV cache. Where there is no memory for all rows at once, the halves are decoded one after the other.
+        """
+        if not requests:
+            return
+        capacity = max(len(request.inputs_embeds) + self._num_tokens(request) for request in requests)
+        batch = attempt(_Batch, self._session, self.manifest, len(requests), capacity)
+        if isinstance(batch, HivtpError):
+            yield from self._generate_halves(requests, batch)
+            return
+        rows: list[_Row] = []
+        for index, request in enumerate(requests):
+            slot = len(rows)
+            row = _Row(index, request, self._num_tokens(request))
+            outcome = row.choose(attempt(batch.append, slot, request.inputs_embeds))
+            if self._goes_on(row, outcome):
+                rows.append(row)
+            else:
+                batch.drop(slot, last=slot)
+            yield {index: outcome}
+        while rows:
+            logits = batch.step(self.embed([row.token_id for row in rows]))
+            outcomes = [row.choose(row_logits) for row, row_logits in zip(rows, logits, strict=True)]
+            yield {row.index: outcome for row, outcome in zip(rows, outcomes, strict=True)}
+            # From the last, so that the row that takes a free place is one that goes on.
+            for slot in reversed(range(len(rows))):
+                if not self._goes_on(rows[slot], outcomes[slot]):
+                    batch.drop(slot, last=len(rows) - 1)
+                    rows[slot] = rows[-1]
+                    rows.pop()
+
+    def _generate_halves(
+        self, requests: Sequence[DecodeRequest], error: HivtpError
+    ) -> Iterator[dict[int, int | HivtpError]]:
+        if len(requests) == 1:
+            yield {0: error}
+            return
+        middle = len(requests) // 2
+        for start, half in ((0, requests[:middle]), (middle, requests[middle:])):
+            for step in self.generate_batch(half):
+                yield {start + index: outcome for index, outcome in step.items()}
+
+    def _num_tokens(self, request: DecodeRequest) -> int:
+        """The most tokens that a request can get."""
+        return min(request.max_new_tokens, self.context_length - len(request.inputs_embeds))
+
+    def _goes_on(self, row: _Row, outcome: int | HivtpError) -> bool:
+        return not isinstance(outcome, HivtpError) and not self.is_end(outcome) and row.num_left > 0
+
 
 class _Sequence:
-    """One sequence in the decoder: its KV cache, and the buffers bound to the session.
-
-    Past and present are bound to one buffer per layer. Grouped-query attention then writes the new keys
-    and values behind the old ones instead of copying the past at every step.
-    """
+    """One sequence in the decoder, and its KV cache."""
 
     def __init__(self, session: Any, manifest: LanguageManifest, capacity: int) -> None:
-        import onnxruntime
-
-        self._session = session
-        self._binding = session.io_binding()
         self._length = 0
-        self._attention_mask = np.ones((1, capacity), dtype=np.int64)
-        # The bindings hold addresses only, so these buffers must live as long as the sequence.
-        self._logits = np.empty((1, 1, manifest.vocab_size), dtype=np.float32)
-        self._buffers = [onnxruntime.OrtValue.ortvalue_from_numpy(self._logits)]
-        self._binding.bind_ortvalue_output("logits", self._buffers[0])
-        cache_shape = (1, manifest.num_kv_heads, capacity, manifest.head_size)
-        for layer in range(manifest.num_layers):
-            for kind in ("key", "value"):
-                buffer = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(cache_shape, dtype=np.float32))
-                self._binding.bind_ortvalue_input(f"past_key_values.{layer}.{kind}", buffer)
-                self._binding.bind_ortvalue_output(f"present.{layer}.{kind}", buffer)
-                self._buffers.append(buffer)
+        self._rows = BoundRows(session, manifest, allocate_cache(manifest, 1, capacity))
 
     def append(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run the decoder on [num, hidden] new positions; the logits [vocab] of the last, valid until the next call."""
+        logits: NDArray[np.float32] = self._rows.run(embeds[None], [self._length + len(embeds)])[0]
         self._length += len(embeds)
-        self._binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds[None]))
-        self._binding.bind_cpu_input("attention_mask", self._attention_mask[:, : self._length])
-        try:
-            self._session.run_with_iobinding(self._binding)
-        except Exception as error:
-            raise EngineError(f"onnxruntime failed in the decoder: {error}") from error
-        logits: NDArray[np.float32] = self._buffers[0].numpy()[0, 0]
         return logits
+
+
+class _Batch:
+    """Sequences that are decoded together: the first rows of one KV cache."""
+
+    def __init__(self, session: Any, manifest: LanguageManifest, num_rows: int, capacity: int) -> None:
+        self._session = session
+        self._manifest = manifest
+        self._cache = allocate_cache(manifest, num_rows, capacity)
+        self._lengths = [0] * num_rows
+        self._joint: BoundRows | None = None
+
+    def append(self, slot: int, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run the decoder on [num, hidden] new positions of one row; the logits [vocab] of the last."""
+        length = self._lengths[slot] + len(embeds)
+        logits: NDArray[np.float32] = self._bind(slot, slot + 1).run(embeds[None], [length])[0]
+        self._lengths[slot] = length
+        return logits
+
+    def step(self, embeds: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | HivtpError]:
+        """Run one position [rows, hidden] of each of the first rows; the logits [vocab] of each, or why it failed."""
+        joint = attempt(self._step_together, embeds)
+        if isinstance(joint, HivtpError):
+            # What one row cannot do costs no other its answer. A step that failed has changed no length.
+            return [attempt(self.append, slot, embed[None]) for slot, embed in enumerate(embeds)]
+        return list(joint)
+
+    def drop(self, slot: int, last: int) -> None:
+        """Give the place of a row to the last one."""
+        if slot != last:
+            length = self._lengths[last]
+            for array in self._cache:
+                array[slot, :, :length] = array[last, :, :length]
+        self._lengths[slot], self._lengths[last] = self._lengths[last], 0
+
+    def _step_together(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+        if self._joint is None or self._joint.num_rows != len(embeds):
+            self._joint = self._bind(0, len(embeds))
+        lengths = [length + 1 for length in self._lengths[: len(embeds)]]
+        logits = self._joint.run(embeds[:, None], lengths)
+        self._lengths[: len(embeds)] = lengths
+        return logits
+
+    def _bind(self, start: int, stop: int) -> BoundRows:
+        # A range of whole rows is contiguous, so binding it copies nothing.
+        return BoundRows(self._session, self._manifest, [array[start:stop] for array in self._cache])
+
+
+@dataclass
+class _Row:
+    """One sequence of a batch: which request it answers, the tokens that it may still get, and its last one."""
+
+    index: int
+    request: DecodeRequest
+    num_left: int
+    token_id: int = -1
+
+    def choose(self, logits: NDArray[np.float32] | HivtpError) -> int | HivtpError:
+        """Take the next token from logits, or pass on why there are none."""
+        outcome = logits if isinstance(logits, HivtpError) else attempt(self.request.choose_token, logits)
+        if not isinstance(outcome, HivtpError):
+            self.token_id = outcome
+            self.num_left -= 1
+        return outcome

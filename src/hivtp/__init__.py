@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from hivtp.runtime.answer import Answer, Timings
-from hivtp.runtime.pipeline import AnswerStream, Pipeline
+from hivtp.runtime.answer_stream import AnswerStream
+from hivtp.runtime.pipeline import Pipeline
+from hivtp.runtime.request import Request
 from hivtp_ops import PruningSpec
 from hivtp_ops.errors import HivtpError
 
-__all__ = ["Answer", "AnswerStream", "HivtpError", "Pipeline", "PruningSpec", "Timings"]
+__all__ = ["Answer", "AnswerStream", "HivtpError", "Pipeline", "PruningSpec", "Request", "Timings"]

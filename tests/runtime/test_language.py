@@ -102,7 +102,7 @@ def test_a_half_precision_table_gives_float32(bundle, tmp_path):
 
 
 def test_past_and_present_are_one_buffer_and_a_step_writes_its_own_row_only(sequence):
-    caches = sequence._buffers[1:]
+    caches = sequence._rows.buffers[1:]
     addresses = [cache.data_ptr() for cache in caches]
     assert len(caches) == 4
     assert len(set(addresses)) == 4
@@ -132,7 +132,7 @@ def test_what_lies_beyond_the_filled_part_of_the_cache_is_never_read(language, m
     class Garbage(backend._Sequence):
         def __init__(self, *args: object, **options: object) -> None:
             super().__init__(*args, **options)
-            for cache in self._buffers[1:]:
+            for cache in self._rows.buffers[1:]:
                 cache.numpy().fill(np.nan)
 
     embeds = embeddings(50)

@@ -1,0 +1,28 @@
+"""What became of one of several requests: a result, or the error that it alone failed with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from hivtp_ops.errors import HivtpError, OutOfMemoryError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def attempt(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | HivtpError:
+    """Call a function; a HivtpError that it raises is returned, and a MemoryError as an OutOfMemoryError."""
+    try:
+        return function(*args, **kwargs)
+    except HivtpError as error:
+        return error
+    except MemoryError as error:
+        out_of_memory = OutOfMemoryError(
+            f"memory ran out for this request ({error or 'no more is known'}); give fewer or smaller images, a "
+            "shorter prompt, or ask for fewer requests or tokens at once"
+        )
+        out_of_memory.__cause__ = error
+        return out_of_memory
