@@ -42,7 +42,8 @@ class VisionStage:
     Args:
         engine: holds the graph.
         manifest: describes it.
-        max_tiles_per_run: more tiles than this go through the graph in several runs, which bounds its memory.
+        max_tiles_per_run: more tiles than this go through the graph in several runs, which bounds its memory;
+            an int8 graph always runs one by one.
     """
 
     def __init__(
@@ -52,7 +53,8 @@ class VisionStage:
             raise SettingsError(f"max_tiles_per_run must be a whole number, 1 or more, not {max_tiles_per_run!r}")
         self.engine = engine
         self.manifest = manifest
-        self.max_tiles_per_run = max_tiles_per_run
+        # An int8 graph takes one scale for the activations of a whole run, so tiles in it would change each other.
+        self.max_tiles_per_run = 1 if manifest.precision == "int8" else max_tiles_per_run
         self.is_pruned = "kept_indices" in engine.output_names
 
     @classmethod

@@ -8,6 +8,7 @@ import pytest
 from hivtp import Pipeline
 from hivtp.engines import EngineSettings
 from hivtp.engines.bundle import Bundle, VisionManifest
+from hivtp.export.exporter import ExportSettings, export_bundle
 from hivtp.runtime.images import load_image
 from hivtp.runtime.vision import VisionStage
 from hivtp_ops import select
@@ -161,3 +162,12 @@ def test_tiles_in_several_runs_give_what_they_give_in_one(pruned_bundle, pixels)
         np.testing.assert_allclose(tile.embeds, expected.embeds, atol=1e-5)
     with pytest.raises(SettingsError, match="max_tiles_per_run must be a whole number"):
         open_stage(pruned_bundle, max_tiles_per_run=0)
+
+
+def test_tiles_of_an_int8_graph_give_together_what_they_give_alone(tiny_checkpoint, tmp_path, pixels):
+    settings = ExportSettings(preset="192", vision_precision="int8")
+    stage = open_stage(export_bundle(tiny_checkpoint, tmp_path / "bundle", settings, is_quiet=True).folder)
+    for tile, pixel_values in zip(stage.encode(pixels), pixels, strict=True):
+        [alone] = stage.encode(pixel_values[None])
+        np.testing.assert_array_equal(tile.embeds, alone.embeds)
+        np.testing.assert_array_equal(tile.kept_indices, alone.kept_indices)
