@@ -34,7 +34,7 @@ def answer_batch(pipeline: Pipeline, requests: Sequence[Request]) -> list[Answer
     vision_ms = milliseconds_since(started)
 
     embeds = _sift(
-        {index: attempt(pipeline.embed, prompts[index].token_ids, encoded) for index, encoded in images.items()}, errors
+        {index: attempt(pipeline.embed, prompts[index], encoded) for index, encoded in images.items()}, errors
     )
     builders = {
         index: AnswerBuilder(pipeline, prompts[index].preprocess_ms, images[index], vision_ms) for index in embeds

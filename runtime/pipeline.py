@@ -13,6 +13,7 @@ from hivtp.engines import EngineSettings
 from hivtp.engines.bundle import Bundle
 from hivtp.runtime.answer_stream import AnswerStream, milliseconds_since
 from hivtp.runtime.batch import answer_batch
+from hivtp.runtime.chat import Chat
 from hivtp.runtime.embedding_cache import DEFAULT_CACHE_BYTES, EmbeddingCache
 from hivtp.runtime.image_encoder import open_image_encoder
 from hivtp.runtime.images import load_image
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from hivtp.runtime.answer import Answer
     from hivtp.runtime.image_encoder import EncodedImage, ImageEncoder, PreparedImage
     from hivtp.runtime.images import ImageSource
+    from hivtp.runtime.prompt import Turn
 
 
 class Pipeline:
@@ -59,7 +61,7 @@ class Pipeline:
         self.template = template
         self.tokenizer = tokenizer
         self.language = language
-        self._image_token_id = bundle.manifest.language.image_token_id
+        self.image_token_id = bundle.manifest.language.image_token_id
 
     @classmethod
     def load(
@@ -136,7 +138,7 @@ class Pipeline:
         sampler = Sampler(request.sampling)
 
         def decode(encoded: list[EncodedImage]) -> Iterator[int]:
-            embeds = self.embed(prepared.token_ids, encoded)
+            embeds = self.embed(prepared, encoded)
             return self.language.generate(embeds, request.max_new_tokens, sampler)
 
         return AnswerStream(self, prepared, decode)
@@ -155,52 +157,78 @@ class Pipeline:
         """
         return answer_batch(self, requests)
 
-    def prepare(self, prompt: str, images: Sequence[ImageSource]) -> PreparedPrompt:
-        """Check and tokenise a prompt, and read and resize its images; see `stream` for the errors."""
+    def chat(self) -> Chat:
+        """Begin a conversation, in which further questions cost their own tokens only."""
+        return Chat(self)
+
+    def prepare(self, prompt: str, images: Sequence[ImageSource], history: Sequence[Turn] = ()) -> PreparedPrompt:
+        """Check and tokenise a prompt, and read and resize its images; see `stream` for the errors.
+
+        Args:
+            prompt: of the newest turn.
+            images: likewise.
+            history: the turns before it; their images are not prepared again.
+        """
         started = time.perf_counter()
         if isinstance(images, str | bytes) or not isinstance(images, Sequence):
             raise PromptError(f"images must be a list of images, not {type(images).__name__}; write images=[image]")
-        text = self.template.render(prompt, len(images))
-        token_ids = self.template.encode(self.tokenizer, text, self._image_token_id)
+        text = self.template.render(prompt, len(images), history)
+        token_ids = self.template.encode(self.tokenizer, text, self.image_token_id)
         manifest = self.bundle.manifest.vision
         # What pruning keeps is known after the vision stage only; the least that it can be is refused here.
-        self._check_length(len(token_ids) - len(images) + manifest.num_prefix_tokens * len(images))
+        num_images = token_ids.count(self.image_token_id)
+        self._check_length(len(token_ids) + num_images * (manifest.num_prefix_tokens - 1), len(history))
         prepared = [self.images.prepare(load_image(image)) for image in images]
-        return PreparedPrompt(token_ids, prepared, milliseconds_since(started))
+        return PreparedPrompt(token_ids, prepared, len(history), milliseconds_since(started))
 
-    def embed(self, token_ids: Sequence[int], images: Sequence[EncodedImage]) -> NDArray[np.float32]:
+    def embed(self, prompt: PreparedPrompt, images: Sequence[EncodedImage]) -> NDArray[np.float32]:
         """The prompt's embeddings [length, hidden], with each image's tokens in place of its placeholder.
+
+        Args:
+            prompt: the text.
+            images: one for each placeholder, those of earlier turns included.
 
         Raises:
             PromptError: they are longer than the context.
         """
+        token_ids = prompt.token_ids
         embeds = self.language.embed(token_ids)
         if not images:
             return embeds
         pieces: list[NDArray[np.float32]] = []
         start = 0
-        positions = [position for position, token_id in enumerate(token_ids) if token_id == self._image_token_id]
+        positions = [position for position, token_id in enumerate(token_ids) if token_id == self.image_token_id]
         for position, image in zip(positions, images, strict=True):
             pieces += [embeds[start:position], image.embeds]
             start = position + 1
         embeds = np.concatenate([*pieces, embeds[start:]])
-        self._check_length(len(embeds))
+        self._check_length(len(embeds), prompt.num_earlier_turns)
         return embeds
 
-    def _check_length(self, length: int) -> None:
+    def _check_length(self, length: int, num_earlier_turns: int) -> None:
         if length >= self.language.context_length:
+            included = "images and earlier turns included" if num_earlier_turns else "images included"
+            advice = "start a new chat" if num_earlier_turns else "shorten the prompt or give fewer images"
             raise PromptError(
-                f"the prompt takes {length} tokens, images included; the context of this model holds "
-                f"{self.language.context_length}, answer included: shorten the prompt or give fewer images"
+                f"the prompt takes {length} tokens, {included}; the context of this model holds "
+                f"{self.language.context_length}, answer included: {advice}"
             )
 
 
 @dataclass(frozen=True)
 class PreparedPrompt:
-    """A checked prompt: its ids, one placeholder per image, and the images' pixels."""
+    """A checked prompt.
+
+    Attributes:
+        token_ids: of the whole conversation, one placeholder per image.
+        images: the pixels of this turn's images.
+        num_earlier_turns: turns before this one.
+        preprocess_ms: see Timings.
+    """
 
     token_ids: list[int]
     images: list[PreparedImage]
+    num_earlier_turns: int
     preprocess_ms: float
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hivtp_ops.errors import PromptError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import jinja2
 
@@ -19,9 +19,25 @@ if TYPE_CHECKING:
 
 # What a message holds: parts, as the processors of transformers take it, or plain text.
 Content = list[dict[str, str]] | str
+Message = dict[str, str | Content]
 
 # Shows how a template treats text: quotes, markup, an inner line break and letter case must all survive.
 _PROBE = 'What is "this" & <that>?\nAnswer.'
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation.
+
+    Args:
+        prompt: what the user wrote, image tokens included.
+        num_images: images of this turn.
+        answer: what the model answered.
+    """
+
+    prompt: str
+    num_images: int
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -30,7 +46,7 @@ class PromptTemplate:
 
     Args:
         chat_template: the Jinja template of the checkpoint. None is the form of LLaVA-1.5,
-            `USER: <image>\n{prompt} ASSISTANT:`.
+            `USER: <image>\n{prompt} ASSISTANT: {answer}</s>`.
         bos_token: the tokenizer's token before a text, for the template; None where it has none.
         eos_token: the tokenizer's token after a text, likewise.
         image_token: the mark in a prompt that stands for one image.
@@ -41,21 +57,32 @@ class PromptTemplate:
     eos_token: str | None
     image_token: str = "<image>"
 
-    def render(self, prompt: str, num_images: int) -> str:
+    def render(self, prompt: str, num_images: int, history: Sequence[Turn] = ()) -> str:
         """Write one user turn and the opening of the answer, with one image token per image.
 
         A template is rendered as `apply_chat_template` of transformers renders it. Image tokens in the prompt
         stay where they are; a single image without one comes first. The prompt is data: Jinja in it is text.
 
+        Args:
+            prompt: the user's words.
+            num_images: images of this turn.
+            history: the turns before this one, which are written before it.
+
         Raises:
             PromptError: the prompt is no text, or its image tokens do not match the images; or the template
-                fails, or loses the prompt or an image.
+                fails, or loses a prompt or an image.
         """
-        is_unmarked = self._check_prompt(prompt, num_images)
+        turns = [*history, Turn(prompt, num_images, "")]
+        are_unmarked = [self._check_prompt(turn.prompt, turn.num_images) for turn in turns]
         if self.chat_template is None:
-            return f"USER: {self._content(prompt, is_unmarked, as_parts=False)} ASSISTANT:"
-        text = self._render_turn(self._content(prompt, is_unmarked, _takes_parts(self)))
-        self._check_rendered(text, prompt, num_images)
+            return self._render_llava(turns, are_unmarked)
+        as_parts = _takes_parts(self)
+        messages: list[Message] = []
+        for turn, is_unmarked in zip(turns, are_unmarked, strict=True):
+            messages.append({"role": "user", "content": self._content(turn.prompt, is_unmarked, as_parts)})
+            messages.append({"role": "assistant", "content": self._content(turn.answer, False, as_parts)})
+        text = self._render_messages(messages[:-1])
+        self._check_rendered(text, turns)
         return text
 
     def encode(self, tokenizer: Tokenizer, text: str, image_token_id: int) -> list[int]:
@@ -95,13 +122,22 @@ class PromptTemplate:
             )
         return is_unmarked
 
-    def _check_rendered(self, text: str, prompt: str, num_images: int) -> None:
-        num_rendered = text.count(self.image_token)
-        if num_rendered != num_images or prompt.strip() not in text:
+    def _check_rendered(self, text: str, turns: Sequence[Turn]) -> None:
+        num_images, num_rendered = sum(turn.num_images for turn in turns), text.count(self.image_token)
+        if num_rendered != num_images or any(turn.prompt.strip() not in text for turn in turns):
             raise PromptError(
                 f"{self._name} loses the prompt or an image: {num_images} images became {num_rendered} "
                 f"{self.image_token} in {text!r}; use the chat template of a vision-language model"
             )
+
+    def _render_llava(self, turns: Sequence[Turn], are_unmarked: Sequence[bool]) -> str:
+        """The form of LLaVA-1.5, in which the end-of-sequence token ends an answer."""
+        questions = [
+            f"USER: {self._content(turn.prompt, is_unmarked, as_parts=False)} ASSISTANT:"
+            for turn, is_unmarked in zip(turns, are_unmarked, strict=True)
+        ]
+        answers = [f" {turn.answer}{self.eos_token or ''}" for turn in turns[:-1]]
+        return "".join(question + answer for question, answer in zip(questions, [*answers, ""], strict=True))
 
     def _content(self, prompt: str, is_unmarked: bool, as_parts: bool) -> Content:
         if as_parts:
@@ -109,11 +145,11 @@ class PromptTemplate:
             return [*image, {"type": "text", "text": prompt}]
         return f"{self.image_token}\n{prompt}" if is_unmarked else prompt
 
-    def _render_turn(self, content: Content) -> str:
+    def _render_messages(self, messages: Sequence[Message]) -> str:
         tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         try:
             return _compile(self.chat_template or "").render(
-                messages=[{"role": "user", "content": content}],
+                messages=messages,
                 tools=None,
                 documents=None,
                 add_generation_prompt=True,
@@ -134,8 +170,9 @@ def _takes_parts(template: PromptTemplate) -> bool:
     problems = []
     for as_parts in (True, False):
         try:
-            text = template._render_turn(template._content(_PROBE, is_unmarked=True, as_parts=as_parts))
-            template._check_rendered(text, _PROBE, num_images=1)
+            content = template._content(_PROBE, is_unmarked=True, as_parts=as_parts)
+            text = template._render_messages([{"role": "user", "content": content}])
+            template._check_rendered(text, [Turn(_PROBE, 1, "")])
         except PromptError as error:
             problems.append(error)
         else:

@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 ChooseToken = Callable[[NDArray[np.float32]], int]
 
 
+class SequenceCache(Protocol):
+    """The keys and values of one sequence, kept between calls of `LanguageBackend.generate`."""
+
+    @property
+    def length(self) -> int:
+        """Positions that it holds."""
+
+    def cut(self, length: int) -> None:
+        """Forget all but the first positions; `length` is at most what it holds."""
+
+
 @dataclass(frozen=True)
 class DecodeRequest:
     """One sequence of a batch: the arguments of `LanguageBackend.generate`.
@@ -43,8 +54,15 @@ class LanguageBackend(Protocol):
     def embed(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Look up token embeddings: [num_tokens, hidden] float32."""
 
+    def new_cache(self) -> SequenceCache:
+        """An empty cache for `generate` of this backend. One thread at a time uses it."""
+
     def generate(
-        self, inputs_embeds: NDArray[np.float32], max_new_tokens: int, choose_token: ChooseToken
+        self,
+        inputs_embeds: NDArray[np.float32],
+        max_new_tokens: int,
+        choose_token: ChooseToken,
+        cache: SequenceCache | None = None,
     ) -> Iterator[int]:
         """Decode one sequence, yielding each token id as soon as it is known.
 
@@ -55,6 +73,8 @@ class LanguageBackend(Protocol):
             inputs_embeds: [length, hidden] float32, 0 < length < context_length.
             max_new_tokens: at least 1.
             choose_token: picks a token from the logits.
+            cache: what comes before `inputs_embeds`; the context must hold both. It grows by every position
+                that was computed: `inputs_embeds`, and each token but the last. None is an empty one.
 
         Raises:
             EngineError: the engine failed.

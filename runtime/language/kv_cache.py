@@ -42,8 +42,8 @@ class BoundRows:
 
         self._session = session
         self._binding = session.io_binding()
-        self.num_rows, _, capacity, _ = cache[0].shape
-        self._positions = np.arange(capacity)
+        self.num_rows, _, self.capacity, _ = cache[0].shape
+        self._positions = np.arange(self.capacity)
         # The bindings hold addresses only, so these buffers must live as long as they do.
         self._logits = np.empty((self.num_rows, 1, manifest.vocab_size), dtype=np.float32)
         self.buffers = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in (self._logits, *cache)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hivtp.engines.onnxruntime import open_session
-from hivtp.runtime.language.base import ChooseToken, DecodeRequest, embedding_table
+from hivtp.runtime.language.base import ChooseToken, DecodeRequest, SequenceCache, embedding_table
 from hivtp.runtime.language.kv_cache import BoundRows, allocate_cache
 from hivtp.runtime.outcome import attempt
 from hivtp_ops.errors import HivtpError
@@ -51,12 +51,23 @@ class OnnxRuntimeLanguage:
         """See LanguageBackend.is_end."""
         return token_id in self.manifest.eos_token_ids
 
+    def new_cache(self) -> _Sequence:
+        """See LanguageBackend.new_cache."""
+        return _Sequence(self._session, self.manifest, capacity=1)
+
     def generate(
-        self, inputs_embeds: NDArray[np.float32], max_new_tokens: int, choose_token: ChooseToken
+        self,
+        inputs_embeds: NDArray[np.float32],
+        max_new_tokens: int,
+        choose_token: ChooseToken,
+        cache: SequenceCache | None = None,
     ) -> Iterator[int]:
         """See LanguageBackend.generate."""
-        num_tokens = min(max_new_tokens, self.context_length - len(inputs_embeds))
-        sequence = _Sequence(self._session, self.manifest, capacity=len(inputs_embeds) + num_tokens)
+        length = len(inputs_embeds) + (0 if cache is None else cache.length)
+        num_tokens = min(max_new_tokens, self.context_length - length)
+        sequence = _Sequence(self._session, self.manifest, length + num_tokens) if cache is None else cache
+        assert isinstance(sequence, _Sequence), "a cache belongs to the backend that made it"
+        sequence.reserve(length + num_tokens)
         logits = sequence.append(inputs_embeds)
         for step in range(num_tokens):
             token_id = choose_token(logits)
@@ -123,14 +134,35 @@ class _Sequence:
     """One sequence in the decoder, and its KV cache."""
 
     def __init__(self, session: Any, manifest: LanguageManifest, capacity: int) -> None:
-        self._length = 0
-        self._rows = BoundRows(session, manifest, allocate_cache(manifest, 1, capacity))
+        self.length = 0
+        self._session = session
+        self._manifest = manifest
+        self._bind(allocate_cache(manifest, 1, capacity))
 
     def append(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run the decoder on [num, hidden] new positions; the logits [vocab] of the last, valid until the next call."""
-        logits: NDArray[np.float32] = self._rows.run(embeds[None], [self._length + len(embeds)])[0]
-        self._length += len(embeds)
+        logits: NDArray[np.float32] = self._rows.run(embeds[None], [self.length + len(embeds)])[0]
+        self.length += len(embeds)
         return logits
+
+    def cut(self, length: int) -> None:
+        """See SequenceCache.cut."""
+        assert length <= self.length, "a cache cannot be cut to more than it holds"
+        self.length = length
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for so many positions; at least twice the room there was, so that turns rarely copy."""
+        if capacity <= self._rows.capacity:
+            return
+        capacity = max(capacity, min(2 * self._rows.capacity, self._manifest.context_length))
+        cache = allocate_cache(self._manifest, 1, capacity)
+        for new, old in zip(cache, self._cache, strict=True):
+            new[:, :, : self.length] = old[:, :, : self.length]
+        self._bind(cache)
+
+    def _bind(self, cache: list[NDArray[np.float32]]) -> None:
+        self._rows = BoundRows(self._session, self._manifest, cache)
+        self._cache = cache
 
 
 class _Batch:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from hivtp.runtime.answer import Answer, Timings
 from hivtp.runtime.answer_stream import AnswerStream
+from hivtp.runtime.chat import Chat
 from hivtp.runtime.pipeline import Pipeline
 from hivtp.runtime.request import Request
 from hivtp_ops import PruningSpec
 from hivtp_ops.errors import HivtpError
 
-__all__ = ["Answer", "AnswerStream", "HivtpError", "Pipeline", "PruningSpec", "Request", "Timings"]
+__all__ = ["Answer", "AnswerStream", "Chat", "HivtpError", "Pipeline", "PruningSpec", "Request", "Timings"]
