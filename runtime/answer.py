@@ -10,7 +10,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Timings:
-    """Where the time of one request went, in milliseconds.
+    """Where the time of one request went, in milliseconds; `Pipeline.generate_batch` says what they are in a batch.
 
     Attributes:
         preprocess_ms: reading and resizing the images, and tokenising the prompt.
