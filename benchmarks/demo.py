@@ -66,7 +66,8 @@ def main() -> None:
         print(f"\n== {name}")
         folder = options.output / f"bundle-{name.replace(' ', '-')}"
         print(summary(export_bundle(checkpoint, folder, settings, is_quiet=True)))
-        pipeline = Pipeline.load(folder)
+        # Without the cache, so that every question pays for its picture.
+        pipeline = Pipeline.load(folder, image_cache_bytes=0)
         results[name] = measure(pipeline, image)
         for question, answer in zip(QUESTIONS, results[name], strict=False):
             print(f"  {question}  ->  {answer.text!r}")
