@@ -7,26 +7,20 @@ import json
 import multiprocessing
 import os
 import platform
-import re
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Self
 
-from benchmarks.checkpoints import SHAPES, make_checkpoint
-from hivtp.engines.bundle import MANIFEST_NAME
-
 if TYPE_CHECKING:
     import argparse
     from multiprocessing.connection import Connection
 
-    from hivtp.export.exporter import ExportSettings
 
 # What one timed pass measured: times in milliseconds and counts, by name.
 Sample = dict[str, float]
@@ -187,7 +181,7 @@ def _other_cpu_s() -> float:
 def measure(systems: Sequence[System], num_rounds: int, num_threads: int) -> Results:
     """Time the systems in turns: A B C, A B C, and so on.
 
-    The first round warms up and is dropped. On a machine that is not quiet, up to three times as many rounds
+    The first round warms up and is dropped. On a machine that is not quiet, up to twice as many rounds
     run and the quietest count: chosen by what other processes took meanwhile, never by the times themselves.
     """
     workers: list[Worker] = []
@@ -198,7 +192,7 @@ def measure(systems: Sequence[System], num_rounds: int, num_threads: int) -> Res
         for worker in workers:
             worker.wait_until_ready()
         _round(workers)
-        while len(rounds) < 3 * num_rounds:
+        while len(rounds) < 2 * num_rounds:
             rounds.append(_round(workers))
             num_quiet = sum(other_cores <= MAX_OTHER_CORES for other_cores, _samples in rounds)
             print(f"  round {len(rounds)}: others took {rounds[-1][0]:.2f} cores", flush=True)
@@ -263,70 +257,6 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def add_options(parser: argparse.ArgumentParser, output: str) -> None:
-    """Add the options that the scripts share."""
-    work_dir = Path(tempfile.gettempdir()) / "hivtp-benchmarks"
-    parser.add_argument("--checkpoint", type=Path, help="a LLaVA checkpoint (default: one with random weights)")
-    parser.add_argument("--shape", choices=SHAPES, default="vit-l-0.3b", help="sizes of the default checkpoint")
-    parser.add_argument("--work-dir", type=Path, default=work_dir, help="keeps checkpoint and bundles between runs")
-    parser.add_argument("--threads", type=int, default=2, help="threads of every system (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path(output), help="results as JSON (default: %(default)s)")
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """A checkpoint and the bundles made from it, kept in a folder between runs."""
-
-    folder: Path
-    checkpoint: Path
-
-    @classmethod
-    def open(cls, options: argparse.Namespace, name: str, **checkpoint: Any) -> Workspace:
-        """Take the checkpoint of the options, or make one of their shape with these overrides."""
-        folder = options.work_dir / name
-        if options.checkpoint is not None:
-            return cls(folder / options.checkpoint.name, options.checkpoint)
-        folder /= options.shape
-        finished = folder / "checkpoint"
-        if not finished.exists():
-            print("  making a checkpoint with random weights", flush=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            # Renamed when whole, so that an interrupted run leaves nothing that the next one takes.
-            make_checkpoint(folder / "partial", options.shape, **checkpoint).rename(finished)
-        return cls(folder, finished)
-
-    def bundle(self, name: str, settings: ExportSettings) -> Path:
-        """The bundle of that name; exported again where the checkpoint or the code that writes it changed."""
-        from hivtp.engines.bundle import Bundle
-        from hivtp.export.checkpoint import Checkpoint
-        from hivtp.export.exporter import export_bundle
-        from hivtp_ops.errors import BundleError
-
-        folder = self.folder / re.sub(r"\W+", "-", name)
-        try:
-            bundle = Bundle.open(folder)
-            is_current = (
-                bundle.manifest.source["fingerprint"] == Checkpoint.open(self.checkpoint).fingerprint
-                and (folder / MANIFEST_NAME).stat().st_mtime > _last_change()
-            )
-        except BundleError:
-            is_current = False
-        if not is_current:
-            print(f"  exporting {name}", flush=True)
-            export_bundle(self.checkpoint, folder, replace(settings, overwrite=True), is_quiet=True)
-        return folder
-
-
-def _last_change() -> float:
-    import hivtp.engines
-    import hivtp.export
-    import hivtp_ops
-
-    folders = [Path(path) for part in (hivtp.engines, hivtp.export, hivtp_ops) for path in part.__path__]
-    return max(file.stat().st_mtime for folder in folders for file in folder.glob("*.py"))
 
 
 def report(options: argparse.Namespace, tables: Mapping[str, Sequence[Row]], results: Mapping[str, Results]) -> None:

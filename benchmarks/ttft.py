@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.harness import Pass, Results, Row, Sample, Stopwatch, System, Workspace, add_options, measure, report
+from benchmarks.harness import Pass, Results, Row, Sample, Stopwatch, System, measure, report
+from benchmarks.workspace import Workspace, add_options
 from hivtp.export.exporter import ExportSettings
 
 if TYPE_CHECKING:
