@@ -1,0 +1,81 @@
+"""What the scripts time: a checkpoint and its bundles, made once and kept between runs."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.checkpoints import SHAPES, make_checkpoint
+from hivtp.engines.bundle import MANIFEST_NAME
+
+if TYPE_CHECKING:
+    import argparse
+
+    from hivtp.export.exporter import ExportSettings
+
+
+def add_options(parser: argparse.ArgumentParser, output: str) -> None:
+    """Add the options that the scripts share."""
+    work_dir = Path(tempfile.gettempdir()) / "hivtp-benchmarks"
+    parser.add_argument("--checkpoint", type=Path, help="a LLaVA checkpoint (default: one with random weights)")
+    parser.add_argument("--shape", choices=SHAPES, default="vit-l-0.3b", help="sizes of the default checkpoint")
+    parser.add_argument("--work-dir", type=Path, default=work_dir, help="keeps checkpoint and bundles between runs")
+    parser.add_argument("--threads", type=int, default=2, help="threads of every system (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path(output), help="results as JSON (default: %(default)s)")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A checkpoint and the bundles made from it, kept in a folder between runs."""
+
+    folder: Path
+    checkpoint: Path
+
+    @classmethod
+    def open(cls, options: argparse.Namespace, name: str, **checkpoint: Any) -> Workspace:
+        """Take the checkpoint of the options, or make one of their shape with these overrides."""
+        folder = options.work_dir / name
+        if options.checkpoint is not None:
+            return cls(folder / options.checkpoint.name, options.checkpoint)
+        folder /= options.shape
+        finished = folder / "checkpoint"
+        if not finished.exists():
+            print("  making a checkpoint with random weights", flush=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            # Renamed when whole, so that an interrupted run leaves nothing that the next one takes.
+            make_checkpoint(folder / "partial", options.shape, **checkpoint).rename(finished)
+        return cls(folder, finished)
+
+    def bundle(self, name: str, settings: ExportSettings) -> Path:
+        """The bundle of that name; exported again where the checkpoint or the code that writes it changed."""
+        from hivtp.engines.bundle import Bundle
+        from hivtp.export.checkpoint import Checkpoint
+        from hivtp.export.exporter import export_bundle
+        from hivtp_ops.errors import BundleError
+
+        folder = self.folder / re.sub(r"\W+", "-", name)
+        try:
+            bundle = Bundle.open(folder)
+            is_current = (
+                bundle.manifest.source["fingerprint"] == Checkpoint.open(self.checkpoint).fingerprint
+                and (folder / MANIFEST_NAME).stat().st_mtime > _last_change()
+            )
+        except BundleError:
+            is_current = False
+        if not is_current:
+            print(f"  exporting {name}", flush=True)
+            export_bundle(self.checkpoint, folder, replace(settings, overwrite=True), is_quiet=True)
+        return folder
+
+
+def _last_change() -> float:
+    import hivtp.engines
+    import hivtp.export
+    import hivtp_ops
+
+    folders = [Path(path) for part in (hivtp.engines, hivtp.export, hivtp_ops) for path in part.__path__]
+    return max(file.stat().st_mtime for folder in folders for file in folder.glob("*.py"))
