@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from hivtp.export.graph import save_model
+from hivtp.export.last_position import cut_to_last_position
 from hivtp.export.weight_only import WeightOnlySettings, quantize_weights
 from hivtp_ops.errors import CheckpointError, MissingExtraError
 
@@ -66,6 +67,7 @@ def write_decoder(
         raise CheckpointError(
             f"ONNX Runtime GenAI's model builder cannot build the language model of {checkpoint.folder}: {error}"
         ) from error
+    cut_to_last_position(decoder.model)
     decoder.model.graph.sort()
     if precision == "fp32":
         save_model(decoder.model, folder / DECODER_NAME, on_weight)

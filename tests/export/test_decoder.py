@@ -18,6 +18,7 @@ from hivtp.export.decoder import (
     write_embeddings,
 )
 from hivtp.export.decoder_weights import DecoderWeights
+from hivtp.export.last_position import cut_to_last_position
 from hivtp.export.reference import language_reference
 from hivtp.export.verification import relative_error, verify_language
 
@@ -130,6 +131,7 @@ def test_weights_are_rounded_as_the_model_builder_rounds_them(
     builder = _builder_class("llama")(_builder_config(checkpoint), ir.DataType.FLOAT, dtype, "cpu", "", options)
     builder.loaded_model = load_language_model(checkpoint)
     builder.make_model("")
+    cut_to_last_position(builder.model)
     (tmp_path / "builder").mkdir()
     builder.save_model(str(tmp_path / "builder"))
     models = [
