@@ -106,6 +106,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="bits of the decoder's weights (default: %(default)s)",
     )
     precision.add_argument(
+        "--decoder-from",
+        type=Path,
+        metavar="BUNDLE",
+        help="take the decoder of another bundle of this checkpoint instead of writing it again, to try another "
+        "pruning in a fraction of the time",
+    )
+    precision.add_argument(
         "--graph",
         choices=get_args(GraphKind),
         default=defaults.graph,
@@ -135,6 +142,7 @@ def settings_from(options: argparse.Namespace) -> ExportSettings:
         newline=options.newline,
         keep_total=options.keep_total,
         graph=options.graph,
+        decoder_from=options.decoder_from,
         overwrite=options.overwrite,
     )
 

@@ -26,6 +26,7 @@ from hivtp.export.decoder import LanguagePrecision, write_decoder, write_embeddi
 from hivtp.export.graph import VisionPrecision, save_model
 from hivtp.export.processor import Processor, end_token_ids
 from hivtp.export.progress import Progress
+from hivtp.export.reuse import reuse_decoder
 from hivtp.export.staging import check_destination, staged
 from hivtp.export.verification import verify_language, verify_vision
 from hivtp.export.vision import GraphKind, build_vision_graph
@@ -56,6 +57,7 @@ class ExportSettings:
         keep_total: one budget over all tiles of a LLaVA-NeXT picture; None keeps per tile what the spec says.
         graph: "vision" for a bundle that answers; "encoder" for the graph that emits the features and the
             attention of the scoring layers, without a language model.
+        decoder_from: a bundle of the same checkpoint whose decoder is taken over instead of written again.
         overwrite: replace an existing bundle.
     """
 
@@ -67,6 +69,7 @@ class ExportSettings:
     newline: NewlineRule = "kept-rows"
     keep_total: int | None = None
     graph: GraphKind = "vision"
+    decoder_from: Path | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -81,6 +84,8 @@ class ExportSettings:
                 raise SpecError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         if self.graph == "encoder" and not self.is_pruned:
             raise SpecError("the encoder graph emits the scoring layers' attention, so it needs a spec for them")
+        if self.graph == "encoder" and self.decoder_from is not None:
+            raise SpecError("an encoder bundle has no decoder to take over; drop decoder_from")
 
     def resolved_spec(self, shape: VisionShape) -> PruningSpec | None:
         """The spec for a vision tower: preset fitted to its grid, layers to its depth.
@@ -145,7 +150,8 @@ def export_bundle(
     """
     destination = Path(destination)
     check_destination(destination, settings.overwrite)
-    progress = Progress(num_steps=4 if settings.graph == "encoder" else 7, is_quiet=is_quiet)
+    num_language_steps = 0 if settings.graph == "encoder" else 3 if settings.decoder_from is None else 1
+    progress = Progress(num_steps=4 + num_language_steps, is_quiet=is_quiet)
     with progress.step(f"Checkpoint {checkpoint_folder}"):
         checkpoint = Checkpoint.open(checkpoint_folder)
         shape = VisionShape.of(checkpoint.config)
@@ -193,6 +199,10 @@ def _export_language(
     verification: dict[str, Any],
 ) -> LanguageManifest:
     config, precision = checkpoint.config.text_config, settings.language_precision
+    if settings.decoder_from is not None:
+        with progress.step(f"Decoder of {settings.decoder_from}"):
+            language, verification["language"] = reuse_decoder(settings.decoder_from, checkpoint, precision, folder)
+            return language
     with progress.step("Token embeddings"):
         embeddings = write_embeddings(checkpoint, folder / LANGUAGE_FOLDER)
     with progress.step(f"Decoder, {precision}"):

@@ -32,8 +32,6 @@ def cut_to_last_position(model: ir.Model) -> None:
     Raises:
         CheckpointError: the builder's cut is not where it should be: another version wrote the graph.
     """
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
     nodes = {node.name: node for node in model.graph}
     try:
         gather, unsqueeze = (nodes[name] for name in CUT)
@@ -42,8 +40,9 @@ def cut_to_last_position(model: ir.Model) -> None:
             f"the decoder graph has no node {error}, so its last position cannot be cut out. "
             "Install the version of onnxruntime-genai that hivtp's `export` extra asks for."
         ) from error
-    hidden = gather.inputs[0]
+    hidden, index = gather.inputs
     assert hidden is not None, "a Gather has data"
+    assert index is not None, "a Gather has indices"
     unsqueeze.outputs[0].replace_all_uses_with(hidden)
     region = _only_for_last_position(model, hidden)
     entries: list[ir.Value] = []
@@ -57,7 +56,10 @@ def cut_to_last_position(model: ir.Model) -> None:
             output.shape = _one_position(output.shape)
     for value in entries:
         _cut(model, value, region)
-    RemoveUnusedNodesPass()(model)
+    model.graph.remove([unsqueeze, gather], safe=True)
+    constant = index.producer()
+    if constant is not None and not index.uses():
+        model.graph.remove(constant, safe=True)
 
 
 def _only_for_last_position(model: ir.Model, hidden: ir.Value) -> list[ir.Node]:

@@ -1,0 +1,65 @@
+"""The decoder of a bundle that exists already, for another bundle of the same checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from hivtp.engines.bundle import Bundle
+from hivtp_ops.errors import BundleError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hivtp.engines.bundle import LanguageManifest
+    from hivtp.export.checkpoint import Checkpoint
+    from hivtp.export.decoder import LanguagePrecision
+
+
+def reuse_decoder(
+    source: Path, checkpoint: Checkpoint, precision: LanguagePrecision, folder: Path
+) -> tuple[LanguageManifest, dict[str, Any]]:
+    """Take decoder and token embeddings over, unchanged; on one file system they are linked and cost no space.
+
+    Args:
+        source: a bundle; its hashes are checked.
+        checkpoint: what is being exported.
+        precision: of the decoder that is asked for.
+        folder: the bundle that is being written.
+
+    Returns:
+        What the source's manifest says of its decoder, and what was found when it was compared with PyTorch.
+
+    Raises:
+        BundleError: not a bundle that answers, or of another checkpoint or precision.
+    """
+    bundle = Bundle.open(source, check_hashes=True)
+    manifest, language = bundle.manifest, bundle.manifest.language
+    if language is None:
+        raise BundleError(f"{source} holds no decoder: it is an encoder bundle; name one that answers")
+    if manifest.source["fingerprint"] != checkpoint.fingerprint:
+        raise BundleError(
+            f"{source} was exported from another checkpoint ({manifest.source['name']}) than {checkpoint.folder}; "
+            "name a bundle of this one, or export the decoder again"
+        )
+    if language.precision != precision:
+        raise BundleError(
+            f"the decoder of {source} is {language.precision}, and {precision} is asked for; "
+            f"say --language-precision {language.precision}, or export the decoder again"
+        )
+    part = language.file.partition("/")[0]
+    for name in manifest.files:
+        if name.startswith(f"{part}/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(source / name, folder / name)
+    return language, dict(manifest.verification["language"])
+
+
+def _link_or_copy(source: Path, destination: Path) -> None:
+    # Other file systems, and some of one's own, refuse links.
+    with contextlib.suppress(OSError):
+        os.link(source, destination)
+        return
+    shutil.copy2(source, destination)
