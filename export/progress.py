@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# Where lines cannot be overwritten, as in a log.
+SECONDS_BETWEEN_LINES = 20.0
+
 
 class Progress:
-    """Prints numbered steps to stderr; where stderr is a terminal, the running step shows how far it is.
+    """Prints numbered steps to stderr, and how far the running one is: live on a terminal, else now and then.
 
     Args:
         num_steps: how many steps there will be.
@@ -23,6 +26,7 @@ class Progress:
         self._num_steps = num_steps
         self._step = 0
         self._started = 0.0
+        self._shown = 0.0
         self._title = ""
         self._is_quiet = is_quiet
         self._is_live = not is_quiet and sys.stderr.isatty()
@@ -31,7 +35,7 @@ class Progress:
     def step(self, title: str) -> Iterator[None]:
         """Announce a step, and print its time when it ends."""
         self._step += 1
-        self._started = time.perf_counter()
+        self._started = self._shown = time.perf_counter()
         self._title = f"[{self._step}/{self._num_steps}] {title}"
         self._show(f"{self._title} ...", end="" if self._is_live else "\n")
         yield
@@ -39,10 +43,13 @@ class Progress:
 
     def update(self, num_done: int, num_all: int) -> None:
         """Show how much of the running step is done, and how long the rest takes at this pace."""
-        if self._is_live:
-            spent = time.perf_counter() - self._started
-            left = spent / max(1, num_done) * (num_all - num_done)
-            self._show(f"{self._title}: {num_done} of {num_all}, about {left:.0f} s left", end="")
+        now = time.perf_counter()
+        if not self._is_live and now - self._shown < SECONDS_BETWEEN_LINES:
+            return
+        self._shown = now
+        left = (now - self._started) / max(1, num_done) * (num_all - num_done)
+        text = f"{self._title}: {num_done} of {num_all}, about {left:.0f} s left"
+        self._show(text, end="" if self._is_live else "\n")
 
     def _show(self, text: str, end: str) -> None:
         if not self._is_quiet:

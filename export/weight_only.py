@@ -58,6 +58,8 @@ def quantize_weights(
             model.graph.register_initializer(initializer)
         if not weight.uses():
             model.graph.initializers.pop(str(weight.name))
+            # Now, not when the garbage collector comes: the tensor may map gigabytes of a file.
+            weight.const_value = None
         on_node(done, len(nodes))
 
 
@@ -86,6 +88,10 @@ def _quantized_alone(node: Any, settings: WeightOnlySettings) -> ir.Model:
     )
     quantizer.process()
     model: ir.Model = ir.from_proto(quantizer.model.model)
+    for value in model.graph.initializers.values():
+        # A message's memory lives as long as anything in it, and the float32 weight lies in the same message.
+        assert value.const_value is not None, "an initializer has a value"
+        value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
     return model
 
 
