@@ -118,7 +118,7 @@ class Worker:
     """
 
     def __init__(self, system: System, num_threads: int) -> None:
-        self.system = system
+        self.name = system.name
         context = multiprocessing.get_context("spawn")
         self._pipe, pipe = context.Pipe()
         self._process = context.Process(target=_serve, args=(pipe, system, num_threads), daemon=True)
@@ -145,10 +145,24 @@ class Worker:
             kind, content = self._pipe.recv()
         except EOFError as error:
             self._process.join()
-            raise RuntimeError(f"{self.system.name}: ended with exit code {self._process.exitcode}") from error
+            raise RuntimeError(f"{self.name}: ended with exit code {self._process.exitcode}") from error
         if kind == "error":
-            raise RuntimeError(f"{self.system.name}: {content}")
+            raise RuntimeError(f"{self.name}: {content}")
         return content
+
+
+class LocalSystem:
+    """A system in this process, for those that share what does not fit into memory twice."""
+
+    def __init__(self, name: str, run: Pass) -> None:
+        self.name = name
+        self._run = run
+
+    def sample(self) -> tuple[Sample, float]:
+        """Do one pass; also the core-seconds of other processes meanwhile."""
+        others = _other_cpu_s()
+        sample = self._run()
+        return sample, _other_cpu_s() - others
 
 
 def _serve(pipe: Connection, system: System, num_threads: int) -> None:
@@ -179,39 +193,44 @@ def _other_cpu_s() -> float:
 
 
 def measure(systems: Sequence[System], num_rounds: int, num_threads: int) -> Results:
-    """Time the systems in turns: A B C, A B C, and so on.
-
-    The first round warms up and is dropped. On a machine that is not quiet, up to twice as many rounds
-    run and the quietest count: chosen by what other processes took meanwhile, never by the times themselves.
-    """
+    """Time the systems in turns, each in a process of its own; see `measure_in_turns`."""
     workers: list[Worker] = []
-    rounds: list[tuple[float, dict[str, Sample]]] = []
     try:
         print(f"  loading {len(systems)} systems", flush=True)
         workers = [Worker(system, num_threads) for system in systems]
         for worker in workers:
             worker.wait_until_ready()
-        _round(workers)
-        while len(rounds) < 2 * num_rounds:
-            rounds.append(_round(workers))
-            num_quiet = sum(other_cores <= MAX_OTHER_CORES for other_cores, _samples in rounds)
-            print(f"  round {len(rounds)}: others took {rounds[-1][0]:.2f} cores", flush=True)
-            if num_quiet == num_rounds:
-                break
+        return measure_in_turns(workers, num_rounds)
     finally:
         for worker in workers:
             worker.close()
+
+
+def measure_in_turns(systems: Sequence[Worker | LocalSystem], num_rounds: int) -> Results:
+    """Time the systems in turns: A B C, A B C, and so on.
+
+    The first round warms up and is dropped. On a machine that is not quiet, up to twice as many rounds
+    run and the quietest count: chosen by what other processes took meanwhile, never by the times themselves.
+    """
+    rounds: list[tuple[float, dict[str, Sample]]] = []
+    _round(systems)
+    while len(rounds) < 2 * num_rounds:
+        rounds.append(_round(systems))
+        num_quiet = sum(other_cores <= MAX_OTHER_CORES for other_cores, _samples in rounds)
+        print(f"  round {len(rounds)}: others took {rounds[-1][0]:.2f} cores", flush=True)
+        if num_quiet == num_rounds:
+            break
     rounds = sorted(rounds, key=lambda item: item[0])[:num_rounds]
     samples = {system.name: [samples[system.name] for _, samples in rounds] for system in systems}
     return Results(samples, [other_cores for other_cores, _ in rounds])
 
 
-def _round(workers: Sequence[Worker]) -> tuple[float, dict[str, Sample]]:
+def _round(systems: Sequence[Worker | LocalSystem]) -> tuple[float, dict[str, Sample]]:
     samples, other_core_s, seconds = {}, 0.0, 0.0
-    for worker in workers:
+    for system in systems:
         _wait_until_quiet()
         started = time.perf_counter()
-        samples[worker.system.name], others = worker.sample()
+        samples[system.name], others = system.sample()
         seconds += time.perf_counter() - started
         other_core_s += others
     return other_core_s / seconds, samples

@@ -15,10 +15,12 @@ from benchmarks.workspace import Workspace, add_options
 from hivtp.export.exporter import ExportSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from PIL import Image
+
+    from hivtp import Answer
 
 HUGGING_FACE = "Hugging Face sdpa fp32, unpruned"
 UNPRUNED = "fp32 / fp32, unpruned"
@@ -106,21 +108,26 @@ def open_bundle(num_threads: int, bundle: Path, num_new_tokens: int) -> Pass:
         image = next(images)
         with Stopwatch() as total:
             answer = pipeline.generate(PROMPT, [image], max_new_tokens=num_new_tokens)
-        timings = answer.timings
-        assert timings.decode_ms_per_token is not None, "the answer ended after its first token"
-        return {
-            "preprocess_ms": timings.preprocess_ms,
-            "vision_ms": timings.vision_ms,
-            "prefill_ms": timings.prefill_ms,
-            "ttft_ms": timings.ttft_ms,
-            "decode_ms_per_token": timings.decode_ms_per_token,
-            "answer_ms": total.ms,
-            "num_image_tokens": answer.num_image_tokens,
-            "num_kept_tokens": answer.num_kept_tokens,
-            "num_new_tokens": len(answer.token_ids),
-        }
+        return sample_of(answer, total.ms)
 
     return run
+
+
+def sample_of(answer: Answer, answer_ms: float) -> Sample:
+    """What an answer says of its own times and tokens."""
+    timings = answer.timings
+    assert timings.decode_ms_per_token is not None, "the answer ended after its first token"
+    return {
+        "preprocess_ms": timings.preprocess_ms,
+        "vision_ms": timings.vision_ms,
+        "prefill_ms": timings.prefill_ms,
+        "ttft_ms": timings.ttft_ms,
+        "decode_ms_per_token": timings.decode_ms_per_token,
+        "answer_ms": answer_ms,
+        "num_image_tokens": answer.num_image_tokens,
+        "num_kept_tokens": answer.num_kept_tokens,
+        "num_new_tokens": len(answer.token_ids),
+    }
 
 
 def rows(results: Results, quantity: str, goals: Mapping[str, float]) -> list[Row]:
@@ -129,10 +136,10 @@ def rows(results: Results, quantity: str, goals: Mapping[str, float]) -> list[Ro
     return [Row(name, results.values(name, quantity), baseline, goals.get(name)) for name in results.samples]
 
 
-def split(results: Results) -> str:
-    """Where the time to first token goes in our bundles: medians."""
+def split(results: Results, names: Iterable[str]) -> str:
+    """Where the time to first token goes in these bundles: medians."""
     lines = [f"{'median ms':<24} {'image tokens':>12} {'preprocess':>11} {'vision':>9} {'prefill':>9}"]
-    for name in BUNDLES:
+    for name in names:
         kept, *times = (
             median(results.values(name, quantity))
             for quantity in ("num_kept_tokens", "preprocess_ms", "vision_ms", "prefill_ms")
@@ -166,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     report(options, tables, {"answers": results})
     lengths = {name: int(results.values(name, "num_new_tokens")[0]) for name in results.samples}
-    print(f"\n{split(results)}")
+    print(f"\n{split(results, BUNDLES)}")
     print(f"\nprompt: {num_image_tokens:.0f} image and {num_text_tokens:.0f} text tokens; new tokens: {lengths}")
 
 

@@ -7,8 +7,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks import harness, latency, ttft
-from benchmarks.harness import Pass, Results, Row, Sample, Stopwatch, System, measure, table
+from benchmarks import budgets, harness, latency, ttft
+from benchmarks.harness import (
+    LocalSystem,
+    Pass,
+    Results,
+    Row,
+    Sample,
+    Stopwatch,
+    System,
+    measure,
+    measure_in_turns,
+    table,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -134,6 +145,32 @@ def test_selecting_is_what_the_ops_nodes_took_after_the_first_run() -> None:
 def test_results_hold_one_quantity_by_round() -> None:
     results = Results({"A": [{"ttft_ms": 1.0}, {"ttft_ms": 2.0}]}, [0.0, 0.0])
     assert results.values("A", "ttft_ms") == [1.0, 2.0]
+
+
+@pytest.mark.usefixtures("never_waits")
+def test_systems_of_one_process_take_turns(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    systems = [LocalSystem(name, open_counting(num_threads=1, log=log, name=name)) for name in "AB"]
+    results = measure_in_turns(systems, num_rounds=2)
+    assert log.read_text().splitlines()[:8] == ["A starts", "A ends", "B starts", "B ends"] * 2
+    assert {int(value) for value in results.values("B", "process")} == {os.getpid()}
+    assert min(results.values("A", "pass")) > 1
+
+
+@pytest.mark.usefixtures("never_waits")
+def test_budgets_share_one_decoder(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "results.json"
+    options = [f"--checkpoint={tiny_checkpoint}", f"--work-dir={tmp_path}", "--rounds=1", f"--output={output}"]
+    budgets.main([*options, "--presets", "192", "--new-tokens=3"])
+    report = json.loads(output.read_text())
+    [unpruned], [pruned] = (report["results"]["answers"]["samples"][name] for name in ("unpruned", "preset 192"))
+    assert (unpruned["num_kept_tokens"], pruned["num_kept_tokens"]) == (64, 21)
+    goals = {row["label"]: row["goal"] for row in report["rows"] if row["table"] == "time to first token"}
+    assert goals == {"unpruned": None, "preset 192": 0.45}
+    assert "peak memory" in capsys.readouterr().out
+    decoders = [file.stat().st_ino for file in tmp_path.rglob("decoder.onnx.data")]
+    assert len(decoders) == 2
+    assert len(set(decoders)) == 1
 
 
 @pytest.mark.usefixtures("never_waits")
