@@ -1,4 +1,5 @@
-# Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first.
+# Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first. `make bench` measures again
+# what docs/benchmarks.md shows, except for the real sizes, and wants a machine with nothing else to do.
 PYTHON ?= python3
 VENV ?= .venv
 # Named on its own, since without a version pip may choose a build with gigabytes of CUDA libraries.
@@ -6,7 +7,7 @@ TORCH ?= torch==2.13.0
 IMAGE ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types layers tests wheel clean
+.PHONY: demo test lint types layers tests wheel bench report clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +37,14 @@ wheel: $(VENV)/.installed
 
 tests: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.latency --output benchmarks/results/vision-cpu.json
+	$(BIN)/python -m benchmarks.ttft --output benchmarks/results/ttft-cpu.json
+	$(MAKE) report
+
+report: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info

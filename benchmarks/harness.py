@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import platform
+import resource
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -174,7 +175,9 @@ def _serve(pipe: Connection, system: System, num_threads: int) -> None:
         while pipe.recv() == "pass":
             others = _other_cpu_s()
             sample = run()
-            pipe.send(("sample", (sample, _other_cpu_s() - others)))
+            others = _other_cpu_s() - others
+            peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            pipe.send(("sample", ({**sample, "peak_memory_bytes": peak_bytes}, others)))
     except EOFError:
         return
     except Exception:  # noqa: BLE001  whatever it is, the parent raises it
@@ -288,7 +291,8 @@ def report(options: argparse.Namespace, tables: Mapping[str, Sequence[Row]], res
         print(f"\n{table(title, rows)}")
     written = {
         "environment": found,
-        "settings": {key: str(value) for key, value in vars(options).items()},
+        # Where things lay on this machine says nothing on another.
+        "settings": {key: str(value) for key, value in vars(options).items() if not isinstance(value, Path)},
         "rows": [
             {"table": title, "ratio": row.ratio, "verdict": row.verdict, **asdict(row)}
             for title, rows in tables.items()
