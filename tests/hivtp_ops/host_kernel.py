@@ -52,16 +52,20 @@ class HostKernels:
         assert done.returncode == 0, done.stderr
         self._library = ctypes.CDLL(str(library))
 
+    def launch(self, number: int, pointers: Sequence[int], num_tiles: int, is_descending: bool = False) -> None:
+        """Run one kernel as a GPU would, but its threads take turns, in one order or in the other."""
+        has_ended = getattr(self._library, f"launch_{number}")(
+            *map(ctypes.c_void_p, pointers), num_tiles, self.kernels[number].num_threads, int(is_descending)
+        )
+        assert has_ended, "some threads wait at a barrier to which others never come"
+
     def run(
         self, number: int, maps: NDArray[np.float32], capacity: int, is_descending: bool = False
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Run one kernel on maps [tiles, patches], its threads taking turns in one order or in the other."""
+        """Run one kernel on maps [tiles, patches]."""
         maps = np.ascontiguousarray(maps, dtype=np.float32)
-        # Garbage that no output has, so that a place which is not written shows.
+        # A value that no output has, so that a place which is not written shows.
         indices = np.full((len(maps), capacity), -77, dtype=np.int64)
         counts = np.full(len(maps), -77, dtype=np.int64)
-        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (maps, indices, counts)]
-        launch = getattr(self._library, f"launch_{number}")
-        has_ended = launch(*pointers, len(maps), self.kernels[number].num_threads, int(is_descending))
-        assert has_ended, "some threads wait at a barrier to which others never come"
+        self.launch(number, [array.ctypes.data for array in (maps, indices, counts)], len(maps), is_descending)
         return indices, counts
