@@ -89,11 +89,16 @@ class HostDriver:
         return (self.result,)
 
 
-@pytest.fixture
-def driver(monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def host_kernels(tmp_path_factory):
     if COMPILER is None:
         pytest.skip("no C++ compiler to run the kernel on a CPU with")
-    driver = HostDriver(HostKernels([hierarchical_prune_kernel(GRID, SPEC)], tmp_path))
+    return HostKernels([hierarchical_prune_kernel(GRID, SPEC)], tmp_path_factory.mktemp("kernel"))
+
+
+@pytest.fixture
+def driver(monkeypatch, host_kernels):
+    driver = HostDriver(host_kernels)
     bindings = types.SimpleNamespace(driver=driver)
     monkeypatch.setitem(sys.modules, "cuda", types.SimpleNamespace(bindings=bindings))
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
@@ -167,6 +172,13 @@ def test_grid_that_is_too_large_for_the_kernel_is_pruned_without_it(monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_is_selection(select_as_on_cuda(torch.from_numpy(maps), grid, spec), maps, grid, spec)
+
+
+def test_op_has_a_form_of_its_own_for_cuda():
+    torch_op.register()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has_kernel(op.TORCH_NAME, "CUDA")
+    assert not has_kernel(op.TORCH_NAME, "XPU"), "else this shows nothing"
 
 
 gpu = pytest.mark.gpu
