@@ -5,6 +5,9 @@ TensorRT reads the annotations below, and takes none that are strings: no `from 
 
 import functools
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hivtp_ops.errors import MissingExtraError
 from hivtp_ops.kernel import NAME as KERNEL_NAME
 from hivtp_ops.kernel import Kernel, hierarchical_prune_kernel
@@ -15,6 +18,10 @@ from hivtp_ops.spec import PruningSpec
 PLUGIN_ID = f"{PLUGIN_NAMESPACE}::{NAME}"
 # PTX, which runs on any GPU from this one on, since that is what TensorRT documents; plans are built on Turing too.
 TARGET = "compute_75"
+# An attribute is an array of one number: TensorRT 10 makes `int(array)` of one that is annotated as int, which is an
+# error in recent numpy.
+Int = NDArray[np.int64]
+Float = NDArray[np.float64]
 
 
 @functools.cache
@@ -40,10 +47,10 @@ def register_plugin() -> None:
 
     @trtp.register(PLUGIN_ID)  # type: ignore[untyped-decorator]
     def describe(
-        importance: trtp.TensorDesc, rows: int, cols: int, regions: int, global_ratio: float, window: int, keep: int
+        importance: trtp.TensorDesc, rows: Int, cols: Int, regions: Int, global_ratio: Float, window: Int, keep: Int
     ) -> tuple[trtp.TensorDesc, trtp.TensorDesc]:
-        num_tiles = importance.shape_expr[0]
-        capacity = _spec(regions, global_ratio, window, keep).capacity((rows, cols))
+        grid, spec = _settings(rows, cols, regions, global_ratio, window, keep)
+        num_tiles, capacity = importance.shape_expr[0], spec.capacity(grid)
         return (
             trtp.from_shape_expr((num_tiles, capacity), dtype=trt.int64),
             trtp.from_shape_expr((num_tiles,), dtype=trt.int64),
@@ -60,16 +67,16 @@ def register_plugin() -> None:
     @trtp.aot_impl(PLUGIN_ID)  # type: ignore[untyped-decorator]
     def implement(
         importance: trtp.TensorDesc,
-        rows: int,
-        cols: int,
-        regions: int,
-        global_ratio: float,
-        window: int,
-        keep: int,
+        rows: Int,
+        cols: Int,
+        regions: Int,
+        global_ratio: Float,
+        window: Int,
+        keep: Int,
         outputs: tuple[trtp.TensorDesc, trtp.TensorDesc],  # noqa: ARG001
         tactic: int,  # noqa: ARG001
     ) -> tuple[str, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]:
-        kernel, ptx = _compiled((rows, cols), _spec(regions, global_ratio, window, keep))
+        kernel, ptx = _compiled(*_settings(rows, cols, regions, global_ratio, window, keep))
         launch = trtp.KernelLaunchParams(grid_x=importance.shape_expr[0], block_x=kernel.num_threads)
         return KERNEL_NAME, ptx, launch, trtp.SymIntExprs(0)
 
@@ -81,7 +88,13 @@ def _compiled(grid: tuple[int, int], spec: PruningSpec) -> tuple[Kernel, bytes]:
     return kernel, compile_kernel(kernel.source, TARGET)
 
 
-def _spec(regions: int, global_ratio: float, window: int, keep: int) -> PruningSpec:
-    return PruningSpec(
-        regions=regions, global_ratio=global_ratio, window=window, keep=None if keep == NO_KEEP else keep
+def _settings(
+    rows: Int, cols: Int, regions: Int, global_ratio: Float, window: Int, keep: Int
+) -> tuple[tuple[int, int], PruningSpec]:
+    spec = PruningSpec(
+        regions=regions.item(),
+        global_ratio=global_ratio.item(),
+        window=window.item(),
+        keep=None if keep.item() == NO_KEEP else keep.item(),
     )
+    return (rows.item(), cols.item()), spec

@@ -47,10 +47,10 @@ def tensor(dtype: trt.DataType, *shape: int) -> trt.DynamicPluginTensorDesc:
 def main() -> None:
     """Register, create, configure, compile."""
     attributes, capacity = json.loads(sys.argv[1]), int(sys.argv[2])
-    registered = {}
+    creators = {}
 
     def register_creator(name: str, namespace: str, attribute_types: dict[str, tuple[bool, type]]) -> None:
-        registered[f"{namespace}::{name}"] = {key: kind.__name__ for key, (_, kind) in attribute_types.items()}
+        creators[f"{namespace}::{name}"] = _lib._TemplatePluginCreator(name, namespace, attribute_types)
 
     _lib._register_plugin_creator = register_creator
     tensorrt_plugin.compile_kernel = lambda source, target: f"{target}\n{source}".encode()
@@ -66,8 +66,7 @@ def main() -> None:
     tensorrt_plugin.register_plugin()
     tensorrt_plugin.register_plugin()
 
-    builtin = {name: (True, type(value)) for name, value in attributes.items()}
-    creator = _lib._TemplatePluginCreator(op.NAME, op.PLUGIN_NAMESPACE, builtin)
+    [(identifier, creator)] = creators.items()
     plugin = creator.create_plugin(
         op.NAME,
         op.PLUGIN_NAMESPACE,
@@ -91,8 +90,9 @@ def main() -> None:
     print(  # noqa: T201  the result
         json.dumps(
             {
-                "registered": registered,
-                "attributes": plugin.attrs,
+                "plugin": identifier,
+                "attributes": {name: value.item() for name, value in plugin.attrs.items()},
+                "fields": {field.name: field.type.name for field in creator.field_names},
                 "dtypes": [str(dtype) for dtype in dtypes],
                 "ranks": [len(shape) for shape in shapes],
                 "formats": [f"{item.type} {item.format}" for item in formats],

@@ -64,11 +64,8 @@ def test_tensorrt_takes_the_definitions_and_gets_the_kernel(stubs, grid, spec):
     life = json.loads(done.stdout.splitlines()[-1])
     kernel = hierarchical_prune_kernel(grid, spec)
     assert life == {
-        "registered": {
-            "hivtp::HierarchicalPrune": {
-                "rows": "int", "cols": "int", "regions": "int", "global_ratio": "float", "window": "int", "keep": "int",
-            }
-        },
+        "plugin": "hivtp::HierarchicalPrune",
+        "fields": {name: "FLOAT64" if name == "global_ratio" else "INT64" for name in op.ATTRIBUTES},
         "attributes": attributes,
         "dtypes": ["DataType.INT64", "DataType.INT64"],
         "ranks": [2, 1],
@@ -83,7 +80,7 @@ def test_tensorrt_takes_the_definitions_and_gets_the_kernel(stubs, grid, spec):
         "num_extra_arguments": 0,
         "kernel": "hierarchical_prune",
         "program": f"compute_75\n{kernel.source}",
-    }  # fmt: skip
+    }
 
 
 def test_attributes_of_the_plugin_are_those_of_the_op():
