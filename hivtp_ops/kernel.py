@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 NAME = "hierarchical_prune"
 # What a key has bits for; the arrays of a block then take 42 of the 48 KiB that they may take.
 MAX_PATCHES = 4096
+# Of a GPU that has the instructions it takes: Ampere and later.
+MIN_CAPABILITY = (8, 0)
 MAX_THREADS = 1024
 WARP = 32
 

@@ -9,15 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hivtp_ops.errors import MissingExtraError
+from hivtp_ops.kernel import MIN_CAPABILITY, Kernel, hierarchical_prune_kernel
 from hivtp_ops.kernel import NAME as KERNEL_NAME
-from hivtp_ops.kernel import Kernel, hierarchical_prune_kernel
 from hivtp_ops.nvrtc import compile_kernel
 from hivtp_ops.op import NAME, NO_KEEP, PLUGIN_NAMESPACE
 from hivtp_ops.spec import PruningSpec
 
 PLUGIN_ID = f"{PLUGIN_NAMESPACE}::{NAME}"
-# PTX, which runs on any GPU from this one on, since that is what TensorRT documents; plans are built on Turing too.
-TARGET = "compute_75"
+# PTX, since that is what TensorRT documents. It runs on any GPU from this one on, as plans may that are built for all.
+TARGET = "compute_{}{}".format(*MIN_CAPABILITY)
 # An attribute is an array of one number: TensorRT 10 makes `int(array)` of one that is annotated as int, which is an
 # error in recent numpy.
 Int = NDArray[np.int64]
@@ -29,7 +29,8 @@ def register_plugin() -> None:
     """Register `hivtp::HierarchicalPrune` with TensorRT, for all graphs that are parsed in this process from now on.
 
     Only building a plan needs it: the plan holds the compiled kernel. A graph that is parsed where the plugin is not
-    registered takes the function in its place, and gives the same.
+    registered takes the function in its place, and gives the same: so do not register it for a GPU below
+    `hivtp_ops.kernel.MIN_CAPABILITY`.
 
     The importance must be float32 in the graph; it is in every graph that `hivtp-export` writes.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hivtp_ops.errors import KernelError
-from hivtp_ops.kernel import NAME, hierarchical_prune_kernel
+from hivtp_ops.kernel import MIN_CAPABILITY, NAME, hierarchical_prune_kernel
 from hivtp_ops.nvrtc import compile_kernel
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def load_kernel(grid: tuple[int, int], spec: PruningSpec, capability: tuple[int,
         KernelError: it cannot be compiled or loaded here.
         SpecError: the grid has more patches than the kernel takes.
     """
+    if capability < MIN_CAPABILITY:
+        raise KernelError("this GPU has compute capability {}.{}, and the kernel needs 8.0".format(*capability))
     kernel = hierarchical_prune_kernel(grid, spec)
     cubin = compile_kernel(kernel.source, "sm_{}{}".format(*capability))
     from cuda.bindings import driver

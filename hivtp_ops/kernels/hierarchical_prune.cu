@@ -10,6 +10,9 @@ constexpr int WINDOWS_ACROSS = (COLS + WINDOW - 1) / WINDOW;
 constexpr int NUM_WINDOWS = (ROWS + WINDOW - 1) / WINDOW * WINDOWS_ACROSS;
 constexpr int PATCHES_PER_THREAD = (NUM_PATCHES + NUM_THREADS - 1) / NUM_THREADS;
 constexpr int WARP = 32;
+constexpr int LARGEST_REGION = ((ROWS + REGIONS - 1) / REGIONS) * ((COLS + REGIONS - 1) / REGIONS);
+// Keys of a region that a lane holds in registers, since each step of a search compares them; the others it reads.
+constexpr int HELD_PER_LANE = LARGEST_REGION > 8 * WARP ? 8 : (LARGEST_REGION + WARP - 1) / WARP;
 constexpr int NUM_WORDS = (NUM_PATCHES + WARP - 1) / WARP;
 constexpr unsigned ALL_LANES = ~0u;
 
@@ -95,14 +98,19 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) hierarchical_prune(
     // Global stage: a warp finds the limit of a region.
     for (int number = warp; number < NUM_REGIONS; number += NUM_THREADS / WARP) {
         const Region region(number / REGIONS, number % REGIONS);
-        const int first = region.first_slot(), end = region.end_slot();
+        const int first = region.first_slot() + lane, end = region.end_slot();
+        Key held[HELD_PER_LANE];
+#pragma unroll
+        for (int i = 0; i < HELD_PER_LANE; ++i) held[i] = first + i * WARP < end ? keys[first + i * WARP] : NEVER;
         const Key limit = limit_after(QUOTAS[number], [&](Key bound) {
             int num = 0;
-            for (int slot = first + lane; slot - lane < end; slot += WARP)
-                num += __popc(__ballot_sync(ALL_LANES, slot < end && keys[slot] < bound));
-            return num;
+#pragma unroll
+            for (int i = 0; i < HELD_PER_LANE; ++i) num += held[i] < bound;
+            if (LARGEST_REGION > HELD_PER_LANE * WARP)
+                for (int slot = first + HELD_PER_LANE * WARP; slot < end; slot += WARP) num += keys[slot] < bound;
+            return __reduce_add_sync(ALL_LANES, num);
         });
-        for (int slot = first + lane; slot < end; slot += WARP)
+        for (int slot = first; slot < end; slot += WARP)
             if (keys[slot] < limit) keys[slot] += GLOBAL - REST;
     }
     __syncthreads();

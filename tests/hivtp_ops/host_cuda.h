@@ -117,6 +117,7 @@ static inline int __syncthreads_count(bool is_counted) {
 static inline unsigned __ballot_sync(unsigned lanes, bool is_set) {
     return lanes & host::wait(host::State::AT_WARP_BARRIER, unsigned(is_set) << threadIdx.x % 32);
 }
+static inline int __reduce_add_sync(unsigned, int value) { return host::wait(host::State::AT_WARP_BARRIER, value); }
 static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 static inline int min(int a, int b) { return a < b ? a : b; }
 

@@ -79,7 +79,7 @@ def test_tensorrt_takes_the_definitions_and_gets_the_kernel(stubs, grid, spec):
         "launch": {"block_x": kernel.num_threads},
         "num_extra_arguments": 0,
         "kernel": "hierarchical_prune",
-        "program": f"compute_75\n{kernel.source}",
+        "program": f"compute_80\n{kernel.source}",
     }
 
 

@@ -165,6 +165,13 @@ def test_kernel_that_cannot_be_compiled_is_done_without_after_one_warning(monkey
         assert_is_selection(select_as_on_cuda(torch.from_numpy(maps), GRID, SPEC), maps, GRID, SPEC)
 
 
+def test_gpu_that_is_too_old_for_the_kernel_prunes_without_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
+    maps = hard_maps(GRID, SPEC)
+    with pytest.warns(UserWarning, match=r"capability 7\.5.*needs 8\.0"):
+        assert_is_selection(select_as_on_cuda(torch.from_numpy(maps), GRID, SPEC), maps, GRID, SPEC)
+
+
 def test_grid_that_is_too_large_for_the_kernel_is_pruned_without_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     grid, spec = (65, 64), PruningSpec(keep=9)
