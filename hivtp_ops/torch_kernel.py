@@ -74,7 +74,9 @@ def load_kernel(grid: tuple[int, int], spec: PruningSpec, capability: tuple[int,
         SpecError: the grid has more patches than the kernel takes.
     """
     if capability < MIN_CAPABILITY:
-        raise KernelError("this GPU has compute capability {}.{}, and the kernel needs 8.0".format(*capability))
+        raise KernelError(
+            "this GPU has compute capability {}.{}, and the kernel needs {}.{}".format(*capability, *MIN_CAPABILITY)
+        )
     kernel = hierarchical_prune_kernel(grid, spec)
     cubin = compile_kernel(kernel.source, "sm_{}{}".format(*capability))
     from cuda.bindings import driver
