@@ -43,6 +43,10 @@ class EngineError(HivtpError):
     """An inference engine that is absent, or that failed on a graph."""
 
 
+class KernelError(HivtpError):
+    """A CUDA kernel that cannot be compiled, loaded or started."""
+
+
 class OutOfMemoryError(HivtpError, MemoryError):
     """Memory that ran out for one request of a batch."""
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import TYPE_CHECKING
 
-from hivtp_ops.errors import ScoreError
+from hivtp_ops.errors import KernelError, ScoreError
+from hivtp_ops.kernel import MAX_PATCHES
 from hivtp_ops.op import NO_KEEP, OUTPUTS, TORCH_NAME
 from hivtp_ops.spec import PruningSpec
 from hivtp_ops.tables import rank_tables
+from hivtp_ops.torch_kernel import TorchKernel, load_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +37,7 @@ def register() -> Op:
             f" -> (Tensor {OUTPUTS[0]}, Tensor {OUTPUTS[1]})"
         )
         custom_op = torch.library.custom_op(TORCH_NAME, _select, mutates_args=(), schema=schema)
+        custom_op.register_kernel("cuda", _select_on_cuda)
         custom_op.register_fake(_fake_select)
         _registered_op = custom_op
     return _registered_op
@@ -49,6 +53,10 @@ def hierarchical_prune(
     keep: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply the rule that `hivtp_ops.select` defines to every tile by itself.
+
+    On a GPU it is one kernel, which the first call compiles: make it before a CUDA graph is captured. Where the
+    kernel cannot be compiled there is a warning, and where a grid is too large for it there is none; PyTorch's own
+    operators do the work then, and the result is the same.
 
     Args:
         importance: [tiles, rows * cols] floating; converted to float32. NaN is not looked for, since that
@@ -124,6 +132,19 @@ def _select(
     return torch.where(is_patch, kept, -1), is_patch.sum(dim=1)
 
 
+def _select_on_cuda(
+    importance: torch.Tensor, rows: int, cols: int, regions: int, global_ratio: float, window: int, keep: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    grid, spec = (rows, cols), _spec(regions, global_ratio, window, keep)
+    _check(importance, grid)
+    kernel = _kernel(grid, spec, torch.cuda.get_device_capability(importance.device))
+    if kernel is None:
+        return _select(importance, rows, cols, regions, global_ratio, window, keep)
+    return kernel(importance.float())
+
+
 def _fake_select(
     importance: torch.Tensor, rows: int, cols: int, regions: int, global_ratio: float, window: int, keep: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,6 +172,18 @@ def _check(importance: torch.Tensor, grid: tuple[int, int]) -> None:
             f"importance is {importance.dtype} of shape {tuple(importance.shape)}; "
             f"a {rows} x {cols} grid takes floating [tiles, {rows * cols}]"
         )
+
+
+@functools.cache
+def _kernel(grid: tuple[int, int], spec: PruningSpec, capability: tuple[int, int]) -> TorchKernel | None:
+    """Give the kernel, or None, after a warning, where there can be none; either is kept."""
+    if grid[0] * grid[1] > MAX_PATCHES:
+        return None
+    try:
+        return load_kernel(grid, spec, capability)
+    except KernelError as error:
+        warnings.warn(f"pruning on the GPU without its kernel, which takes longer: {error}", stacklevel=2)
+        return None
 
 
 @functools.lru_cache(maxsize=32)

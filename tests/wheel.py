@@ -23,6 +23,7 @@ for part in ("hivtp.export.exporter", "hivtp.engines.bundle", "hivtp.runtime.pip
     assert part in names, part
 for name in names:
     importlib.import_module(name)
+assert list((pathlib.Path(hivtp_ops.__file__).parent / "kernels").glob("*.cu")), "the CUDA kernel is not packed"
 for absent in ("torch", "transformers", "onnx", "onnxruntime"):
     assert importlib.util.find_spec(absent) is None, absent
 print(f"imported {len(names)} modules from the wheel with the core alone")
