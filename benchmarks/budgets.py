@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import resource
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +17,6 @@ from hivtp.export.exporter import ExportSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from hivtp import Pipeline
 
@@ -67,17 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_options(parser, "budgets.json")
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS, help="budgets (default: all)")
     parser.add_argument("--new-tokens", type=int, default=4, help="length of the answer (default: %(default)s)")
+    parser.add_argument("--decoder-from", type=Path, help="a bundle of the checkpoint with an int4 decoder to take")
     options = parser.parse_args(arguments)
     if options.new_tokens < 2:
         parser.error("--new-tokens must be 2 or more, to time the decoding")
     workspace = Workspace.open(options, "budgets")
-    settings = ExportSettings(is_pruned=False, vision_precision="int8", language_precision="int4")
-    unpruned = workspace.bundle(UNPRUNED, settings)
-    bundles = {UNPRUNED: unpruned}
+    quantised = ExportSettings(vision_precision="int8", language_precision="int4", decoder_from=options.decoder_from)
+    bundles = {UNPRUNED: workspace.bundle(UNPRUNED, replace(quantised, is_pruned=False))}
     for preset in options.presets:
-        budget = ExportSettings(
-            preset=preset, vision_precision="int8", language_precision="int4", decoder_from=unpruned
-        )
+        budget = replace(quantised, preset=preset, decoder_from=bundles[UNPRUNED])
         bundles[f"preset {preset}"] = workspace.bundle(f"preset {preset}", budget)
     with Stopwatch() as loading:
         pipelines = open_pipelines(list(bundles.values()), options.threads)

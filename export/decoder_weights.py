@@ -46,7 +46,7 @@ class DecoderWeights:
         if name not in self._places:
             return self._checkpoint.language_tensor(name)
         node, rows = self._places[name]
-        return torch.from_numpy(dequantize(node)[rows])
+        return torch.from_numpy(dequantize(node, rows))
 
     def _register(self, node: ir.Node) -> None:
         match = _NODE_NAME.match(node.name or "")
@@ -65,15 +65,17 @@ class DecoderWeights:
             start = stop
 
 
-def dequantize(node: Any) -> NDArray[np.float32]:
-    """The weight [out, in] float32 of a com.microsoft MatMulNBits node with symmetric blocks of 4 or 8 bits."""
+def dequantize(node: Any, rows: slice = slice(None)) -> NDArray[np.float32]:
+    """Rows of the weight [out, in] float32 of a com.microsoft MatMulNBits node with symmetric blocks of 4 or 8 bits."""
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     packed, scales = (node.inputs[index].const_value.numpy() for index in (1, 2))
     num_out, num_in, bits = attributes["N"], attributes["K"], attributes["bits"]
+    packed, scales = packed.reshape(num_out, -1)[rows], scales.reshape(num_out, -1, 1)[rows]
     if bits == 4:
         # Two values in a byte, the lower half first.
         packed = np.stack([packed & 0xF, packed >> 4], axis=-1)
-    values = packed.reshape(num_out, -1, attributes["block_size"]).astype(np.float32)
-    zero_point = 1 << (bits - 1)
-    weight = (values - zero_point) * scales.reshape(num_out, -1, 1)
-    return np.ascontiguousarray(weight.reshape(num_out, -1)[:, :num_in], dtype=np.float32)
+    values = packed.reshape(len(packed), -1, attributes["block_size"]).astype(np.float32)
+    # In place: at 7 B the float32 weights of one layer take 0.8 GB.
+    values -= 1 << (bits - 1)
+    values *= scales
+    return np.ascontiguousarray(values.reshape(len(packed), -1)[:, :num_in])
