@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from hivtp_ops.errors import HivtpError
 
@@ -30,7 +30,8 @@ examples:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line; defaults come from the pipeline and SamplingSettings."""
+    """The command line; defaults come from the settings of each layer."""
+    from hivtp.runtime.language.settings import BackendName, LanguageDtype, LanguageSettings
     from hivtp.runtime.request import DEFAULT_MAX_NEW_TOKENS
     from hivtp.runtime.sampling import SamplingSettings
 
@@ -61,6 +62,27 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=sampling.seed, metavar="N", help="makes sampling repeatable")
     parser.add_argument("--check-hashes", action="store_true", help="refuse a bundle whose files were altered")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the engine (default: its own choice)")
+    parser.add_argument(
+        "--language",
+        choices=get_args(BackendName),
+        default=LanguageSettings.backend,
+        help="what decodes the answer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="for transformers: the folder that the bundle was exported from"
+    )
+    parser.add_argument(
+        "--language-device",
+        default=LanguageSettings.device,
+        metavar="DEVICE",
+        help="for transformers: cpu, cuda, ... (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--language-dtype",
+        choices=get_args(LanguageDtype),
+        default=LanguageSettings.dtype,
+        help="for transformers (default: %(default)s)",
+    )
     parser.add_argument("--overlay", type=Path, metavar="PNG", help="write a picture of the kept tokens")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
@@ -96,7 +118,15 @@ def _run(options: argparse.Namespace) -> None:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     if options.overlay is not None:
         check_overlay(options.overlay, options.image)
-    pipeline = Pipeline.load(options.bundle, num_threads=options.threads, check_hashes=options.check_hashes)
+    pipeline = Pipeline.load(
+        options.bundle,
+        num_threads=options.threads,
+        check_hashes=options.check_hashes,
+        language=options.language,
+        checkpoint=options.checkpoint,
+        language_device=options.language_device,
+        language_dtype=options.language_dtype,
+    )
     stream = pipeline.stream(
         options.prompt,
         options.image,

@@ -17,7 +17,7 @@ from hivtp.runtime.chat import Chat
 from hivtp.runtime.embedding_cache import DEFAULT_CACHE_BYTES, EmbeddingCache
 from hivtp.runtime.image_encoder import open_image_encoder
 from hivtp.runtime.images import load_image
-from hivtp.runtime.language import LanguageBackend, create_language
+from hivtp.runtime.language import BackendName, LanguageBackend, LanguageDtype, LanguageSettings, create_language
 from hivtp.runtime.prompt import PromptTemplate
 from hivtp.runtime.request import GenerationSettings, Request
 from hivtp.runtime.sampling import Sampler
@@ -72,21 +72,34 @@ class Pipeline:
         check_hashes: bool = False,
         max_tiles_per_run: int = DEFAULT_MAX_TILES_PER_RUN,
         image_cache_bytes: int = DEFAULT_CACHE_BYTES,
+        language: BackendName = LanguageSettings.backend,
+        checkpoint: str | Path | None = LanguageSettings.checkpoint,
+        language_device: str = LanguageSettings.device,
+        language_dtype: LanguageDtype = LanguageSettings.dtype,
     ) -> Pipeline:
-        """Load a bundle that hivtp-export wrote; needs numpy and onnxruntime, not torch.
+        """Load a bundle that hivtp-export wrote; needs numpy and onnxruntime, and torch only for transformers.
 
         Args:
             folder: the bundle.
-            num_threads: threads of each engine; None leaves the choice to the engine.
+            num_threads: threads of each onnxruntime engine; None leaves the choice to the engine.
             check_hashes: also compare every file's sha256 with the manifest.
             max_tiles_per_run: more tiles than this go through the vision graph in several runs.
             image_cache_bytes: memory for the embeddings of pictures seen before; 0 keeps none.
+            language: what decodes the answers: "onnxruntime" the bundle's decoder; "transformers" the language
+                model of `checkpoint`. The vision graph runs in onnxruntime either way.
+            checkpoint: for "transformers": the Hugging Face folder that the bundle was exported from.
+            language_device: for "transformers": where the model runs, as torch names it, such as "cuda".
+            language_dtype: for "transformers": float32, bfloat16 or float16.
 
         Raises:
             BundleError: the bundle is incomplete, altered, of another schema, or cannot answer.
-            MissingExtraError: onnxruntime is not installed.
+            CheckpointError: the checkpoint is damaged, or is not the one that the bundle was exported from.
+            MissingExtraError: onnxruntime, or for "transformers" torch or transformers, is not installed.
             EngineError: a graph cannot be loaded.
+            SettingsError: a setting cannot work.
         """
+        settings = EngineSettings(num_threads)
+        language_settings = LanguageSettings(language, settings, checkpoint, language_device, language_dtype)
         bundle = Bundle.open(folder, check_hashes=check_hashes)
         manifest = bundle.manifest
         if manifest.language is None:
@@ -94,7 +107,6 @@ class Pipeline:
                 f"{folder} holds the {manifest.vision.graph} graph alone and cannot answer; "
                 "export it with --graph vision"
             )
-        settings = EngineSettings(num_threads)
         return cls(
             bundle,
             open_image_encoder(
@@ -102,7 +114,7 @@ class Pipeline:
             ),
             _read_template(bundle),
             Tokenizer.load(bundle.processor_folder),
-            create_language("onnxruntime", bundle.folder, manifest.language, settings),
+            create_language(bundle, language_settings),
         )
 
     def generate(
