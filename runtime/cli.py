@@ -34,6 +34,8 @@ def make_parser() -> argparse.ArgumentParser:
     from hivtp.runtime.language.settings import BackendName, LanguageDtype, LanguageSettings
     from hivtp.runtime.request import DEFAULT_MAX_NEW_TOKENS
     from hivtp.runtime.sampling import SamplingSettings
+    from hivtp.runtime.tiling import MAX_TILES
+    from hivtp.runtime.vision import DEFAULT_MAX_TILES_PER_RUN
 
     sampling = SamplingSettings()
     parser = argparse.ArgumentParser(
@@ -62,6 +64,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=sampling.seed, metavar="N", help="makes sampling repeatable")
     parser.add_argument("--check-hashes", action="store_true", help="refuse a bundle whose files were altered")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the engine (default: its own choice)")
+    parser.add_argument(
+        "--max-tiles",
+        type=int,
+        default=MAX_TILES,
+        metavar="N",
+        help="LLaVA-NeXT: refuse a picture that becomes more tiles (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-tiles-per-run",
+        type=int,
+        default=DEFAULT_MAX_TILES_PER_RUN,
+        metavar="N",
+        help="tiles in one run of the vision graph; fewer take less memory (default: %(default)s)",
+    )
     parser.add_argument(
         "--language",
         choices=get_args(BackendName),
@@ -122,6 +138,8 @@ def _run(options: argparse.Namespace) -> None:
         options.bundle,
         num_threads=options.threads,
         check_hashes=options.check_hashes,
+        max_tiles_per_run=options.max_tiles_per_run,
+        max_tiles=options.max_tiles,
         language=options.language,
         checkpoint=options.checkpoint,
         language_device=options.language_device,
