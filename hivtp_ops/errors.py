@@ -44,7 +44,7 @@ class EngineError(HivtpError):
 
 
 class OutOfMemoryError(HivtpError, MemoryError):
-    """Memory that ran out for one request of a batch."""
+    """Memory that ran out for one request; others are not concerned."""
 
 
 class MissingExtraError(HivtpError, ImportError):

@@ -37,6 +37,8 @@ def answer_batch(pipeline: Pipeline, requests: Sequence[Request]) -> list[Answer
     builders = {
         index: AnswerBuilder(pipeline, prompts[index].preprocess_ms, images[index], vision_ms) for index in embeds
     }
+    # The pixels have done their part, and those of a large batch are many.
+    del prompts
     order = list(embeds)
     batch = [
         DecodeRequest(embeds[index], requests[index].max_new_tokens, Sampler(requests[index].sampling))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hivtp.engines.bundle import Bundle, TilingManifest
     from hivtp.runtime.embedding_cache import EmbeddingCache
     from hivtp.runtime.tiling import TileLayout
-    from hivtp.runtime.vision import EncodedTile, VisionStage
+    from hivtp.runtime.vision import EncodedTile, KeptPatches, VisionStage
     from hivtp_ops import PruningSpec
 
 
@@ -34,21 +34,24 @@ class EncodedImage:
 
     Attributes:
         embeds: [num_tokens, hidden] float32, newline tokens included.
-        tiles: what each tile kept.
+        tiles: which patches each tile kept.
         num_unpruned_tokens: tokens that the unpruned model would see.
     """
 
     embeds: NDArray[np.float32]
-    tiles: tuple[EncodedTile, ...]
+    tiles: tuple[KeptPatches, ...]
     num_unpruned_tokens: int
 
     @property
     def num_bytes(self) -> int:
         """Memory that it holds."""
-        scores = sum(tile.importance.nbytes for tile in self.tiles if tile.importance is not None)
-        # Where a picture is one tile, its embeddings are the tile's.
-        own = sum(tile.embeds.nbytes for tile in self.tiles if tile.embeds is not self.embeds)
-        return self.embeds.nbytes + own + scores + sum(tile.kept_indices.nbytes for tile in self.tiles)
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def arrays(self) -> list[NDArray[Any]]:
+        """All that it holds."""
+        scores = [tile.importance for tile in self.tiles if tile.importance is not None]
+        return [self.embeds, *scores, *(tile.kept_indices for tile in self.tiles)]
 
 
 class ImageEncoder(Protocol):
@@ -87,7 +90,7 @@ class SingleTileEncoder:
         check_family(images, "LLaVA-1.5", False, self._vision.manifest.image_size)
         tiles = self._vision.encode(np.concatenate([image.pixel_values for image in images]))
         num_tokens = self._vision.manifest.num_image_tokens
-        return [EncodedImage(tile.embeds, (tile,), num_tokens) for tile in tiles]
+        return [EncodedImage(tile.embeds, (tile.kept_patches,), num_tokens) for tile in tiles]
 
     def frames(self, image: Image.Image) -> list[TileFrame]:
         """See ImageEncoder.frames."""
@@ -157,7 +160,7 @@ class TiledEncoder:
         # The unpruned model ends every row, whatever the rule for pruned ones.
         rule = "all" if self._spec is None else self._newline_rule
         embeds = pack_tiles(layout, self._grid, tiles, self._newline, rule)
-        return EncodedImage(embeds, tuple(tiles), self._num_unpruned_tokens(layout))
+        return EncodedImage(embeds, tuple(tile.kept_patches for tile in tiles), self._num_unpruned_tokens(layout))
 
     def _num_unpruned_tokens(self, layout: TileLayout) -> int:
         rows, cols = layout.patch_rows(self._grid), layout.patch_cols(self._grid)
@@ -188,6 +191,9 @@ class CachedEncoder:
         missing = {key: image for key, image in zip(keys, images, strict=True) if key not in found}
         for key, encoded in zip(missing, self._encoder.encode(list(missing.values())), strict=True):
             found[key] = encoded
+            # Later answers come from the same arrays.
+            for array in encoded.arrays:
+                array.flags.writeable = False
             self._cache.put(key, encoded)
         return [found[key] for key in keys]
 

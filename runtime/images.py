@@ -89,6 +89,8 @@ def _from_pil(image: Image.Image, max_pixels: int) -> Image.Image:
     _check_size(image.size, image_name(image), max_pixels)
     try:
         return _to_rgb(ImageOps.exif_transpose(image))
+    except MemoryError:
+        raise
     except Exception as error:
         raise ImageError(f"{image_name(image)} cannot be decoded: {error}") from error
 
@@ -115,6 +117,8 @@ def _decode(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
     # both. Silencing the warning would need the warning filters, which all threads share.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: refused before decoding, by Pillow's own limit: {error}") from error
+    except MemoryError:
+        raise
     # Decoders raise nearly anything on damaged data: OSError, SyntaxError, struct.error, EOFError and others.
     except Exception as error:
         raise ImageError(
@@ -125,6 +129,8 @@ def _decode(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
         # In place: a copy of a large photograph costs half as much as decoding it.
         ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image)
+    except MemoryError:
+        raise
     except Exception as error:
         raise ImageError(
             f"{name}: the {image.format} image is truncated or damaged and cannot be decoded: {error}"

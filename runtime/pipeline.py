@@ -17,6 +17,7 @@ from hivtp.runtime.chat import Chat
 from hivtp.runtime.embedding_cache import DEFAULT_CACHE_BYTES, EmbeddingCache
 from hivtp.runtime.image_encoder import open_image_encoder
 from hivtp.runtime.language import BackendName, LanguageBackend, LanguageDtype, LanguageSettings, create_language
+from hivtp.runtime.outcome import memory_errors
 from hivtp.runtime.prepared_image import prepare_images
 from hivtp.runtime.prompt import PromptTemplate
 from hivtp.runtime.request import GenerationSettings, Request
@@ -39,7 +40,10 @@ if TYPE_CHECKING:
 
 
 class Pipeline:
-    """Answers prompts about images with the stages that it is given. Several threads may use it at once.
+    """Answers prompts about images with the stages that it is given.
+
+    Several threads may use one pipeline at once: each answer is the one that it gives alone, and the image cache is
+    shared. An AnswerStream or a Chat belongs to one thread at a time, as does a PIL image that is not decoded yet.
 
     Args:
         bundle: what the stages were made from.
@@ -150,6 +154,7 @@ class Pipeline:
 
         Raises:
             ImageError: an image cannot be read or is refused.
+            OutOfMemoryError: memory ran out; also from the stream.
             PromptError: the prompt is empty, does not fit the images, or is longer than the context.
             SettingsError: a setting cannot work.
         """
@@ -203,7 +208,8 @@ class Pipeline:
         # What pruning keeps is known after the vision stage only; the least that it can be is refused here.
         num_images = token_ids.count(self.image_token_id)
         self._check_length(len(token_ids) + num_images * (manifest.num_prefix_tokens - 1), len(history))
-        prepared = prepare_images(self.images, images)
+        with memory_errors():
+            prepared = prepare_images(self.images, images)
         return PreparedPrompt(token_ids, prepared, len(history), milliseconds_since(started))
 
     def embed(self, prompt: PreparedPrompt, images: Sequence[EncodedImage]) -> NDArray[np.float32]:
