@@ -17,7 +17,7 @@ from hivtp.export.weight_only import WeightOnlySettings, quantize_weights
 from hivtp_ops.errors import CheckpointError, MissingExtraError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -28,6 +28,13 @@ LanguagePrecision = Literal["fp32", "int8", "int4"]
 NUM_BITS = {"int8": 8, "int4": 4}
 DECODER_NAME = "decoder.onnx"
 EMBEDDINGS_NAME = "embeddings.npy"
+# The KV cache holds the whole context, in which a chat can go back, even where attention sees a window of it.
+BUILDER_OPTIONS: Mapping[str, Any] = {
+    "exclude_embeds": True,
+    "prune_lm_head": True,
+    "windowed_kv_cache": False,
+    "filename": DECODER_NAME,
+}
 
 
 def write_decoder(
@@ -55,11 +62,10 @@ def write_decoder(
 
     folder.mkdir(parents=True, exist_ok=True)
     config = _builder_config(checkpoint)
-    options = {"exclude_embeds": True, "prune_lm_head": True, "filename": DECODER_NAME}
     try:
         with tempfile.TemporaryDirectory() as cache, _silenced():
             # Built in float32 and quantised by us afterwards: the builder would hold all weights in memory.
-            decoder = builder(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", cache, options)
+            decoder = builder(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", cache, dict(BUILDER_OPTIONS))
             decoder.loaded_model = load_language_model(checkpoint)
             decoder.make_model("")
             del decoder.loaded_model
@@ -127,6 +133,9 @@ def _builder_config(checkpoint: Checkpoint) -> Any:
     # The builder writes into its config.
     config = deepcopy(checkpoint.config.text_config)
     config.architectures = [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[config.model_type]]
+    if getattr(config, "sliding_window", None) is not None:
+        # Mistral's config names no layers: its window holds in all of them.
+        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
     return config
 
 

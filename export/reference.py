@@ -94,7 +94,9 @@ def language_reference(
     config._attn_implementation = "sdpa"
     length = len(inputs_embeds)
     positions = torch.arange(length)[None]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    sees = torch.ones(length, length, dtype=torch.bool).tril()
+    if getattr(config, "sliding_window", None) is not None:
+        sees = sees.triu(1 - config.sliding_window)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config).model
 
@@ -109,7 +111,7 @@ def language_reference(
         rotary = type(skeleton.rotary_emb)(config)(hidden, positions)
         for index, layer in enumerate(skeleton.layers):
             load(layer, f"model.layers.{index}.")
-            hidden = layer(hidden, attention_mask=causal, position_ids=positions, position_embeddings=rotary)
+            hidden = layer(hidden, attention_mask=sees[None, None], position_ids=positions, position_embeddings=rotary)
             layer.to("meta")
         norm = load(skeleton.norm, "model.norm.")
         logits: NDArray[np.float32] = (norm(hidden)[0] @ read_weight("lm_head.weight").float().T).numpy()

@@ -48,7 +48,7 @@ class KernelError(HivtpError):
 
 
 class OutOfMemoryError(HivtpError, MemoryError):
-    """Memory that ran out for one request of a batch."""
+    """Memory that ran out for one request; others are not concerned."""
 
 
 class MissingExtraError(HivtpError, ImportError):

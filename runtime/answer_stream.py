@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hivtp.runtime.answer import Answer, Timings
+from hivtp.runtime.outcome import memory_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from hivtp.runtime.image_encoder import EncodedImage
     from hivtp.runtime.pipeline import Pipeline, PreparedPrompt
 
 
 class AnswerStream:
-    """The pieces of one answer, as they come; made by `Pipeline.stream`.
+    """The pieces of one answer, as they come; made by `Pipeline.stream`. One thread at a time uses it.
 
     Args:
         pipeline: answers.
@@ -39,7 +40,12 @@ class AnswerStream:
         return self
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        with memory_errors():
+            return next(self._pieces)
+
+    def close(self) -> None:
+        """Give the answer up, and its memory back; an exhausted stream stays as it is."""
+        self._pieces.close()
 
     @property
     def answer(self) -> Answer:
@@ -54,7 +60,7 @@ class AnswerStream:
 
     def _run(
         self, pipeline: Pipeline, prompt: PreparedPrompt, decode: Callable[[list[EncodedImage]], Iterator[int]]
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         started = time.perf_counter()
         self.images = pipeline.images.encode(prompt.images)
         builder = AnswerBuilder(pipeline, prompt.preprocess_ms, self.images, milliseconds_since(started))

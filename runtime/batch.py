@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, TypeVar
 from hivtp.runtime.answer_stream import AnswerBuilder, milliseconds_since
 from hivtp.runtime.language.base import DecodeRequest
 from hivtp.runtime.outcome import attempt
+from hivtp.runtime.request import Request
 from hivtp.runtime.sampling import Sampler
-from hivtp_ops.errors import HivtpError
+from hivtp_ops.errors import HivtpError, PromptError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from hivtp.runtime.answer import Answer
     from hivtp.runtime.image_encoder import EncodedImage
     from hivtp.runtime.pipeline import Pipeline, PreparedPrompt
-    from hivtp.runtime.request import Request
 
 T = TypeVar("T")
 
@@ -25,9 +25,7 @@ T = TypeVar("T")
 def answer_batch(pipeline: Pipeline, requests: Sequence[Request]) -> list[Answer | HivtpError]:
     """Answer requests together; see `Pipeline.generate_batch`."""
     errors: dict[int, HivtpError] = {}
-    prompts = _sift(
-        {index: attempt(pipeline.prepare, item.prompt, item.images) for index, item in enumerate(requests)}, errors
-    )
+    prompts = _sift({index: attempt(_prepare, pipeline, item) for index, item in enumerate(requests)}, errors)
 
     started = time.perf_counter()
     images = _sift(_encode(pipeline, prompts), errors)
@@ -39,6 +37,8 @@ def answer_batch(pipeline: Pipeline, requests: Sequence[Request]) -> list[Answer
     builders = {
         index: AnswerBuilder(pipeline, prompts[index].preprocess_ms, images[index], vision_ms) for index in embeds
     }
+    # The pixels have done their part, and those of a large batch are many.
+    del prompts
     order = list(embeds)
     batch = [
         DecodeRequest(embeds[index], requests[index].max_new_tokens, Sampler(requests[index].sampling))
@@ -52,6 +52,12 @@ def answer_batch(pipeline: Pipeline, requests: Sequence[Request]) -> list[Answer
             builders[index].push(token_id, step_ms)
         started = time.perf_counter()
     return [errors[index] if index in errors else _finish(builders[index]) for index in range(len(requests))]
+
+
+def _prepare(pipeline: Pipeline, request: Request) -> PreparedPrompt:
+    if not isinstance(request, Request):
+        raise PromptError(f"a batch holds a Request for each answer, not a {type(request).__name__}")
+    return pipeline.prepare(request.prompt, request.images)
 
 
 def _encode(pipeline: Pipeline, prompts: Mapping[int, PreparedPrompt]) -> Mapping[int, list[EncodedImage] | HivtpError]:

@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from hivtp_ops.errors import HivtpError
 
@@ -30,9 +30,12 @@ examples:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line; defaults come from the pipeline and SamplingSettings."""
+    """The command line; defaults come from the settings of each layer."""
+    from hivtp.runtime.language.settings import BackendName, LanguageDtype, LanguageSettings
     from hivtp.runtime.request import DEFAULT_MAX_NEW_TOKENS
     from hivtp.runtime.sampling import SamplingSettings
+    from hivtp.runtime.tiling import MAX_TILES
+    from hivtp.runtime.vision import DEFAULT_MAX_TILES_PER_RUN
 
     sampling = SamplingSettings()
     parser = argparse.ArgumentParser(
@@ -61,6 +64,41 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=sampling.seed, metavar="N", help="makes sampling repeatable")
     parser.add_argument("--check-hashes", action="store_true", help="refuse a bundle whose files were altered")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the engine (default: its own choice)")
+    parser.add_argument(
+        "--max-tiles",
+        type=int,
+        default=MAX_TILES,
+        metavar="N",
+        help="LLaVA-NeXT: refuse a picture that becomes more tiles (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-tiles-per-run",
+        type=int,
+        default=DEFAULT_MAX_TILES_PER_RUN,
+        metavar="N",
+        help="tiles in one run of the vision graph; fewer take less memory (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--language",
+        choices=get_args(BackendName),
+        default=LanguageSettings.backend,
+        help="what decodes the answer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="for transformers: the folder that the bundle was exported from"
+    )
+    parser.add_argument(
+        "--language-device",
+        default=LanguageSettings.device,
+        metavar="DEVICE",
+        help="for transformers: cpu, cuda, ... (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--language-dtype",
+        choices=get_args(LanguageDtype),
+        default=LanguageSettings.dtype,
+        help="for transformers (default: %(default)s)",
+    )
     parser.add_argument("--overlay", type=Path, metavar="PNG", help="write a picture of the kept tokens")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
@@ -96,7 +134,17 @@ def _run(options: argparse.Namespace) -> None:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     if options.overlay is not None:
         check_overlay(options.overlay, options.image)
-    pipeline = Pipeline.load(options.bundle, num_threads=options.threads, check_hashes=options.check_hashes)
+    pipeline = Pipeline.load(
+        options.bundle,
+        num_threads=options.threads,
+        check_hashes=options.check_hashes,
+        max_tiles_per_run=options.max_tiles_per_run,
+        max_tiles=options.max_tiles,
+        language=options.language,
+        checkpoint=options.checkpoint,
+        language_device=options.language_device,
+        language_dtype=options.language_dtype,
+    )
     stream = pipeline.stream(
         options.prompt,
         options.image,

@@ -50,8 +50,9 @@ class EmbeddingCache:
         with self._lock:
             if key in self._entries:
                 return
-            self._entries[key] = image
-            self.num_bytes += image.num_bytes
-            while self.num_bytes > self.max_bytes:
+            # Room first, so that the bound holds at every moment, also for those who look without the lock.
+            while self.num_bytes + image.num_bytes > self.max_bytes:
                 _, dropped = self._entries.popitem(last=False)
                 self.num_bytes -= dropped.num_bytes
+            self._entries[key] = image
+            self.num_bytes += image.num_bytes

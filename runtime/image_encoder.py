@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from hivtp.runtime.image_processor import ImageProcessor
 from hivtp.runtime.overlay import TileFrame
 from hivtp.runtime.packing import newline_rule, pack_tiles, tile_budgets, trim_tile
-from hivtp.runtime.tiling import Tiler
+from hivtp.runtime.prepared_image import PreparedImage, check_family
+from hivtp.runtime.tiling import MAX_TILES, Tiler, check_max_tiles
 from hivtp_ops.errors import BundleError, CheckpointError
 
 if TYPE_CHECKING:
@@ -23,21 +24,8 @@ if TYPE_CHECKING:
     from hivtp.engines.bundle import Bundle, TilingManifest
     from hivtp.runtime.embedding_cache import EmbeddingCache
     from hivtp.runtime.tiling import TileLayout
-    from hivtp.runtime.vision import EncodedTile, VisionStage
+    from hivtp.runtime.vision import EncodedTile, KeptPatches, VisionStage
     from hivtp_ops import PruningSpec
-
-
-@dataclass(frozen=True)
-class PreparedImage:
-    """A picture as the vision graph takes it.
-
-    Attributes:
-        pixel_values: [tiles, 3, side, side] float32.
-        layout: how the tiles lie on the picture; None where the picture is one tile.
-    """
-
-    pixel_values: NDArray[np.float32]
-    layout: TileLayout | None
 
 
 @dataclass(frozen=True)
@@ -46,21 +34,24 @@ class EncodedImage:
 
     Attributes:
         embeds: [num_tokens, hidden] float32, newline tokens included.
-        tiles: what each tile kept.
+        tiles: which patches each tile kept.
         num_unpruned_tokens: tokens that the unpruned model would see.
     """
 
     embeds: NDArray[np.float32]
-    tiles: tuple[EncodedTile, ...]
+    tiles: tuple[KeptPatches, ...]
     num_unpruned_tokens: int
 
     @property
     def num_bytes(self) -> int:
         """Memory that it holds."""
-        scores = sum(tile.importance.nbytes for tile in self.tiles if tile.importance is not None)
-        # Where a picture is one tile, its embeddings are the tile's.
-        own = sum(tile.embeds.nbytes for tile in self.tiles if tile.embeds is not self.embeds)
-        return self.embeds.nbytes + own + scores + sum(tile.kept_indices.nbytes for tile in self.tiles)
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def arrays(self) -> list[NDArray[Any]]:
+        """All that it holds."""
+        scores = [tile.importance for tile in self.tiles if tile.importance is not None]
+        return [self.embeds, *scores, *(tile.kept_indices for tile in self.tiles)]
 
 
 class ImageEncoder(Protocol):
@@ -96,9 +87,10 @@ class SingleTileEncoder:
         """See ImageEncoder.encode."""
         if not images:
             return []
+        check_family(images, "LLaVA-1.5", False, self._vision.manifest.image_size)
         tiles = self._vision.encode(np.concatenate([image.pixel_values for image in images]))
         num_tokens = self._vision.manifest.num_image_tokens
-        return [EncodedImage(tile.embeds, (tile,), num_tokens) for tile in tiles]
+        return [EncodedImage(tile.embeds, (tile.kept_patches,), num_tokens) for tile in tiles]
 
     def frames(self, image: Image.Image) -> list[TileFrame]:
         """See ImageEncoder.frames."""
@@ -141,6 +133,7 @@ class TiledEncoder:
         """See ImageEncoder.encode."""
         if not images:
             return []
+        check_family(images, "LLaVA-NeXT", True, self._vision.manifest.image_size)
         layouts = [image.layout for image in images if image.layout is not None]
         masks = [layout.patch_mask(self._grid) for layout in layouts]
         tiles = self._vision.encode(np.concatenate([image.pixel_values for image in images]), np.concatenate(masks))
@@ -167,7 +160,7 @@ class TiledEncoder:
         # The unpruned model ends every row, whatever the rule for pruned ones.
         rule = "all" if self._spec is None else self._newline_rule
         embeds = pack_tiles(layout, self._grid, tiles, self._newline, rule)
-        return EncodedImage(embeds, tuple(tiles), self._num_unpruned_tokens(layout))
+        return EncodedImage(embeds, tuple(tile.kept_patches for tile in tiles), self._num_unpruned_tokens(layout))
 
     def _num_unpruned_tokens(self, layout: TileLayout) -> int:
         rows, cols = layout.patch_rows(self._grid), layout.patch_cols(self._grid)
@@ -198,6 +191,9 @@ class CachedEncoder:
         missing = {key: image for key, image in zip(keys, images, strict=True) if key not in found}
         for key, encoded in zip(missing, self._encoder.encode(list(missing.values())), strict=True):
             found[key] = encoded
+            # Later answers come from the same arrays.
+            for array in encoded.arrays:
+                array.flags.writeable = False
             self._cache.put(key, encoded)
         return [found[key] for key in keys]
 
@@ -206,22 +202,46 @@ class CachedEncoder:
         return self._encoder.frames(image)
 
 
-def open_image_encoder(bundle: Bundle, vision: VisionStage, cache: EmbeddingCache) -> ImageEncoder:
+def open_image_encoder(
+    bundle: Bundle, vision: VisionStage, cache: EmbeddingCache, max_tiles: int = MAX_TILES
+) -> ImageEncoder:
     """The encoder that a bundle asks for, with a cache before it.
+
+    Args:
+        bundle: what says how pictures are prepared.
+        vision: its vision stage.
+        cache: of pictures seen before.
+        max_tiles: LLaVA-NeXT: a picture that becomes more tiles is refused.
 
     Raises:
         BundleError: its image preprocessing is damaged or not supported.
+        SettingsError: `max_tiles` is not a whole number of 2 or more.
     """
+    check_max_tiles(max_tiles)
     manifest = bundle.manifest
-    config = bundle.read_json("image_processor.json")
+    if (manifest.family, manifest.tiling is None) not in {("llava", True), ("llava_next", False)}:
+        tiling = "has no tiling" if manifest.tiling is None else "has a tiling"
+        raise BundleError(
+            f"the manifest of {bundle.folder} is damaged: its family is {manifest.family!r}, and it {tiling}; "
+            "copy or export the bundle again"
+        )
     try:
         if manifest.tiling is None:
-            return CachedEncoder(SingleTileEncoder(ImageProcessor.from_config(config), vision), cache)
-        newline = np.load(bundle.folder / manifest.tiling.newline_file, allow_pickle=False)
-        tiled = TiledEncoder(Tiler.from_config(config), vision, manifest.pruning, manifest.tiling, newline)
-        return CachedEncoder(tiled, cache)
+            processor = ImageProcessor.from_config(bundle.read_json("image_processor.json"))
+            return CachedEncoder(SingleTileEncoder(processor, vision), cache)
+        return CachedEncoder(_open_tiled(bundle, manifest.tiling, vision, max_tiles), cache)
     except (CheckpointError, OSError, ValueError) as error:
-        raise BundleError(f"the image preprocessing of {bundle.folder} is not supported: {error}") from error
+        raise BundleError(
+            f"the image preprocessing of {bundle.folder} is damaged or not supported: {error}; export it again"
+        ) from error
+
+
+def _open_tiled(bundle: Bundle, tiling: TilingManifest, vision: VisionStage, max_tiles: int) -> TiledEncoder:
+    tiler = Tiler.from_config(bundle.read_json("image_processor.json"), max_tiles=max_tiles)
+    if tiler.pinpoints != tiling.pinpoints:
+        raise ValueError(f"its pinpoints are {tiler.pinpoints}, the manifest's {tiling.pinpoints}")
+    newline = np.load(bundle.folder / tiling.newline_file, allow_pickle=False)
+    return TiledEncoder(tiler, vision, bundle.manifest.pruning, tiling, newline)
 
 
 def _content_key(image: PreparedImage) -> bytes:

@@ -47,7 +47,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Im
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(io.BytesIO(source), "the bytes given", max_pixels)
+        return _decode(io.BytesIO(source), image_name(source), max_pixels)
     if isinstance(source, str | os.PathLike):
         return _from_path(os.fsdecode(source), max_pixels)
     raise ImageError(
@@ -56,9 +56,21 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Im
     )
 
 
-def _from_path(path: str, max_pixels: int) -> Image.Image:
+def image_name(source: ImageSource) -> str:
+    """How messages call an image: its path, or what it was given as."""
+    if isinstance(source, Image.Image):
+        return "the PIL image"
+    if isinstance(source, np.ndarray):
+        return f"the array of shape {list(source.shape)} and dtype {source.dtype}"
+    if isinstance(source, bytes | bytearray | memoryview):
+        return "the bytes given"
+    path = os.fsdecode(source)
     # A path may be a whole data URL by mistake, which no message should repeat.
-    name = repr(path if len(path) <= 200 else path[:200] + "...")
+    return repr(path if len(path) <= 200 else path[:200] + "...")
+
+
+def _from_path(path: str, max_pixels: int) -> Image.Image:
+    name = image_name(path)
     if path.lower().startswith(("http://", "https://")):
         raise ImageError(f"URLs are not fetched: {name}; download the image and pass its path or its bytes")
     if os.path.isdir(path):
@@ -74,15 +86,17 @@ def _from_path(path: str, max_pixels: int) -> Image.Image:
 
 
 def _from_pil(image: Image.Image, max_pixels: int) -> Image.Image:
-    _check_size(image.size, "the PIL image", max_pixels)
+    _check_size(image.size, image_name(image), max_pixels)
     try:
         return _to_rgb(ImageOps.exif_transpose(image))
+    except MemoryError:
+        raise
     except Exception as error:
-        raise ImageError(f"the PIL image cannot be decoded: {error}") from error
+        raise ImageError(f"{image_name(image)} cannot be decoded: {error}") from error
 
 
 def _from_array(array: npt.NDArray[np.uint8], max_pixels: int) -> Image.Image:
-    name = f"the array of shape {list(array.shape)} and dtype {array.dtype}"
+    name = image_name(array)
     if array.dtype != np.uint8:
         raise ImageError(f"{name} is not an image; convert it to uint8 with values 0..255")
     if array.ndim == 3 and array.shape[2] == 1:
@@ -103,6 +117,8 @@ def _decode(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
     # both. Silencing the warning would need the warning filters, which all threads share.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: refused before decoding, by Pillow's own limit: {error}") from error
+    except MemoryError:
+        raise
     # Decoders raise nearly anything on damaged data: OSError, SyntaxError, struct.error, EOFError and others.
     except Exception as error:
         raise ImageError(
@@ -113,6 +129,8 @@ def _decode(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
         # In place: a copy of a large photograph costs half as much as decoding it.
         ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image)
+    except MemoryError:
+        raise
     except Exception as error:
         raise ImageError(
             f"{name}: the {image.format} image is truncated or damaged and cannot be decoded: {error}"

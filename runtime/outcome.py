@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from hivtp_ops.errors import HivtpError, OutOfMemoryError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -16,13 +17,25 @@ T = TypeVar("T")
 def attempt(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | HivtpError:
     """Call a function; a HivtpError that it raises is returned, and a MemoryError as an OutOfMemoryError."""
     try:
-        return function(*args, **kwargs)
+        with memory_errors():
+            return function(*args, **kwargs)
     except HivtpError as error:
         return error
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn a MemoryError into an OutOfMemoryError, which says what to do.
+
+    Raises:
+        OutOfMemoryError: memory ran out in the block.
+    """
+    try:
+        yield
+    except OutOfMemoryError:
+        raise
     except MemoryError as error:
-        out_of_memory = OutOfMemoryError(
+        raise OutOfMemoryError(
             f"memory ran out for this request ({error or 'no more is known'}); give fewer or smaller images, a "
             "shorter prompt, or ask for fewer requests or tokens at once"
-        )
-        out_of_memory.__cause__ = error
-        return out_of_memory
+        ) from error

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from hivtp.runtime.vision import EncodedTile
+    from hivtp.runtime.vision import KeptPatches
     from hivtp_ops import PruningSpec
 
 MIN_SIDE_PIXELS = 672
@@ -98,7 +98,7 @@ def draw_overlay(
 
 
 def draw_tiles(
-    frames: Sequence[TileFrame], tiles: Sequence[EncodedTile], grid: tuple[int, int], spec: PruningSpec | None
+    frames: Sequence[TileFrame], tiles: Sequence[KeptPatches], grid: tuple[int, int], spec: PruningSpec | None
 ) -> Image.Image:
     """Draw every frame of a picture with what its tiles kept, side by side.
 
@@ -139,7 +139,7 @@ def _on_frame(
     return (tile_row * grid[0] + rows) * (frame.tile_cols * grid[1]) + tile_col * grid[1] + cols
 
 
-def _is_global(tile: EncodedTile, grid: tuple[int, int], spec: PruningSpec | None) -> npt.NDArray[np.bool_] | None:
+def _is_global(tile: KeptPatches, grid: tuple[int, int], spec: PruningSpec | None) -> npt.NDArray[np.bool_] | None:
     if spec is None or tile.importance is None:
         return None
     selection = select(tile.importance[None], grid, spec)

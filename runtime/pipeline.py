@@ -16,11 +16,13 @@ from hivtp.runtime.batch import answer_batch
 from hivtp.runtime.chat import Chat
 from hivtp.runtime.embedding_cache import DEFAULT_CACHE_BYTES, EmbeddingCache
 from hivtp.runtime.image_encoder import open_image_encoder
-from hivtp.runtime.images import load_image
-from hivtp.runtime.language import LanguageBackend, create_language
+from hivtp.runtime.language import BackendName, LanguageBackend, LanguageDtype, LanguageSettings, create_language
+from hivtp.runtime.outcome import memory_errors
+from hivtp.runtime.prepared_image import prepare_images
 from hivtp.runtime.prompt import PromptTemplate
 from hivtp.runtime.request import GenerationSettings, Request
 from hivtp.runtime.sampling import Sampler
+from hivtp.runtime.tiling import MAX_TILES
 from hivtp.runtime.tokenizer import Tokenizer
 from hivtp.runtime.vision import DEFAULT_MAX_TILES_PER_RUN, VisionStage
 from hivtp_ops.errors import BundleError, HivtpError, PromptError
@@ -31,13 +33,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hivtp.runtime.answer import Answer
-    from hivtp.runtime.image_encoder import EncodedImage, ImageEncoder, PreparedImage
+    from hivtp.runtime.image_encoder import EncodedImage, ImageEncoder
     from hivtp.runtime.images import ImageSource
+    from hivtp.runtime.prepared_image import PreparedImage
     from hivtp.runtime.prompt import Turn
 
 
 class Pipeline:
-    """Answers prompts about images with the stages that it is given. Several threads may use it at once.
+    """Answers prompts about images with the stages that it is given.
+
+    Several threads may use one pipeline at once: each answer is the one that it gives alone, and the image cache is
+    shared. An AnswerStream or a Chat belongs to one thread at a time, as does a PIL image that is not decoded yet.
 
     Args:
         bundle: what the stages were made from.
@@ -71,22 +77,38 @@ class Pipeline:
         num_threads: int | None = None,
         check_hashes: bool = False,
         max_tiles_per_run: int = DEFAULT_MAX_TILES_PER_RUN,
+        max_tiles: int = MAX_TILES,
         image_cache_bytes: int = DEFAULT_CACHE_BYTES,
+        language: BackendName = LanguageSettings.backend,
+        checkpoint: str | Path | None = LanguageSettings.checkpoint,
+        language_device: str = LanguageSettings.device,
+        language_dtype: LanguageDtype = LanguageSettings.dtype,
     ) -> Pipeline:
-        """Load a bundle that hivtp-export wrote; needs numpy and onnxruntime, not torch.
+        """Load a bundle that hivtp-export wrote; needs numpy and onnxruntime, and torch only for transformers.
 
         Args:
             folder: the bundle.
-            num_threads: threads of each engine; None leaves the choice to the engine.
+            num_threads: threads of each onnxruntime engine; None leaves the choice to the engine.
             check_hashes: also compare every file's sha256 with the manifest.
-            max_tiles_per_run: more tiles than this go through the vision graph in several runs.
+            max_tiles_per_run: more tiles than this go through the vision graph in several runs: fewer take less
+                memory.
+            max_tiles: LLaVA-NeXT: a picture that becomes more tiles than this, its base tile included, is refused.
             image_cache_bytes: memory for the embeddings of pictures seen before; 0 keeps none.
+            language: what decodes the answers: "onnxruntime" the bundle's decoder; "transformers" the language
+                model of `checkpoint`. The vision graph runs in onnxruntime either way.
+            checkpoint: for "transformers": the Hugging Face folder that the bundle was exported from.
+            language_device: for "transformers": where the model runs, as torch names it, such as "cuda".
+            language_dtype: for "transformers": float32, bfloat16 or float16.
 
         Raises:
             BundleError: the bundle is incomplete, altered, of another schema, or cannot answer.
-            MissingExtraError: onnxruntime is not installed.
+            CheckpointError: the checkpoint is damaged, or is not the one that the bundle was exported from.
+            MissingExtraError: onnxruntime, or for "transformers" torch or transformers, is not installed.
             EngineError: a graph cannot be loaded.
+            SettingsError: a setting cannot work.
         """
+        settings = EngineSettings(num_threads)
+        language_settings = LanguageSettings(language, settings, checkpoint, language_device, language_dtype)
         bundle = Bundle.open(folder, check_hashes=check_hashes)
         manifest = bundle.manifest
         if manifest.language is None:
@@ -94,15 +116,17 @@ class Pipeline:
                 f"{folder} holds the {manifest.vision.graph} graph alone and cannot answer; "
                 "export it with --graph vision"
             )
-        settings = EngineSettings(num_threads)
         return cls(
             bundle,
             open_image_encoder(
-                bundle, VisionStage.open(bundle, settings, max_tiles_per_run), EmbeddingCache(image_cache_bytes)
+                bundle,
+                VisionStage.open(bundle, settings, max_tiles_per_run),
+                EmbeddingCache(image_cache_bytes),
+                max_tiles,
             ),
             _read_template(bundle),
             Tokenizer.load(bundle.processor_folder),
-            create_language("onnxruntime", bundle.folder, manifest.language, settings),
+            create_language(bundle, language_settings),
         )
 
     def generate(
@@ -130,6 +154,7 @@ class Pipeline:
 
         Raises:
             ImageError: an image cannot be read or is refused.
+            OutOfMemoryError: memory ran out; also from the stream.
             PromptError: the prompt is empty, does not fit the images, or is longer than the context.
             SettingsError: a setting cannot work.
         """
@@ -154,7 +179,12 @@ class Pipeline:
         Returns:
             For each request its answer, or the error that it alone failed with: what `stream` raises, or an
             EngineError or OutOfMemoryError. It costs no other request its answer.
+
+        Raises:
+            PromptError: `requests` is no list; what is in it fails for itself alone.
         """
+        if isinstance(requests, str) or not isinstance(requests, Sequence):
+            raise PromptError(f"requests must be a list of Request, not {type(requests).__name__}")
         return answer_batch(self, requests)
 
     def chat(self) -> Chat:
@@ -178,7 +208,8 @@ class Pipeline:
         # What pruning keeps is known after the vision stage only; the least that it can be is refused here.
         num_images = token_ids.count(self.image_token_id)
         self._check_length(len(token_ids) + num_images * (manifest.num_prefix_tokens - 1), len(history))
-        prepared = [self.images.prepare(load_image(image)) for image in images]
+        with memory_errors():
+            prepared = prepare_images(self.images, images)
         return PreparedPrompt(token_ids, prepared, len(history), milliseconds_since(started))
 
     def embed(self, prompt: PreparedPrompt, images: Sequence[EncodedImage]) -> NDArray[np.float32]:

@@ -144,8 +144,7 @@ class Tiler:
                     f"image preprocessing: image_grid_pinpoints[{index}] is {pinpoint!r}; expected "
                     f"[height, width] in pixels, both multiples of the tile size {side}"
                 )
-        if not _is_length(self.max_tiles) or self.max_tiles < 2:
-            raise SettingsError(f"max_tiles must be a whole number, 2 or more, not {self.max_tiles!r}")
+        check_max_tiles(self.max_tiles)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, max_tiles: int = MAX_TILES) -> Tiler:
@@ -187,8 +186,9 @@ class Tiler:
         layout = TileLayout(height // self.tile_size, width // self.tile_size, image_size)
         if layout.num_tiles > self.max_tiles:
             raise ImageError(
-                f"an image of {image_size[1]} x {image_size[0]} pixels needs {layout.num_tiles} tiles of this model, "
-                f"and the limit is {self.max_tiles}; scale it down, or raise max_tiles"
+                f"an image of {image_size[1]} x {image_size[0]} pixels becomes a base tile and "
+                f"{layout.tile_rows} x {layout.tile_cols} more, {layout.num_tiles} tiles, and the limit is "
+                f"{self.max_tiles}; scale it down, or raise max_tiles"
             )
         return layout
 
@@ -248,6 +248,16 @@ class Tiler:
                 f"would make {width} x {image.height} pixels; crop it first"
             )
         return resizer.frame(image)
+
+
+def check_max_tiles(max_tiles: object) -> None:
+    """Refuse a limit of tiles that no picture could meet: each has a base tile, and at least one more.
+
+    Raises:
+        SettingsError: it is not a whole number of 2 or more.
+    """
+    if not (isinstance(max_tiles, int) and _is_length(max_tiles) and max_tiles >= 2):
+        raise SettingsError(f"max_tiles must be a whole number, 2 or more, not {max_tiles!r}")
 
 
 def _fitted_size(image_size: tuple[int, int], pinpoint: tuple[int, int]) -> tuple[int, int]:

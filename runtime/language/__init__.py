@@ -4,36 +4,49 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hivtp.engines.base import EngineSettings
 from hivtp.runtime.language.base import LanguageBackend
-from hivtp_ops.errors import EngineError
+from hivtp.runtime.language.settings import BackendName, LanguageDtype, LanguageSettings
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable, Mapping
 
-    from hivtp.engines.bundle import LanguageManifest
+    from hivtp.engines.bundle import Bundle
 
-__all__ = ["LanguageBackend", "create_language"]
+__all__ = ["BackendName", "LanguageBackend", "LanguageDtype", "LanguageSettings", "create_language"]
 
 
-def create_language(
-    name: str, folder: Path, manifest: LanguageManifest, settings: EngineSettings | None = None
-) -> LanguageBackend:
-    """Open the decoder of a bundle in a backend.
+def create_language(bundle: Bundle, settings: LanguageSettings | None = None) -> LanguageBackend:
+    """Open the language model of a bundle in a backend.
 
     Args:
-        name: "onnxruntime".
-        folder: the bundle's folder.
-        manifest: the bundle's decoder.
-        settings: how to run it.
+        bundle: one that can answer.
+        settings: which backend, and how to run it.
 
     Raises:
         BundleError: the embeddings are damaged.
-        EngineError: there is no such backend, or it cannot load the decoder.
-        MissingExtraError: the backend's package is not installed.
+        CheckpointError: the checkpoint is damaged, or is not the one that the bundle was exported from.
+        EngineError: the backend cannot load the decoder.
+        MissingExtraError: a package of the backend is not installed.
+        SettingsError: there is no such device.
     """
-    if name == "onnxruntime":
-        from hivtp.runtime.language.onnxruntime import OnnxRuntimeLanguage
+    settings = settings or LanguageSettings()
+    return _CREATORS[settings.backend](bundle, settings)
 
-        return OnnxRuntimeLanguage(folder, manifest, settings or EngineSettings())
-    raise EngineError(f"no language backend is named {name!r}; there is onnxruntime")
+
+def _create_onnxruntime(bundle: Bundle, settings: LanguageSettings) -> LanguageBackend:
+    from hivtp.runtime.language.onnxruntime import OnnxRuntimeLanguage
+
+    assert bundle.manifest.language is not None, "an encoder bundle has no decoder"
+    return OnnxRuntimeLanguage(bundle.folder, bundle.manifest.language, settings.engine)
+
+
+def _create_transformers(bundle: Bundle, settings: LanguageSettings) -> LanguageBackend:
+    from hivtp.runtime.language.transformers import TransformersLanguage
+
+    return TransformersLanguage(bundle.manifest, settings)
+
+
+_CREATORS: Mapping[BackendName, Callable[[Bundle, LanguageSettings], LanguageBackend]] = {
+    "onnxruntime": _create_onnxruntime,
+    "transformers": _create_transformers,
+}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hivtp.engines.onnxruntime import open_session
 from hivtp.runtime.language.base import ChooseToken, DecodeRequest, SequenceCache, embedding_table
+from hivtp.runtime.language.decoding import decode, decode_batch, num_new_tokens
 from hivtp.runtime.language.kv_cache import BoundRows, allocate_cache
 from hivtp.runtime.outcome import attempt
 from hivtp_ops.errors import HivtpError
@@ -68,14 +68,7 @@ class OnnxRuntimeLanguage:
         sequence = _Sequence(self._session, self.manifest, length + num_tokens) if cache is None else cache
         assert isinstance(sequence, _Sequence), "a cache belongs to the backend that made it"
         sequence.reserve(length + num_tokens)
-        logits = sequence.append(inputs_embeds)
-        for step in range(num_tokens):
-            token_id = choose_token(logits)
-            yield token_id
-            if self.is_end(token_id):
-                return
-            if step + 1 < num_tokens:
-                logits = sequence.append(self.embed([token_id]))
+        yield from decode(self, sequence, inputs_embeds, num_tokens, choose_token)
 
     def generate_batch(self, requests: Sequence[DecodeRequest]) -> Iterator[dict[int, int | HivtpError]]:
         """See LanguageBackend.generate_batch.
@@ -85,31 +78,12 @@ class OnnxRuntimeLanguage:
         """
         if not requests:
             return
-        capacity = max(len(request.inputs_embeds) + self._num_tokens(request) for request in requests)
+        capacity = max(len(request.inputs_embeds) + num_new_tokens(self, request) for request in requests)
         batch = attempt(_Batch, self._session, self.manifest, len(requests), capacity)
         if isinstance(batch, HivtpError):
             yield from self._generate_halves(requests, batch)
             return
-        rows: list[_Row] = []
-        for index, request in enumerate(requests):
-            slot = len(rows)
-            row = _Row(index, request, self._num_tokens(request))
-            outcome = row.choose(attempt(batch.append, slot, request.inputs_embeds))
-            if self._goes_on(row, outcome):
-                rows.append(row)
-            else:
-                batch.drop(slot, last=slot)
-            yield {index: outcome}
-        while rows:
-            logits = batch.step(self.embed([row.token_id for row in rows]))
-            outcomes = [row.choose(row_logits) for row, row_logits in zip(rows, logits, strict=True)]
-            yield {row.index: outcome for row, outcome in zip(rows, outcomes, strict=True)}
-            # From the last, so that the row that takes a free place is one that goes on.
-            for slot in reversed(range(len(rows))):
-                if not self._goes_on(rows[slot], outcomes[slot]):
-                    batch.drop(slot, last=len(rows) - 1)
-                    rows[slot] = rows[-1]
-                    rows.pop()
+        yield from decode_batch(self, batch, requests)
 
     def _generate_halves(
         self, requests: Sequence[DecodeRequest], error: HivtpError
@@ -122,13 +96,6 @@ class OnnxRuntimeLanguage:
             for step in self.generate_batch(half):
                 yield {start + index: outcome for index, outcome in step.items()}
 
-    def _num_tokens(self, request: DecodeRequest) -> int:
-        """The most tokens that a request can get."""
-        return min(request.max_new_tokens, self.context_length - len(request.inputs_embeds))
-
-    def _goes_on(self, row: _Row, outcome: int | HivtpError) -> bool:
-        return not isinstance(outcome, HivtpError) and not self.is_end(outcome) and row.num_left > 0
-
 
 class _Sequence:
     """One sequence in the decoder, and its KV cache."""
@@ -140,7 +107,7 @@ class _Sequence:
         self._bind(allocate_cache(manifest, 1, capacity))
 
     def append(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Run the decoder on [num, hidden] new positions; the logits [vocab] of the last, valid until the next call."""
+        """See DecoderSequence.append."""
         logits: NDArray[np.float32] = self._rows.run(embeds[None], [self.length + len(embeds)])[0]
         self.length += len(embeds)
         return logits
@@ -176,14 +143,14 @@ class _Batch:
         self._joint: BoundRows | None = None
 
     def append(self, slot: int, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Run the decoder on [num, hidden] new positions of one row; the logits [vocab] of the last."""
+        """See DecoderBatch.append."""
         length = self._lengths[slot] + len(embeds)
         logits: NDArray[np.float32] = self._bind(slot, slot + 1).run(embeds[None], [length])[0]
         self._lengths[slot] = length
         return logits
 
     def step(self, embeds: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | HivtpError]:
-        """Run one position [rows, hidden] of each of the first rows; the logits [vocab] of each, or why it failed."""
+        """See DecoderBatch.step."""
         joint = attempt(self._step_together, embeds)
         if isinstance(joint, HivtpError):
             # What one row cannot do costs no other its answer. A step that failed has changed no length.
@@ -191,7 +158,7 @@ class _Batch:
         return list(joint)
 
     def drop(self, slot: int, last: int) -> None:
-        """Give the place of a row to the last one."""
+        """See DecoderBatch.drop."""
         if slot != last:
             length = self._lengths[last]
             for array in self._cache:
@@ -209,21 +176,3 @@ class _Batch:
     def _bind(self, start: int, stop: int) -> BoundRows:
         # A range of whole rows is contiguous, so binding it copies nothing.
         return BoundRows(self._session, self._manifest, [array[start:stop] for array in self._cache])
-
-
-@dataclass
-class _Row:
-    """One sequence of a batch: which request it answers, the tokens that it may still get, and its last one."""
-
-    index: int
-    request: DecodeRequest
-    num_left: int
-    token_id: int = -1
-
-    def choose(self, logits: NDArray[np.float32] | HivtpError) -> int | HivtpError:
-        """Take the next token from logits, or pass on why there are none."""
-        outcome = logits if isinstance(logits, HivtpError) else attempt(self.request.choose_token, logits)
-        if not isinstance(outcome, HivtpError):
-            self.token_id = outcome
-            self.num_left -= 1
-        return outcome

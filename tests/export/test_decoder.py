@@ -11,6 +11,7 @@ from transformers import LlavaForConditionalGeneration
 from benchmarks.checkpoints import make_checkpoint
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.decoder import (
+    BUILDER_OPTIONS,
     _builder_class,
     _builder_config,
     load_language_model,
@@ -39,6 +40,7 @@ def logits_of(folder: Path, embeds: np.ndarray) -> np.ndarray:
         {"num_key_value_heads": 4},
         {"num_key_value_heads": 1, "head_dim": 32},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        {"sliding_window": 7},
         {
             "rope_parameters": {
                 "rope_type": "llama3",
@@ -52,7 +54,8 @@ def logits_of(folder: Path, embeds: np.ndarray) -> np.ndarray:
     ],
 )
 def test_decoder_and_streamed_reference_equal_hugging_face(tmp_path: Path, text: dict) -> None:
-    folder = make_checkpoint(tmp_path / "checkpoint", text=text)
+    language = "mistral" if "sliding_window" in text else "llama"
+    folder = make_checkpoint(tmp_path / "checkpoint", language=language, text=text)
     checkpoint = Checkpoint.open(folder)
     embeds = np.random.default_rng(0).normal(size=(20, 64)).astype(np.float32) * 0.05
     config = checkpoint.config.text_config
@@ -127,8 +130,9 @@ def test_weights_are_rounded_as_the_model_builder_rounds_them(
 
     checkpoint = Checkpoint.open(tiny_checkpoint)
     dtype = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4}[precision]
-    options = {"exclude_embeds": True, "prune_lm_head": True, "filename": "decoder.onnx"}
-    builder = _builder_class("llama")(_builder_config(checkpoint), ir.DataType.FLOAT, dtype, "cpu", "", options)
+    builder = _builder_class("llama")(
+        _builder_config(checkpoint), ir.DataType.FLOAT, dtype, "cpu", "", dict(BUILDER_OPTIONS)
+    )
     builder.loaded_model = load_language_model(checkpoint)
     builder.make_model("")
     cut_to_last_position(builder.model)

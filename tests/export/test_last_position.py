@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp.export.checkpoint import Checkpoint
-from hivtp.export.decoder import _builder_class, _builder_config, load_language_model
+from hivtp.export.decoder import BUILDER_OPTIONS, _builder_class, _builder_config, load_language_model
 from hivtp.export.last_position import CUT, cut_to_last_position
 from hivtp_ops.errors import CheckpointError
 
@@ -24,10 +24,9 @@ def built(request: pytest.FixtureRequest, tmp_path: Path) -> ir.Model:
 
     folder = make_checkpoint(tmp_path / "checkpoint", language=request.param)
     checkpoint = Checkpoint.open(folder)
-    options = {"exclude_embeds": True, "prune_lm_head": True, "filename": "decoder.onnx"}
     float32 = ir.DataType.FLOAT
     builder: Any = _builder_class(request.param)(
-        _builder_config(checkpoint), float32, float32, "cpu", str(tmp_path), options
+        _builder_config(checkpoint), float32, float32, "cpu", str(tmp_path), dict(BUILDER_OPTIONS)
     )
     builder.loaded_model = load_language_model(checkpoint)
     builder.make_model("")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -39,6 +40,20 @@ def test_a_cache_of_no_bytes_keeps_nothing() -> None:
     cache = EmbeddingCache(max_bytes=0)
     cache.put(b"a", image(4))
     assert cache.get(b"a") is None
+
+
+def test_the_bound_holds_at_every_moment() -> None:
+    cache = EmbeddingCache(max_bytes=300)
+
+    class Watched(OrderedDict):
+        def __setitem__(self, key: bytes, entry: EncodedImage) -> None:
+            assert cache.num_bytes + entry.num_bytes <= cache.max_bytes
+            super().__setitem__(key, entry)
+
+    cache._entries = Watched()
+    for size in (100, 200, 120, 300, 40, 280):
+        cache.put(str(size).encode(), image(size))
+    assert list(cache._entries) == [b"280"]
 
 
 @pytest.mark.parametrize("max_bytes", [-1, 1.5, True, "10"])

@@ -17,7 +17,7 @@ from hivtp.engines import Engine, EngineSettings
 from hivtp.runtime.embedding_cache import EmbeddingCache
 from hivtp.runtime.image_encoder import open_image_encoder
 from hivtp.runtime.vision import VisionStage
-from hivtp_ops.errors import ImageError, PromptError, ScoreError, SettingsError
+from hivtp_ops.errors import ImageError, OutOfMemoryError, PromptError, ScoreError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,6 +79,51 @@ def test_abandoned_streams_do_no_harm(pruned, photo):
     for stream in unfinished:
         list(stream)
         assert stream.answer.token_ids == expected
+
+
+def test_a_closed_stream_gives_its_memory_back_at_once(pruned, photo, monkeypatch):
+    pipeline, closed = Pipeline.load(pruned.bundle.folder, num_threads=1), []
+    generate = pipeline.language.generate
+
+    def watched(*arguments):
+        try:
+            yield from generate(*arguments)
+        finally:
+            closed.append(True)
+
+    monkeypatch.setattr(pipeline.language, "generate", watched)
+    stream = pipeline.stream(PROMPTS[0], [photo], max_new_tokens=NUM_TOKENS)
+    next(stream)
+    assert closed == []
+    stream.close()
+    assert closed == [True]
+    assert list(stream) == []
+    with pytest.raises(RuntimeError, match="complete when the stream is exhausted"):
+        _ = stream.answer
+    finished = pipeline.stream(PROMPTS[0], [photo], max_new_tokens=3)
+    text = "".join(finished)
+    finished.close()
+    assert finished.answer.text == text
+
+
+def test_running_out_of_memory_is_an_error_that_says_what_to_do(pruned, photo, monkeypatch):
+    pipeline = Pipeline.load(pruned.bundle.folder, num_threads=1)
+
+    def no_room(*_arguments):
+        raise MemoryError("for 9 GiB")
+
+    lazy, grey = Image.open(photo), Image.new("L", (64, 64))
+    for owner, name, image in (
+        (Image.Image, "load", lazy),
+        (Image.Image, "convert", grey),
+        (pipeline.images._encoder._vision.engine, "run", grey),
+        (pipeline.language, "embed", grey),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, no_room)
+            with pytest.raises(OutOfMemoryError, match=r"\(for 9 GiB\); give fewer"):
+                pipeline.generate(PROMPTS[0], [image])
+    assert pipeline.generate(PROMPTS[0], [photo], max_new_tokens=2).token_ids
 
 
 def test_threads_give_the_answers_of_one_after_the_other(pipelines, photos):

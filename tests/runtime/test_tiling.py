@@ -276,7 +276,7 @@ def test_a_processor_that_resizes_by_the_shorter_side_is_refused():
 
 def test_a_picture_that_needs_more_tiles_than_the_limit_is_refused_with_their_number():
     config = SMALL | {"image_grid_pinpoints": [[28, 28], [280, 280]]}
-    with pytest.raises(ImageError, match=rf"300 x 200 pixels needs 101 tiles .* limit is {MAX_TILES}"):
+    with pytest.raises(ImageError, match=rf"300 x 200 pixels .* 10 x 10 more, 101 tiles, and the limit is {MAX_TILES}"):
         Tiler.from_config(config)(picture(300, 200))
     assert len(Tiler.from_config(config)(picture(20, 20)).pixel_values) == 2
     assert len(Tiler.from_config(config, max_tiles=101)(picture(300, 200)).pixel_values) == 101

@@ -20,6 +20,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.checkpoints import make_checkpoint
+from hivtp import Pipeline
+from hivtp.export.exporter import ExportSettings, export_bundle
 from hivtp.runtime.transformers import prune
 from hivtp_ops import PruningSpec, select
 from hivtp_ops.errors import PromptError, ScoreError, SettingsError, SpecError
@@ -624,6 +626,30 @@ def test_next_answers_are_those_of_the_rule_by_plain_means(llava_next, next_mode
         assert greedy(next_model, inputs) == [llava_next.answer(inputs, spec, newline)]
     assert [row[row >= 0].tolist() for row in images.kept_indices] == kept
     assert len(images.is_kept) == (inputs["input_ids"] == next_model.config.image_token_id).sum()
+
+
+@pytest.mark.parametrize(
+    ("settings", "spec"),
+    [({"preset": "paper"}, PAPER), ({"preset": "192", "newline": "all"}, EXACT), ({"newline": "none"}, PAPER)],
+)
+def test_next_tokens_are_those_of_the_bundle(llava_next, next_model, tmp_path, settings, spec):
+    export = ExportSettings(**settings)
+    bundle = Pipeline.load(export_bundle(llava_next.folder, tmp_path / "bundle", export, is_quiet=True).folder)
+    prompts = [("how many dogs are there?", [picture(60 + seed, size)]) for seed, size in enumerate(SIZES)]
+    prompts.append(("Is <image> brighter than <image>?", [picture(70, SIZES[1]), picture(71, SIZES[2])]))
+    answers = set()
+    with prune(next_model, spec, newline=export.newline) as pruned:
+        for prompt, images in prompts:
+            inputs = llava_next.inputs(bundle.template.render(prompt, len(images)), images)
+            [tokens] = greedy(next_model, inputs)
+            answer = bundle.generate(prompt, images, max_new_tokens=NUM_NEW)
+            assert tokens == answer.token_ids
+            with torch.no_grad():
+                kept = pruned.encode(inputs["pixel_values"], inputs["image_sizes"])
+            assert [row[row >= 0].tolist() for row in kept.kept_indices] == answer.kept_indices
+            assert len(kept.embeds) == answer.num_kept_tokens
+            answers.add(tuple(tokens))
+    assert len(answers) == len(prompts)
 
 
 def test_next_never_keeps_the_padding(llava_next, next_model):

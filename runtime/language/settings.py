@@ -1,0 +1,63 @@
+"""Which language backend answers, and how it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+from hivtp.engines.base import EngineSettings
+from hivtp_ops.errors import SettingsError
+
+BackendName = Literal["onnxruntime", "transformers"]
+LanguageDtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class LanguageSettings:
+    """How answers are decoded.
+
+    Args:
+        backend: "onnxruntime" runs the bundle's decoder; "transformers" the language model of a checkpoint.
+        engine: of onnxruntime: how it runs the decoder.
+        checkpoint: of transformers: the Hugging Face folder that the bundle was exported from.
+        device: of transformers: where the model runs, as torch names it: "cpu", "cuda", "cuda:1".
+        dtype: of transformers: of weights, activations and KV cache.
+
+    Raises:
+        SettingsError: there is no such backend or dtype, or a setting belongs to the other backend, or the
+            checkpoint is missing.
+    """
+
+    backend: BackendName = "onnxruntime"
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    checkpoint: str | Path | None = None
+    device: str = "cpu"
+    dtype: LanguageDtype = "float32"
+
+    def __post_init__(self) -> None:
+        if self.backend not in get_args(BackendName):
+            known = " and ".join(get_args(BackendName))
+            raise SettingsError(f"no language backend is named {self.backend!r}; there are {known}")
+        if self.dtype not in get_args(LanguageDtype):
+            known = ", ".join(get_args(LanguageDtype))
+            raise SettingsError(f"the dtype of the language model must be one of {known}, not {self.dtype!r}")
+        if self.backend == "transformers":
+            self._check_checkpoint()
+            return
+        defaults = {setting.name: setting.default for setting in fields(self)}
+        for name in ("checkpoint", "device", "dtype"):
+            if getattr(self, name) != defaults[name]:
+                raise SettingsError(
+                    f"{name} {str(getattr(self, name))!r} belongs to the language backend transformers; "
+                    f"{self.backend} runs the decoder in the bundle: leave it out, or choose transformers"
+                )
+
+    def _check_checkpoint(self) -> None:
+        if self.checkpoint is None:
+            raise SettingsError(
+                "the language backend transformers needs a checkpoint: the Hugging Face folder that the bundle "
+                "was exported from"
+            )
+        if not isinstance(self.checkpoint, str | Path):
+            raise SettingsError(f"checkpoint must be the path of a folder, not {type(self.checkpoint).__name__}")

@@ -1,0 +1,98 @@
+"""One pipeline in several threads: every answer is the one that it gives alone."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hivtp import Pipeline, Request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+NUM_TOKENS = 10
+NUM_THREADS = 6
+
+
+@pytest.fixture(autouse=True)
+def switch_often() -> Iterator[None]:
+    """Between nearly any two instructions."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.fixture(params=["onnxruntime", "transformers"])
+def pipeline(request: pytest.FixtureRequest, varying_bundle: Path, tiny_checkpoint: Path) -> Pipeline:
+    """With a cache that holds two of the four pictures, so that threads drop each other's entries."""
+    settings = {} if request.param == "onnxruntime" else {"language": "transformers", "checkpoint": tiny_checkpoint}
+    return Pipeline.load(varying_bundle, num_threads=1, image_cache_bytes=40_000, **settings)
+
+
+def generate(pipeline: Pipeline, files: list[Path]) -> list[list[int]]:
+    return [pipeline.generate("What is it?", [file], max_new_tokens=NUM_TOKENS).token_ids for file in files]
+
+
+def stream_in_turn(pipeline: Pipeline, files: list[Path]) -> list[list[int]]:
+    """Several streams of one thread, a piece of each at a time, and one that is given up."""
+    streams = [pipeline.stream("how many", [file], max_new_tokens=NUM_TOKENS) for file in files]
+    next(pipeline.stream("how many", files[:1], max_new_tokens=NUM_TOKENS))
+    open_streams = list(streams)
+    while open_streams:
+        open_streams = [stream for stream in open_streams if next(stream, None) is not None]
+    return [stream.answer.token_ids for stream in streams]
+
+
+def batch(pipeline: Pipeline, files: list[Path]) -> list[list[int]]:
+    requests = [Request("what <image> or <image>", [file, files[0]], NUM_TOKENS) for file in files]
+    requests.append(Request("how many dogs", (), 4, temperature=1.0, seed=3))
+    return [answer.token_ids for answer in pipeline.generate_batch(requests)]
+
+
+def chat(pipeline: Pipeline, files: list[Path]) -> list[list[int]]:
+    conversation = pipeline.chat()
+    turns = [("what is it", files[:1]), ("how many", []), ("and <image>", files[1:2])]
+    return [conversation.ask(prompt, images, max_new_tokens=5).token_ids for prompt, images in turns]
+
+
+def test_answers_of_all_kinds_are_those_of_one_thread(pipeline: Pipeline, photos: Path) -> None:
+    files = [photos / name for name in PHOTOS]
+    tasks: list[tuple[Callable[[Pipeline, list[Path]], list[list[int]]], list[Path]]] = [
+        (kind, files[shift:] + files[:shift]) for shift in range(3) for kind in (generate, stream_in_turn, batch, chat)
+    ]
+    expected = [kind(pipeline, order) for kind, order in tasks]
+    barrier = Barrier(NUM_THREADS)
+
+    def run(first: int) -> list[tuple[int, list[list[int]]]]:
+        barrier.wait()
+        mine = range(first, len(tasks), NUM_THREADS)
+        return [(index, tasks[index][0](pipeline, tasks[index][1])) for index in mine]
+
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        found = [result for results in threads.map(run, range(NUM_THREADS)) for result in results]
+    assert sorted(found) == list(enumerate(expected))
+    cache = pipeline.images._cache
+    assert 0 < cache.num_bytes == sum(image.num_bytes for image in cache._entries.values()) <= cache.max_bytes
+    assert len(cache) < len(PHOTOS)
+
+
+def test_a_failing_thread_disturbs_no_other(pipeline: Pipeline, photos: Path) -> None:
+    files = [photos / name for name in PHOTOS]
+    expected = generate(pipeline, files)
+
+    def fail(_number: int) -> int:
+        bad = [Request("", files[:1]), Request("a " * 600), Request("what", [b"words"]), Request("what <image>")]
+        return sum(isinstance(answer, Exception) for answer in pipeline.generate_batch(bad))
+
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        failures = [threads.submit(fail, number) for number in range(8)]
+        answers = [threads.submit(generate, pipeline, files) for _ in range(3)]
+        assert [failure.result() for failure in failures] == [4] * 8
+        assert [answer.result() for answer in answers] == [expected] * 3
