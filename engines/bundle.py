@@ -109,7 +109,7 @@ class Manifest:
 
     Attributes:
         family: the architecture, "llava" or "llava_next".
-        source: name and fingerprint of the checkpoint.
+        source: name and fingerprint of the checkpoint, and where there is a decoder the language model's own.
         pruning: the spec with its layers resolved; None where nothing is pruned.
         vision: the vision graph.
         tiling: how pictures become tiles; None for LLaVA-1.5, where a picture is one tile.

@@ -80,9 +80,22 @@ class CheckpointWeights:
         for name in sorted(self.locations):
             location = self.locations[name]
             digest.update(f"{name} {location.shape} {location.file.name} {location.file.stat().st_size}".encode())
-            sample = self.tensor(name).flatten()[:16].float().numpy()
-            digest.update(sample.tobytes())
+            digest.update(self._sample(name))
         return digest.hexdigest()
+
+    @cached_property
+    def language_fingerprint(self) -> str:
+        """The same for the language model alone, wherever its weights lie."""
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))["text_config"]
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for name in sorted(self.locations):
+            if name.startswith("language."):
+                digest.update(f"{name} {self.locations[name].shape}".encode())
+                digest.update(self._sample(name))
+        return digest.hexdigest()
+
+    def _sample(self, name: str) -> bytes:
+        return self.tensor(name).flatten()[:16].float().numpy().tobytes()
 
 
 def locate_weights(folder: Path) -> dict[str, Location]:

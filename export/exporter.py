@@ -22,7 +22,7 @@ from hivtp.engines.bundle import (
 )
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.clip import VisionShape
-from hivtp.export.decoder import LanguagePrecision, write_decoder, write_embeddings
+from hivtp.export.decoder import DECODER_NAME, EMBEDDINGS_NAME, LanguagePrecision, write_decoder, write_embeddings
 from hivtp.export.graph import VisionPrecision, save_model
 from hivtp.export.processor import Processor, end_token_ids
 from hivtp.export.progress import Progress
@@ -57,7 +57,7 @@ class ExportSettings:
         keep_total: one budget over all tiles of a LLaVA-NeXT picture; None keeps per tile what the spec says.
         graph: "vision" for a bundle that answers; "encoder" for the graph that emits the features and the
             attention of the scoring layers, without a language model.
-        decoder_from: a bundle of the same checkpoint whose decoder is taken over instead of written again.
+        decoder_from: a bundle of the same language model whose decoder is taken over instead of written again.
         overwrite: replace an existing bundle.
     """
 
@@ -177,7 +177,7 @@ def export_bundle(
                 tiling = _export_tiling(checkpoint, shape, settings, folder)
             manifest = Manifest(
                 family=checkpoint.family,
-                source={"name": checkpoint.folder.resolve().name, "fingerprint": checkpoint.fingerprint},
+                source=_source(checkpoint, settings),
                 pruning=spec,
                 vision=_vision_manifest(shape, spec, settings),
                 tiling=tiling,
@@ -201,17 +201,17 @@ def _export_language(
     config, precision = checkpoint.config.text_config, settings.language_precision
     if settings.decoder_from is not None:
         with progress.step(f"Decoder of {settings.decoder_from}"):
-            language, verification["language"] = reuse_decoder(settings.decoder_from, checkpoint, precision, folder)
-            return language
-    with progress.step("Token embeddings"):
-        embeddings = write_embeddings(checkpoint, folder / LANGUAGE_FOLDER)
-    with progress.step(f"Decoder, {precision}"):
-        decoder = write_decoder(checkpoint, folder / LANGUAGE_FOLDER, precision, progress.update)
-    with progress.step("Decoder against PyTorch"):
-        verification["language"] = verify_language(checkpoint, decoder, precision)
+            verification["language"] = reuse_decoder(settings.decoder_from, checkpoint, precision, folder)
+    else:
+        with progress.step("Token embeddings"):
+            write_embeddings(checkpoint, folder / LANGUAGE_FOLDER)
+        with progress.step(f"Decoder, {precision}"):
+            decoder = write_decoder(checkpoint, folder / LANGUAGE_FOLDER, precision, progress.update)
+        with progress.step("Decoder against PyTorch"):
+            verification["language"] = verify_language(checkpoint, decoder, precision)
     return LanguageManifest(
-        file=decoder.relative_to(folder).as_posix(),
-        embeddings=embeddings.relative_to(folder).as_posix(),
+        file=f"{LANGUAGE_FOLDER}/{DECODER_NAME}",
+        embeddings=f"{LANGUAGE_FOLDER}/{EMBEDDINGS_NAME}",
         precision=precision,
         num_layers=config.num_hidden_layers,
         num_kv_heads=config.num_key_value_heads,
@@ -222,6 +222,13 @@ def _export_language(
         image_token_id=checkpoint.config.image_token_id,
         eos_token_ids=end_token_ids(checkpoint, processor.tokenizer),
     )
+
+
+def _source(checkpoint: Checkpoint, settings: ExportSettings) -> Mapping[str, str]:
+    source = {"name": checkpoint.folder.resolve().name, "fingerprint": checkpoint.fingerprint}
+    if settings.graph == "encoder":
+        return source
+    return {**source, "language_fingerprint": checkpoint.language_fingerprint}
 
 
 def _export_tiling(

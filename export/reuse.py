@@ -1,4 +1,4 @@
-"""The decoder of a bundle that exists already, for another bundle of the same checkpoint."""
+"""The decoder of a bundle that exists already, for another bundle of the same language model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from hivtp_ops.errors import BundleError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hivtp.engines.bundle import LanguageManifest
     from hivtp.export.checkpoint import Checkpoint
     from hivtp.export.decoder import LanguagePrecision
 
 
-def reuse_decoder(
-    source: Path, checkpoint: Checkpoint, precision: LanguagePrecision, folder: Path
-) -> tuple[LanguageManifest, dict[str, Any]]:
+def reuse_decoder(source: Path, checkpoint: Checkpoint, precision: LanguagePrecision, folder: Path) -> dict[str, Any]:
     """Take decoder and token embeddings over, unchanged; on one file system they are linked and cost no space.
 
     Args:
@@ -30,19 +27,19 @@ def reuse_decoder(
         folder: the bundle that is being written.
 
     Returns:
-        What the source's manifest says of its decoder, and what was found when it was compared with PyTorch.
+        What was found when the decoder was compared with PyTorch.
 
     Raises:
-        BundleError: not a bundle that answers, or of another checkpoint or precision.
+        BundleError: not a bundle that answers, or of another language model or precision.
     """
     bundle = Bundle.open(source, check_hashes=True)
     manifest, language = bundle.manifest, bundle.manifest.language
     if language is None:
         raise BundleError(f"{source} holds no decoder: it is an encoder bundle; name one that answers")
-    if manifest.source["fingerprint"] != checkpoint.fingerprint:
+    if manifest.source.get("language_fingerprint") != checkpoint.language_fingerprint:
         raise BundleError(
-            f"{source} was exported from another checkpoint ({manifest.source['name']}) than {checkpoint.folder}; "
-            "name a bundle of this one, or export the decoder again"
+            f"{source} was exported from {manifest.source['name']}, whose language model is another than that of "
+            f"{checkpoint.folder}; name a bundle of this one, or export the decoder again"
         )
     if language.precision != precision:
         raise BundleError(
@@ -54,7 +51,7 @@ def reuse_decoder(
         if name.startswith(f"{part}/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(source / name, folder / name)
-    return language, dict(manifest.verification["language"])
+    return dict(manifest.verification["language"])
 
 
 def _link_or_copy(source: Path, destination: Path) -> None:

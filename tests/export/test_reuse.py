@@ -5,11 +5,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp import Pipeline
 from hivtp.engines.bundle import Bundle
 from hivtp.export import exporter, reuse
+from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.exporter import ExportSettings, export_bundle
 from hivtp_ops.errors import BundleError, SpecError
 
@@ -27,6 +30,25 @@ def test_a_bundle_with_a_reused_decoder_equals_one_exported_whole(
     assert bundle.manifest.verification["language"] == whole.verification["language"]
     answers = [Pipeline.load(folder).generate("What is it?", [photo]) for folder in (bundle.folder, exact_bundle)]
     assert answers[0].token_ids == answers[1].token_ids
+
+
+def test_a_decoder_serves_every_checkpoint_with_its_language_model(
+    tiny_checkpoint: Path, pruned_bundle: Path, photo: Path, tmp_path: Path
+) -> None:
+    tuned = tmp_path / "tuned"
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_1.bias.add_(1)
+    model.save_pretrained(tuned)
+    for file in tiny_checkpoint.iterdir():
+        if not (tuned / file.name).exists():
+            (tuned / file.name).write_bytes(file.read_bytes())
+    assert Checkpoint.open(tuned).fingerprint != Checkpoint.open(tiny_checkpoint).fingerprint
+    settings = ExportSettings(decoder_from=pruned_bundle)
+    whole = export_bundle(tuned, tmp_path / "whole", ExportSettings(), is_quiet=True).folder
+    reused = export_bundle(tuned, tmp_path / "reused", settings, is_quiet=True).folder
+    answers = [Pipeline.load(folder).generate("What is it?", [photo]).token_ids for folder in (whole, reused)]
+    assert answers[0] == answers[1]
 
 
 def test_the_decoder_is_not_written_again(
@@ -63,7 +85,7 @@ def test_a_decoder_of_another_checkpoint_or_precision_is_refused(
     tiny_checkpoint: Path, pruned_bundle: Path, tmp_path: Path
 ) -> None:
     other = make_checkpoint(tmp_path / "other", "tiny", seed=5)
-    assert "another checkpoint" in refusal(other, tmp_path, ExportSettings(decoder_from=pruned_bundle))
+    assert "whose language model is another" in refusal(other, tmp_path, ExportSettings(decoder_from=pruned_bundle))
     settings = ExportSettings(decoder_from=pruned_bundle, language_precision="int4")
     assert "--language-precision fp32" in refusal(tiny_checkpoint, tmp_path, settings)
 
