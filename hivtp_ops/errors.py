@@ -1,4 +1,4 @@
-"""The exceptions that hivtp raises on bad input; all derive from HivtpError."""
+"""The exceptions that hivtp raises on bad input, which all derive from HivtpError, and its one warning."""
 
 from __future__ import annotations
 
@@ -41,6 +41,10 @@ class SettingsError(HivtpError, ValueError):
 
 class EngineError(HivtpError):
     """An inference engine that is absent, or that failed on a graph."""
+
+
+class EngineWarning(UserWarning):
+    """An engine that runs otherwise than one would think: another one, or with less precision."""
 
 
 class OutOfMemoryError(HivtpError, MemoryError):

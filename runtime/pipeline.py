@@ -68,6 +68,7 @@ class Pipeline:
         cls,
         folder: str | Path,
         *,
+        engine: str = "auto",
         num_threads: int | None = None,
         check_hashes: bool = False,
         max_tiles_per_run: int = DEFAULT_MAX_TILES_PER_RUN,
@@ -77,6 +78,9 @@ class Pipeline:
 
         Args:
             folder: the bundle.
+            engine: what runs the vision graph: "onnxruntime", "onnxruntime-cuda", "tensorrt" or "tensorrt-rtx"; "auto"
+                takes a TensorRT plan that fits, else ONNX Runtime on a GPU, else on the CPU, and warns of what is
+                there and cannot be used. The language model runs in ONNX Runtime on the CPU.
             num_threads: threads of each engine; None leaves the choice to the engine.
             check_hashes: also compare every file's sha256 with the manifest.
             max_tiles_per_run: more tiles than this go through the vision graph in several runs.
@@ -85,7 +89,7 @@ class Pipeline:
         Raises:
             BundleError: the bundle is incomplete, altered, of another schema, or cannot answer.
             MissingExtraError: onnxruntime is not installed.
-            EngineError: a graph cannot be loaded.
+            EngineError: a graph cannot be loaded, or the engine cannot run here.
         """
         bundle = Bundle.open(folder, check_hashes=check_hashes)
         manifest = bundle.manifest
@@ -98,7 +102,7 @@ class Pipeline:
         return cls(
             bundle,
             open_image_encoder(
-                bundle, VisionStage.open(bundle, settings, max_tiles_per_run), EmbeddingCache(image_cache_bytes)
+                bundle, VisionStage.open(bundle, settings, max_tiles_per_run, engine), EmbeddingCache(image_cache_bytes)
             ),
             _read_template(bundle),
             Tokenizer.load(bundle.processor_folder),
