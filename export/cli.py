@@ -14,7 +14,7 @@ from hivtp.export.graph import VisionPrecision
 from hivtp.export.plan import Builder, export_plan
 from hivtp.export.plan_cli import add_plan_options, make_engine_parser, plan_settings_from, plan_summary
 from hivtp.export.vision import GraphKind
-from hivtp_ops.errors import HivtpError, SpecError
+from hivtp_ops.errors import EngineError, HivtpError, SpecError
 from hivtp_ops.spec import PRESETS, PruningSpec
 
 if TYPE_CHECKING:
@@ -213,8 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HivtpError as error:
         print(f"hivtp-export: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nhivtp-export: stopped; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"\nhivtp-export: stopped; {str(stopped) or 'nothing was written'}", file=sys.stderr)
         return 130
     return 0
 
@@ -225,8 +225,14 @@ def _export(options: argparse.Namespace) -> None:
         # An export takes minutes; what the plan lacks is better known before.
         Builder.find(plan, settings.vision_precision)
     print(summary(export_bundle(options.checkpoint, options.bundle, settings, is_quiet=options.quiet)), flush=True)
-    if plan is not None:
+    if plan is None:
+        return
+    try:
         _report_plan(options.bundle, plan, options.quiet)
+    except HivtpError as error:
+        raise EngineError(f"the bundle is whole, and without a plan: {error}") from error
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt("the bundle is whole, and without a plan") from stopped
 
 
 def _export_plan(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from dataclasses import dataclass, field
@@ -101,19 +102,24 @@ class _Build:
 
     def run(self) -> BuiltPlan:
         # In a thread of its own, since Python hears Ctrl-C between its own steps only and a build is one long call.
-        # As a daemon, so that a second Ctrl-C need not wait for it.
-        threading.Thread(target=self._run, daemon=True).start()
+        threading.Thread(target=self._run).start()
         try:
             # Not by `join`: once interrupted, it takes the thread for ended.
             self.has_ended.wait()
-        except KeyboardInterrupt:
+        except BaseException:
             self.should_stop.set()
-            self.has_ended.wait()
+            self._wait_for_end()
             raise
         if isinstance(self.outcome, BaseException):
             raise self.outcome
         assert self.outcome is not None, "a thread that ends leaves an outcome"
         return self.outcome
+
+    def _wait_for_end(self) -> None:
+        # However often Ctrl-C is pressed: a process that ends within TensorRT is aborted.
+        while not self.has_ended.is_set():
+            with contextlib.suppress(KeyboardInterrupt):
+                self.has_ended.wait()
 
     def _run(self) -> None:
         try:
