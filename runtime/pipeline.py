@@ -70,6 +70,7 @@ class Pipeline:
         *,
         engine: str = "auto",
         num_threads: int | None = None,
+        uses_cuda_graph: bool = False,
         check_hashes: bool = False,
         max_tiles_per_run: int = DEFAULT_MAX_TILES_PER_RUN,
         image_cache_bytes: int = DEFAULT_CACHE_BYTES,
@@ -82,6 +83,7 @@ class Pipeline:
                 takes a TensorRT plan that fits, else ONNX Runtime on a GPU, else on the CPU, and warns of what is
                 there and cannot be used. The language model runs in ONNX Runtime on the CPU.
             num_threads: threads of each engine; None leaves the choice to the engine.
+            uses_cuda_graph: see EngineSettings.
             check_hashes: also compare every file's sha256 with the manifest.
             max_tiles_per_run: more tiles than this go through the vision graph in several runs.
             image_cache_bytes: memory for the embeddings of pictures seen before; 0 keeps none.
@@ -98,7 +100,7 @@ class Pipeline:
                 f"{folder} holds the {manifest.vision.graph} graph alone and cannot answer; "
                 "export it with --graph vision"
             )
-        settings = EngineSettings(num_threads)
+        settings = EngineSettings(num_threads, uses_cuda_graph)
         return cls(
             bundle,
             open_image_encoder(
