@@ -121,3 +121,29 @@ def test_the_library_is_asked_about_a_plan_where_it_can_be_asked(open_engine):
     library.module.EngineInvalidityDiagnostics = Diagnostics
     with pytest.raises(EngineError, match="cannot load the plan: version mismatch, unsupported cc"):
         open_engine("1:1:1", library=library)
+
+
+@pytest.mark.tensorrt
+def test_the_stand_ins_offer_nothing_that_the_real_interfaces_lack():
+    import cuda.core
+    import tensorrt_rtx as trt
+
+    pairs = [
+        (fake_gpu.Runtime, trt.Runtime),
+        (fake_gpu.Engine, trt.ICudaEngine),
+        (fake_gpu.Context, trt.IExecutionContext),
+        (fake_gpu.Device, cuda.core.Device),
+        (fake_gpu.Stream, cuda.core.Stream),
+        (fake_gpu.Buffer, cuda.core.Buffer),
+        (fake_gpu.GraphBuilder, cuda.core.graph.GraphBuilder),
+        (fake_gpu.PinnedMemory, cuda.core.LegacyPinnedMemoryResource),
+    ]
+    # What the stand-ins keep for themselves, and `launch`, which is the finished graph's.
+    own = {"do", "streams", "launch"}
+    for fake, real in pairs:
+        offered = {name for name in vars(fake) if not name.startswith("_")} - own
+        assert offered <= set(dir(real)), real
+    assert hasattr(cuda.core.graph.Graph, "launch")
+    assert {"INPUT", "OUTPUT"} <= set(trt.TensorIOMode.__members__)
+    dtypes = [trt.nptype(dtype) for dtype in (trt.float32, trt.int64, trt.bool)]
+    assert [np.dtype(dtype) for dtype in dtypes] == [np.float32, np.int64, np.bool_]
