@@ -28,8 +28,11 @@ class Gpu:
         return f"{self.name} (compute capability {major}.{minor}, driver {self.driver})"
 
 
-def find_gpu() -> Gpu | None:
+def find_gpu(extra: str = "tensorrt") -> Gpu | None:
     """Describe the first GPU that CUDA shows this process; None where there is no GPU or no driver.
+
+    Args:
+        extra: the extra of hivtp that brings what is needed.
 
     Raises:
         MissingExtraError: cuda-core is not installed.
@@ -37,7 +40,7 @@ def find_gpu() -> Gpu | None:
     try:
         from cuda.core import Device, system
     except ImportError as error:
-        raise MissingExtraError("cuda.core", "tensorrt") from error
+        raise MissingExtraError("cuda.core", extra) from error
     try:
         device = Device(0)
         major, minor = device.compute_capability

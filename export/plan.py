@@ -83,7 +83,7 @@ class Builder:
                 "the int8 vision graph is made for the CPU, and TensorRT cannot take it; "
                 "export it with --vision-precision fp16"
             )
-        library, gpu = load_library(settings.library), find_gpu()
+        library, gpu = load_library(settings.library), find_gpu(settings.library)
         if gpu is None and not library.builds_without_gpu:
             raise EngineError(
                 f"{library.name} builds a plan on the GPU that will run it, and no NVIDIA GPU with its driver was "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hivtp.engines.tensorrt.profile import TileProfile, check_profiles
 from hivtp.engines.tensorrt.progress import make_monitor
-from hivtp_ops.errors import EngineError
+from hivtp_ops.errors import EngineError, EngineWarning
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -175,7 +175,8 @@ class _Build:
             return bytes
         cache = config.create_timing_cache(self.timing_cache)
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-            warnings.warn("the timing cache is damaged or of another GPU; starting a new one", stacklevel=2)
+            message = "the timing cache is damaged or of another GPU; starting a new one"
+            warnings.warn(message, EngineWarning, stacklevel=2)
             config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
         return lambda: bytes(memoryview(config.get_timing_cache().serialize()))
 

@@ -70,7 +70,7 @@ class TensorRtEngine:
             MissingExtraError: the library or cuda-core is not installed.
         """
         library = load_library(library_name)
-        record, content = read_plan(bundle, library, find_gpu())
+        record, content = read_plan(bundle, library, find_gpu(library_name))
         return cls(library, content, record, settings)
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:

@@ -41,7 +41,7 @@ def no_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
 def tensorrt_on_h200(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpu.install(monkeypatch)
     monkeypatch.setattr(session, "load_library", fake_gpu.library)
-    monkeypatch.setattr(session, "find_gpu", lambda: H200)
+    monkeypatch.setattr(session, "find_gpu", lambda _extra: H200)
 
 
 def test_a_bundle_without_plans_runs_on_the_cpu_without_a_word(bundle):

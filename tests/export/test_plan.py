@@ -10,7 +10,6 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from benchmarks.checkpoints import make_checkpoint
@@ -103,7 +102,7 @@ def test_an_int8_graph_is_refused_before_anything_is_exported(
 
 def test_a_library_that_needs_a_gpu_says_so_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "load_library", fake_gpu.library)
-    monkeypatch.setattr(plan_module, "find_gpu", lambda: None)
+    monkeypatch.setattr(plan_module, "find_gpu", lambda _extra: None)
     with pytest.raises(EngineError, match="tensorrt builds a plan on the GPU that will run it, and no NVIDIA GPU"):
         Builder.find(PlanSettings("tensorrt"), "fp16")
 
@@ -328,7 +327,10 @@ def test_a_plan_of_this_gpu_gives_what_the_graph_gives(bundle: Path, photo: Path
     _, record = export_plan(bundle, settings, is_quiet=True)
     assert record.verification["is_done"]
     assert record.verification["tiles"] == [1, 5]
-    pipeline = Pipeline.load(bundle, engine="tensorrt")
-    answer = pipeline.generate("what", [photo], max_new_tokens=8)
-    assert answer.num_kept_tokens == expected.num_kept_tokens
-    np.testing.assert_array_equal(answer.token_ids, expected.token_ids)
+    for uses_cuda_graph in (False, True):
+        pipeline = Pipeline.load(bundle, engine="tensorrt", uses_cuda_graph=uses_cuda_graph, image_cache_bytes=0)
+        # A CUDA graph is recorded after the first run and replayed from the second on.
+        for _ in range(3):
+            answer = pipeline.generate("what", [photo], max_new_tokens=8)
+            assert answer.num_kept_tokens == expected.num_kept_tokens
+            assert answer.token_ids == expected.token_ids
