@@ -185,7 +185,13 @@ def _verify(
         return {"is_done": False, "reason": "there was no GPU to run it on"}
     from hivtp.engines.tensorrt.session import TensorRtEngine
 
-    engine = TensorRtEngine(builder.library, bytes(built.content), record, EngineSettings())
+    try:
+        engine = TensorRtEngine(builder.library, bytes(built.content), record, EngineSettings())
+    except EngineError as error:
+        # One that is built for other GPUs need not run on this one.
+        if not record.is_portable:
+            raise
+        return {"is_done": False, "reason": f"the GPU here cannot run it ({error})"}
     reference = create_engine("onnxruntime", bundle.vision_file)
     sizes = sorted({size for profile in settings.profiles for size in (profile.minimum, profile.optimum)})
     return verify_plan(engine, reference, bundle.manifest, sizes, allows_tf32=settings.allows_tf32)

@@ -137,6 +137,51 @@ def test_a_summary_says_what_was_compared_and_what_was_not(half_bundle: Path) ->
     assert "NOT DONE: there was no GPU to run it on" in text
 
 
+@pytest.mark.parametrize("is_portable", [True, False])
+def test_a_plan_for_other_gpus_need_not_run_on_this_one(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, is_portable: bool
+) -> None:
+    fake_gpu.install(monkeypatch)
+    monkeypatch.setattr(plan_module, "find_gpu", lambda _extra: H200)
+    monkeypatch.setattr(plan_module, "load_library", lambda name: fake_gpu.library(name, is_portable=is_portable))
+    # The stand-in refuses to load what bears this name.
+    built = BuiltPlan(memoryview(b"refused"), "function", b"")
+    monkeypatch.setattr(plan_module, "build_plan", lambda *_arguments: built)
+    if is_portable:
+        _, record = export_plan(bundle, RTX, is_quiet=True)
+        assert not record.verification["is_done"]
+        assert "the GPU here cannot run it" in record.verification["reason"]
+        return
+    with pytest.raises(EngineError, match="cannot load the plan"):
+        export_plan(bundle, PlanSettings("tensorrt"), is_quiet=True)
+    assert not (bundle / PLANS_FOLDER).exists()
+
+
+def test_what_was_measured_is_kept_for_the_next_build(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "find_gpu", lambda _extra: H200)
+    monkeypatch.setattr(plan_module, "load_library", fake_gpu.library)
+    monkeypatch.setattr(plan_module, "_verify", lambda *_arguments: {"is_done": True})
+    known = []
+
+    def build_plan(_library: object, _graph: Path, _settings: object, cache: bytes, _progress: object) -> BuiltPlan:
+        known.append(cache)
+        return BuiltPlan(memoryview(b"plan"), "function", cache + b"measured ")
+
+    monkeypatch.setattr(plan_module, "build_plan", build_plan)
+    settings = PlanSettings("tensorrt", timing_cache=tmp_path / "timing")
+    for _ in range(3):
+        export_plan(bundle, settings, is_quiet=True)
+    assert known == [b"", b"measured ", b"measured measured "]
+    # A place that cannot be written costs the cache, and not the plan.
+    (tmp_path / "file").write_text("")
+    with pytest.warns(EngineWarning) as warned:
+        export_plan(bundle, PlanSettings("tensorrt", timing_cache=tmp_path / "file"), is_quiet=True)
+    assert "cannot be written" in str(warned[-1].message)
+    assert has_plans(Bundle.open(bundle), "tensorrt")
+
+
 # From here on plans are built.
 
 
