@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 IMAGE ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types layers tests wheel bench report clean
+.PHONY: demo test lint types layers tests wheel bench report tensorrt clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,14 @@ bench: $(VENV)/.installed
 
 report: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.report
+
+# TensorRT for RTX builds engines without a GPU: 100 MB of wheels for Linux on x86-64, under NVIDIA's licence.
+$(VENV)/.tensorrt-rtx: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable ".[tensorrt-rtx]"
+	touch $@
+
+tensorrt: $(VENV)/.tensorrt-rtx
+	$(BIN)/python -m pytest -m "tensorrt and not gpu and not slow"
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info

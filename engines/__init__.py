@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import warnings
+from typing import TYPE_CHECKING, Literal, get_args
 
 from hivtp.engines.base import Engine, EngineSettings
-from hivtp_ops.errors import EngineError
+from hivtp_ops.errors import EngineError, EngineWarning, HivtpError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["Engine", "EngineSettings", "create_engine"]
+    from hivtp.engines.bundle import Bundle
+
+__all__ = ["Engine", "EngineName", "EngineSettings", "create_engine", "open_vision_engine"]
+
+EngineName = Literal["auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 
 
 def create_engine(name: str, file: Path, settings: EngineSettings | None = None) -> Engine:
-    """Open a graph in an engine.
+    """Open a graph in an engine that runs ONNX.
 
     Args:
-        name: "onnxruntime".
+        name: "onnxruntime" on the CPU, "onnxruntime-cuda" on a GPU.
         file: the graph.
         settings: how to run it.
 
@@ -29,4 +35,73 @@ def create_engine(name: str, file: Path, settings: EngineSettings | None = None)
         from hivtp.engines.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(file, settings)
-    raise EngineError(f"no engine is named {name!r}; there is onnxruntime")
+    if name == "onnxruntime-cuda":
+        from hivtp.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
+
+        return OnnxRuntimeCudaEngine(file, settings)
+    raise EngineError(f"no engine is named {name!r}; there is onnxruntime, and onnxruntime-cuda")
+
+
+def open_vision_engine(bundle: Bundle, name: str = "auto", settings: EngineSettings | None = None) -> Engine:
+    """Open the vision graph of a bundle.
+
+    Args:
+        bundle: an opened bundle.
+        name: one of EngineName. "auto" takes the first that works: a plan of the bundle for TensorRT, one for
+            TensorRT for RTX, ONNX Runtime on a GPU where it is built for one, ONNX Runtime on the CPU. An EngineWarning
+            says why one that is there was passed over.
+        settings: how to run it.
+
+    Raises:
+        EngineError: there is no such engine, or it cannot run the graph here, and why.
+        MissingExtraError: the engine's package is not installed.
+    """
+    if name not in get_args(EngineName):
+        raise EngineError(f"no engine is named {name!r}; there are {', '.join(get_args(EngineName))}")
+    settings = settings or EngineSettings()
+    if name != "auto":
+        return _CREATORS[name](bundle, settings)
+    candidates = [candidate for candidate in _CREATORS if _is_there(bundle, candidate)]
+    for index, candidate in enumerate(candidates[:-1]):
+        try:
+            return _CREATORS[candidate](bundle, settings)
+        except HivtpError as error:
+            message = f"the engine {candidate} cannot run {bundle.folder}, trying {candidates[index + 1]}: {error}"
+            warnings.warn(message, EngineWarning, stacklevel=2)
+    return _CREATORS[candidates[-1]](bundle, settings)
+
+
+def _is_there(bundle: Bundle, name: str) -> bool:
+    """Whether something speaks for an engine: a plan in the bundle, a package for GPUs."""
+    if name in ("tensorrt", "tensorrt-rtx"):
+        from hivtp.engines.tensorrt.plan import has_plans
+
+        return has_plans(bundle, name)
+    if name == "onnxruntime-cuda":
+        from hivtp.engines.onnxruntime_cuda import has_cuda_provider
+
+        # The operators of an int8 graph are made for the CPU.
+        return bundle.manifest.vision.precision != "int8" and has_cuda_provider()
+    return True
+
+
+def _open_plan(library: Literal["tensorrt", "tensorrt-rtx"]) -> Callable[[Bundle, EngineSettings], Engine]:
+    def create(bundle: Bundle, settings: EngineSettings) -> Engine:
+        from hivtp.engines.tensorrt.session import TensorRtEngine
+
+        return TensorRtEngine.open(bundle, library, settings)
+
+    return create
+
+
+def _open_graph(name: str) -> Callable[[Bundle, EngineSettings], Engine]:
+    return lambda bundle, settings: create_engine(name, bundle.vision_file, settings)
+
+
+# In the order of "auto"; what a creator needs is imported when it is called.
+_CREATORS: dict[str, Callable[[Bundle, EngineSettings], Engine]] = {
+    "tensorrt": _open_plan("tensorrt"),
+    "tensorrt-rtx": _open_plan("tensorrt-rtx"),
+    "onnxruntime-cuda": _open_graph("onnxruntime-cuda"),
+    "onnxruntime": _open_graph("onnxruntime"),
+}

@@ -18,10 +18,13 @@ class EngineSettings:
     """How an engine runs a graph.
 
     Attributes:
-        num_threads: threads of one run; None leaves the choice to the engine (the physical cores).
+        num_threads: threads of one run on the CPU; None leaves the choice to the engine (the physical cores).
+        uses_cuda_graph: on a GPU, record the second run of each number of tiles and replay it from then on. It saves
+            the time to launch kernels one by one, and costs memory for each number of tiles.
     """
 
     num_threads: int | None = None
+    uses_cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         if self.num_threads is not None and self.num_threads < 1:
@@ -34,6 +37,10 @@ class Engine(Protocol):
     @property
     def output_names(self) -> tuple[str, ...]:
         """Names of the graph's outputs, in order."""
+
+    @property
+    def max_tiles(self) -> int | None:
+        """The largest first dimension of the inputs that it takes; None where any will do."""
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """Run the graph.

@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping  # noqa: TC003  the hints are read at run time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
+from hivtp.engines.record import read_record
 from hivtp_ops.errors import BundleError
 from hivtp_ops.spec import PruningSpec
 
@@ -151,33 +151,16 @@ class Manifest:
             advice = "upgrade hivtp" if isinstance(version, int) and version > SCHEMA_VERSION else "export it again"
             raise BundleError(f"it has schema version {version!r}, this hivtp reads {SCHEMA_VERSION}; {advice}")
         try:
-            vision = _build(VisionManifest, raw["vision"])
-            language = None if raw["language"] is None else _build(LanguageManifest, raw["language"])
-            tiling = None if raw["tiling"] is None else _build(TilingManifest, raw["tiling"])
-            files = {path: _build(FileRecord, record) for path, record in raw["files"].items()}
+            vision = read_record(VisionManifest, raw["vision"])
+            language = None if raw["language"] is None else read_record(LanguageManifest, raw["language"])
+            tiling = None if raw["tiling"] is None else read_record(TilingManifest, raw["tiling"])
+            files = {path: read_record(FileRecord, record) for path, record in raw["files"].items()}
             pruning = None if raw["pruning"] is None else PruningSpec.from_dict(raw["pruning"])
             parts = {"vision": vision, "tiling": tiling, "language": language, "files": files, "pruning": pruning}
-            manifest: Manifest = _build(cls, raw | parts)
+            manifest: Manifest = read_record(cls, raw | parts)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"its manifest is damaged: {type(error).__name__}: {error}; export it again") from error
         return manifest
-
-
-def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    hints = get_type_hints(kind)
-    if set(values) != set(hints):
-        raise ValueError(f"{kind.__name__} has keys {sorted(values)}, expected {sorted(hints)}")
-    values = {name: _as_tuple(value) for name, value in values.items()}
-    for name, hint in hints.items():
-        expected = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
-        if not isinstance(values[name], expected):
-            raise TypeError(f"{name} of {kind.__name__} is {values[name]!r}, expected {hint}")
-    return kind(**values)
-
-
-def _as_tuple(value: Any) -> Any:
-    """JSON has no tuples; the manifest's sequences are all tuples."""
-    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""ONNX Runtime: runs a graph file on the CPU."""
+"""ONNX Runtime: runs a graph file on the CPU; onnxruntime_cuda.py runs it on a GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from hivtp.engines.base import Arrays, EngineSettings
 from hivtp_ops.errors import EngineError, MissingExtraError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import numpy as np
@@ -25,6 +26,8 @@ class OnnxRuntimeEngine:
         EngineError: onnxruntime cannot load the file.
     """
 
+    max_tiles: int | None = None
+
     def __init__(self, file: Path, settings: EngineSettings | None = None) -> None:
         # Idle threads spin for the next run. The decoder's comes at once; after this graph's, the decoder runs, and
         # spinning threads would take its cores: measured, they cost the prefill a tenth.
@@ -40,13 +43,20 @@ class OnnxRuntimeEngine:
         return dict(zip(self.output_names, outputs, strict=True))
 
 
-def open_session(file: Path, settings: EngineSettings, *, stops_spinning: bool = False) -> Any:
-    """Open an `onnxruntime.InferenceSession` on the CPU.
+def open_session(
+    file: Path,
+    settings: EngineSettings,
+    *,
+    stops_spinning: bool = False,
+    providers: Sequence[str | tuple[str, dict[str, str]]] = ("CPUExecutionProvider",),
+) -> Any:
+    """Open an `onnxruntime.InferenceSession`.
 
     Args:
         file: the .onnx file.
         settings: how to run it.
         stops_spinning: let the session's threads rest as soon as a run ends.
+        providers: what runs its nodes, the first that can.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -63,6 +73,6 @@ def open_session(file: Path, settings: EngineSettings, *, stops_spinning: bool =
     if stops_spinning:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(file, options, providers=list(providers))
     except Exception as error:
         raise EngineError(f"onnxruntime cannot load {file}: {error}") from error

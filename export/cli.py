@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from hivtp.export.decoder import LanguagePrecision
 from hivtp.export.exporter import ExportSettings, NewlineRule, export_bundle
 from hivtp.export.graph import VisionPrecision
+from hivtp.export.plan import Builder, export_plan
+from hivtp.export.plan_cli import add_plan_options, make_engine_parser, plan_settings_from, plan_summary
 from hivtp.export.vision import GraphKind
-from hivtp_ops.errors import HivtpError, SpecError
+from hivtp_ops.errors import EngineError, HivtpError, SpecError
 from hivtp_ops.spec import PRESETS, PruningSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hivtp.engines.bundle import Bundle, Manifest
+    from hivtp.export.plan import PlanSettings
 
 DESCRIPTION = """\
 Turn a LLaVA-1.5 or LLaVA-NeXT checkpoint (Hugging Face format) into a bundle: a folder with the vision graph,
@@ -31,6 +35,9 @@ examples:
       --vision-precision int8 --language-precision int4          small and fast on a CPU
   hivtp-export llava-1.5-7b-hf bundle --no-pruning               all 576 tokens, to compare with
   hivtp-export llava-1.5-7b-hf bundle --window 3 --keep 150      a rule of your own
+  hivtp-export llava-1.5-7b-hf bundle --vision-precision fp16 \\
+      --engine tensorrt                                          with a TensorRT plan for this GPU
+  hivtp-export engine bundle --engine tensorrt                   the same for a bundle that is there already
 """
 # The rule's settings, by the option that gives each.
 SPEC_OPTIONS = ("first_layer", "num_layers", "regions", "global_ratio", "window", "keep")
@@ -119,6 +126,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="vision: a bundle that answers; encoder: only the graph that emits features and middle-layer "
         "attention (default: %(default)s)",
     )
+    add_plan_options(parser)
     return parser
 
 
@@ -193,17 +201,53 @@ def _tokens(manifest: Manifest) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or 1 after an error, or 130 after Ctrl-C."""
-    options = make_parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        bundle = export_bundle(options.checkpoint, options.bundle, settings_from(options), is_quiet=options.quiet)
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            # The name of a checkpoint in this place is written ./engine.
+            if arguments[:1] == ["engine"]:
+                _export_plan(make_engine_parser().parse_args(arguments[1:]))
+            else:
+                _export(make_parser().parse_args(arguments))
     except HivtpError as error:
         print(f"hivtp-export: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nhivtp-export: stopped; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"\nhivtp-export: stopped; {str(stopped) or 'nothing was written'}", file=sys.stderr)
         return 130
-    print(summary(bundle))
     return 0
+
+
+def _export(options: argparse.Namespace) -> None:
+    settings, plan = settings_from(options), plan_settings_from(options)
+    if plan is not None:
+        # An export takes minutes; what the plan lacks is better known before.
+        Builder.find(plan, settings.vision_precision)
+    print(summary(export_bundle(options.checkpoint, options.bundle, settings, is_quiet=options.quiet)), flush=True)
+    if plan is None:
+        return
+    try:
+        _report_plan(options.bundle, plan, options.quiet)
+    except HivtpError as error:
+        raise EngineError(f"the bundle is whole, and without a plan: {error}") from error
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt("the bundle is whole, and without a plan") from stopped
+
+
+def _export_plan(options: argparse.Namespace) -> None:
+    settings = plan_settings_from(options)
+    assert settings is not None, "the parser demands an engine"
+    _report_plan(options.bundle, settings, options.quiet)
+
+
+def _report_plan(bundle: Path, settings: PlanSettings, is_quiet: bool) -> None:
+    print(plan_summary(*export_plan(bundle, settings, is_quiet=is_quiet)))
+
+
+def show_warning(message: Warning | str, *_place: object, **_more: object) -> None:
+    """Print a warning as the command's own line, without the place in the code that Python names."""
+    print(f"hivtp-export: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def verify_vision(
     if kind == "encoder":
         report = VisionReport(
             relative_error(outputs["features"], reference.features),
-            _largest_difference(outputs["importance"], importance),
+            largest_difference(outputs["importance"], importance),
             None,
         )
     elif spec is None or importance is None:
@@ -123,11 +123,11 @@ def verify_vision(
         is_kept = np.concatenate([np.ones((NUM_TILES, prefix), bool), kept >= 0], axis=1)
         report = VisionReport(
             relative_error(outputs["image_embeds"], embeds * is_kept[:, :, None]),
-            _largest_difference(outputs["importance"], importance),
+            largest_difference(outputs["importance"], importance),
             jaccard(kept, expected.indices),
         )
     tolerance = VISION_TOLERANCES[precision]
-    _refuse(
+    refuse(
         f"the {precision} vision graph",
         [
             ("relative error", report.relative_error, "at most", tolerance.relative_error),
@@ -164,7 +164,7 @@ def verify_language(checkpoint: Checkpoint, file: Path, precision: str) -> dict[
         float((found.argmax(axis=1) == original.argmax(axis=1)).mean()),
     )
     tolerance = LANGUAGE_TOLERANCES[precision] * math.sqrt(config.num_hidden_layers)
-    _refuse(f"the {precision} decoder", [("relative error", report.relative_error, "at most", tolerance)])
+    refuse(f"the {precision} decoder", [("relative error", report.relative_error, "at most", tolerance)])
     return {"tokens": length, **asdict(report), "tolerance": {"relative_error": tolerance}}
 
 
@@ -238,14 +238,31 @@ def jaccard(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
     return len(pairs[0] & pairs[1]) / max(1, len(pairs[0] | pairs[1]))
 
 
-def _largest_difference(found: NDArray[Any], expected: NDArray[Any] | None) -> float:
+def largest_difference(found: NDArray[Any], expected: NDArray[Any] | None) -> float:
+    """Of two arrays of scores, where -inf on both sides is no difference."""
     assert expected is not None, "what is compared was computed"
     # Padding is -inf on both sides, and its difference no number.
     is_padding = np.isneginf(found) & np.isneginf(expected)
     return float(np.abs(np.where(is_padding, 0, found) - np.where(is_padding, 0, expected)).max())
 
 
-def _refuse(subject: str, checks: list[tuple[str, float | None, str, float]]) -> None:
+def refuse(
+    subject: str,
+    checks: list[tuple[str, float | None, str, float]],
+    reference: str = "PyTorch",
+    advice: str = "Choose a higher precision for this checkpoint",
+) -> None:
+    """Refuse a graph that is beyond a tolerance.
+
+    Args:
+        subject: the graph.
+        checks: name, value found or None, "at most" or "at least", and the limit, of each.
+        reference: what it was compared with.
+        advice: what to do.
+
+    Raises:
+        VerificationError: a value is beyond its limit.
+    """
     for name, found, bound, limit in checks:
         if found is None:
             continue
@@ -253,6 +270,6 @@ def _refuse(subject: str, checks: list[tuple[str, float | None, str, float]]) ->
         is_within = found <= limit if bound == "at most" else found >= limit
         if not is_within:
             raise VerificationError(
-                f"{subject} differs from PyTorch: its {name} is {found:.3g}, allowed is {bound} {limit:.3g}; "
-                "nothing was written. Choose a higher precision for this checkpoint"
+                f"{subject} differs from {reference}: its {name} is {found:.3g}, allowed is {bound} {limit:.3g}; "
+                f"nothing was written. {advice}"
             )

@@ -1,4 +1,4 @@
-"""The exceptions that hivtp raises on bad input; all derive from HivtpError."""
+"""The exceptions that hivtp raises on bad input, which all derive from HivtpError, and its one warning."""
 
 from __future__ import annotations
 
@@ -45,6 +45,10 @@ class EngineError(HivtpError):
 
 class KernelError(HivtpError):
     """A CUDA kernel that cannot be compiled, loaded or started."""
+
+
+class EngineWarning(UserWarning):
+    """An engine that runs otherwise than one would think: another one, or with less precision."""
 
 
 class OutOfMemoryError(HivtpError, MemoryError):

@@ -31,6 +31,7 @@ examples:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line; defaults come from the settings of each layer."""
+    from hivtp.engines import EngineName
     from hivtp.runtime.language.settings import BackendName, LanguageDtype, LanguageSettings
     from hivtp.runtime.request import DEFAULT_MAX_NEW_TOKENS
     from hivtp.runtime.sampling import SamplingSettings
@@ -63,6 +64,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=sampling.seed, metavar="N", help="makes sampling repeatable")
     parser.add_argument("--check-hashes", action="store_true", help="refuse a bundle whose files were altered")
+    parser.add_argument(
+        "--engine",
+        choices=get_args(EngineName),
+        default="auto",
+        help="what runs the vision graph; auto takes the fastest that works here (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the engine (default: its own choice)")
     parser.add_argument(
         "--max-tiles",
@@ -111,7 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A model may write any character, and a terminal need not know them all.
         sys.stdout.reconfigure(errors="replace")
     try:
-        _run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            _run(options)
     except HivtpError as error:
         print(f"hivtp-run: {error}", file=sys.stderr)
         return 1
@@ -136,6 +145,7 @@ def _run(options: argparse.Namespace) -> None:
         check_overlay(options.overlay, options.image)
     pipeline = Pipeline.load(
         options.bundle,
+        engine=options.engine,
         num_threads=options.threads,
         check_hashes=options.check_hashes,
         max_tiles_per_run=options.max_tiles_per_run,
@@ -164,6 +174,11 @@ def _run(options: argparse.Namespace) -> None:
     if options.overlay is not None:
         for path in write_overlays(pipeline, stream, options.image, options.overlay):
             print(f"wrote {path}", file=sys.stderr)
+
+
+def show_warning(message: Warning | str, *_place: object, **_more: object) -> None:
+    """Print a warning as the command's own line, without the place in the code that Python names."""
+    print(f"hivtp-run: {message}", file=sys.stderr)
 
 
 def report(answer: Answer) -> str:

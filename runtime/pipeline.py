@@ -74,7 +74,9 @@ class Pipeline:
         cls,
         folder: str | Path,
         *,
+        engine: str = "auto",
         num_threads: int | None = None,
+        uses_cuda_graph: bool = False,
         check_hashes: bool = False,
         max_tiles_per_run: int = DEFAULT_MAX_TILES_PER_RUN,
         max_tiles: int = MAX_TILES,
@@ -88,14 +90,18 @@ class Pipeline:
 
         Args:
             folder: the bundle.
-            num_threads: threads of each onnxruntime engine; None leaves the choice to the engine.
+            engine: what runs the vision graph: "onnxruntime", "onnxruntime-cuda", "tensorrt" or "tensorrt-rtx"; "auto"
+                takes a TensorRT plan that fits, else ONNX Runtime on a GPU, else on the CPU, and warns of what is
+                there and cannot be used.
+            num_threads: threads of each engine on the CPU; None leaves the choice to the engine.
+            uses_cuda_graph: see EngineSettings.
             check_hashes: also compare every file's sha256 with the manifest.
             max_tiles_per_run: more tiles than this go through the vision graph in several runs: fewer take less
                 memory.
             max_tiles: LLaVA-NeXT: a picture that becomes more tiles than this, its base tile included, is refused.
             image_cache_bytes: memory for the embeddings of pictures seen before; 0 keeps none.
             language: what decodes the answers: "onnxruntime" the bundle's decoder; "transformers" the language
-                model of `checkpoint`. The vision graph runs in onnxruntime either way.
+                model of `checkpoint`. The vision graph runs in `engine` either way.
             checkpoint: for "transformers": the Hugging Face folder that the bundle was exported from.
             language_device: for "transformers": where the model runs, as torch names it, such as "cuda".
             language_dtype: for "transformers": float32, bfloat16 or float16.
@@ -104,10 +110,10 @@ class Pipeline:
             BundleError: the bundle is incomplete, altered, of another schema, or cannot answer.
             CheckpointError: the checkpoint is damaged, or is not the one that the bundle was exported from.
             MissingExtraError: onnxruntime, or for "transformers" torch or transformers, is not installed.
-            EngineError: a graph cannot be loaded.
+            EngineError: a graph cannot be loaded, or the engine cannot run here.
             SettingsError: a setting cannot work.
         """
-        settings = EngineSettings(num_threads)
+        settings = EngineSettings(num_threads, uses_cuda_graph)
         language_settings = LanguageSettings(language, settings, checkpoint, language_device, language_dtype)
         bundle = Bundle.open(folder, check_hashes=check_hashes)
         manifest = bundle.manifest
@@ -120,7 +126,7 @@ class Pipeline:
             bundle,
             open_image_encoder(
                 bundle,
-                VisionStage.open(bundle, settings, max_tiles_per_run),
+                VisionStage.open(bundle, settings, max_tiles_per_run, engine),
                 EmbeddingCache(image_cache_bytes),
                 max_tiles,
             ),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from hivtp.engines import create_engine
+from hivtp.engines import open_vision_engine
 from hivtp_ops.errors import ScoreError, SettingsError
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ class VisionStage:
     Args:
         engine: holds the graph.
         manifest: describes it.
-        max_tiles_per_run: more tiles than this go through the graph in several runs, which bounds its memory;
-            an int8 graph always runs one by one.
+        max_tiles_per_run: more tiles than this, or than the engine takes, go through the graph in several runs,
+            which bounds its memory; an int8 graph always runs one by one.
     """
 
     def __init__(
@@ -73,21 +73,25 @@ class VisionStage:
         self.engine = engine
         self.manifest = manifest
         # An int8 graph takes one scale for the activations of a whole run, so tiles in it would change each other.
-        self.max_tiles_per_run = 1 if manifest.precision == "int8" else max_tiles_per_run
+        most = 1 if manifest.precision == "int8" else max_tiles_per_run
+        self.max_tiles_per_run = most if engine.max_tiles is None else min(most, engine.max_tiles)
         self.is_pruned = "kept_indices" in engine.output_names
 
     @classmethod
     def open(
-        cls, bundle: Bundle, settings: EngineSettings, max_tiles_per_run: int = DEFAULT_MAX_TILES_PER_RUN
+        cls,
+        bundle: Bundle,
+        settings: EngineSettings,
+        max_tiles_per_run: int = DEFAULT_MAX_TILES_PER_RUN,
+        engine: str = "auto",
     ) -> VisionStage:
-        """Open the vision graph of a bundle in an engine.
+        """Open the vision graph of a bundle in an engine; see open_vision_engine for their names.
 
         Raises:
             EngineError: the graph cannot be loaded.
             MissingExtraError: the engine's package is not installed.
         """
-        engine = create_engine("onnxruntime", bundle.vision_file, settings)
-        return cls(engine, bundle.manifest.vision, max_tiles_per_run)
+        return cls(open_vision_engine(bundle, engine, settings), bundle.manifest.vision, max_tiles_per_run)
 
     def encode(
         self, pixel_values: NDArray[np.float32], patch_mask: NDArray[np.bool_] | None = None

@@ -67,9 +67,12 @@ print(json.dumps([names, sorted({name.partition(".")[0] for name in sys.modules}
     assert not (HEAVY | {"onnxruntime"}) & set(packages)
 
 
-@pytest.mark.parametrize(("command", "module"), [("hivtp-export", "export"), ("hivtp-run", "runtime")])
+@pytest.mark.parametrize(
+    ("command", "module"), [("hivtp-export", "export"), ("hivtp-export engine", "export"), ("hivtp-run", "runtime")]
+)
 def test_each_command_shows_its_help_with_the_core_alone(command, module):
-    done = run_python(f"from hivtp.{module}.cli import main; main(['--help'])", CORE)
+    arguments = [*command.split()[1:], "--help"]
+    done = run_python(f"from hivtp.{module}.cli import main; main({arguments})", CORE)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: {command}")
     assert "examples:" in done.stdout
@@ -151,4 +154,4 @@ def test_an_error_of_each_part_is_a_hivtp_error():
     errors = importlib.import_module("hivtp_ops.errors")
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
     assert len(kinds) > 8
-    assert all(issubclass(kind, hivtp.HivtpError) for kind in kinds)
+    assert all(issubclass(kind, (hivtp.HivtpError, UserWarning)) for kind in kinds)

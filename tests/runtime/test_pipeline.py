@@ -191,6 +191,7 @@ class WithoutScores:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.output_names = engine.output_names
+        self.max_tiles = engine.max_tiles
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         outputs = self._engine.run(inputs)

@@ -37,6 +37,7 @@ class FakeEngine:
     def __init__(self, **outputs: np.ndarray) -> None:
         self.outputs = outputs
         self.output_names = tuple(outputs)
+        self.max_tiles = None
 
     def run(self, _inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return self.outputs

@@ -1,0 +1,215 @@
+"""Plans in a bundle: each with a sidecar that says what it is of, for which machine, and how it was checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Mapping  # noqa: TC003  the hints are read at run time
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from hivtp.engines.bundle import Bundle, FileRecord
+from hivtp.engines.files import write_whole
+from hivtp.engines.gpu import Gpu
+from hivtp.engines.record import read_record
+from hivtp.engines.tensorrt.profile import TileProfile
+from hivtp.engines.tensorrt.timing_cache import as_file_name
+from hivtp_ops.errors import BundleError, EngineError, HivtpError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hivtp.engines.tensorrt.library import Library
+
+PLAN_SCHEMA_VERSION = 1
+PLANS_FOLDER = "vision/plans"
+# What TensorRT for RTX builds for where nothing else is asked (its guide, "CPU-Only AOT").
+LEAST_PORTABLE_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class PlanRecord:
+    """The sidecar of a plan.
+
+    Attributes:
+        plan: size and hash of the plan.
+        graph: the sha256 of each file of the ONNX graph that it was built from, by its path in the bundle.
+        library: "tensorrt" or "tensorrt-rtx".
+        library_version: all of it.
+        platform: operating system and processor, e.g. "linux-x86_64".
+        gpu: on which it was built; None where there was none.
+        is_portable: whether it runs on every RTX GPU since Ampere; if not, on GPUs like `gpu` alone.
+        profiles: the numbers of tiles, each fewest:usual:most.
+        pruning: "plugin" or "function"; None where nothing is pruned.
+        precision: of the graph.
+        allows_tf32: whether float32 products may run in TF32.
+        workspace_bytes, optimization_level: see BuildSettings.
+        verification: `is_done`, and the errors reached and allowed, or the reason why not.
+        versions: of hivtp.
+        schema_version: of this layout.
+    """
+
+    plan: FileRecord
+    graph: Mapping[str, str]
+    library: str
+    library_version: str
+    platform: str
+    gpu: Gpu | None
+    is_portable: bool
+    profiles: tuple[str, ...]
+    pruning: str | None
+    precision: str
+    allows_tf32: bool
+    workspace_bytes: int | None
+    optimization_level: int
+    verification: Mapping[str, Any]
+    versions: Mapping[str, str]
+    schema_version: int = PLAN_SCHEMA_VERSION
+
+    def with_verification(self, verification: Mapping[str, Any]) -> PlanRecord:
+        """The same with the outcome of the check."""
+        return replace(self, verification=verification)
+
+    @property
+    def tile_profiles(self) -> tuple[TileProfile, ...]:
+        """The profiles, in the plan's order."""
+        return tuple(TileProfile.parse(text) for text in self.profiles)
+
+    @property
+    def stem(self) -> str:
+        """The name of the files, one per machine: library, version, GPU."""
+        parts = [self.library, self.library_version, "any-rtx"]
+        if self.gpu is not None and not self.is_portable:
+            parts[2:] = [self.gpu.name, "sm{}{}".format(*self.gpu.compute_capability)]
+        return "-".join(map(as_file_name, parts))
+
+    def to_json(self) -> str:
+        """The sidecar as it is written."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> PlanRecord:
+        """Read a sidecar.
+
+        Raises:
+            BundleError: it is damaged or of another schema.
+        """
+        try:
+            raw = json.loads(text)
+            version = raw["schema_version"]
+            if version != PLAN_SCHEMA_VERSION:
+                raise BundleError(f"has a sidecar of version {version!r}, this hivtp reads {PLAN_SCHEMA_VERSION}")
+            parts = {
+                "plan": read_record(FileRecord, raw["plan"]),
+                "gpu": None if raw["gpu"] is None else read_record(Gpu, raw["gpu"]),
+            }
+            record: PlanRecord = read_record(cls, raw | parts)
+            _ = record.tile_profiles
+        except (KeyError, TypeError, ValueError, AttributeError, EngineError) as error:
+            raise BundleError(f"has a damaged sidecar: {type(error).__name__}: {error}") from error
+        return record
+
+    def check_fits(self, library: Library, gpu: Gpu | None, graph: Mapping[str, str]) -> None:
+        """Refuse a plan that cannot run here.
+
+        Args:
+            library: would run it.
+            gpu: of this machine.
+            graph: see graph_hashes.
+
+        Raises:
+            EngineError: the first reason found, as the rest of a sentence about the plan.
+        """
+        if self.graph != graph:
+            raise EngineError("was built from another graph than the bundle holds now")
+        if (self.library, self.library_version) != (library.name, library.version):
+            raise EngineError(f"was built by {self.library} {self.library_version}, and {library.version} is installed")
+        if self.platform != sysconfig.get_platform():
+            raise EngineError(f"was built on {self.platform}, and this is {sysconfig.get_platform()}")
+        if gpu is None:
+            raise EngineError("needs an NVIDIA GPU with its driver, and there is none here")
+        if self.is_portable:
+            if gpu.compute_capability < LEAST_PORTABLE_CAPABILITY:
+                least = ".".join(map(str, LEAST_PORTABLE_CAPABILITY))
+                raise EngineError(f"runs on GPUs of compute capability {least} and later, and this is {gpu}")
+        elif self.gpu is None or (self.gpu.name, self.gpu.compute_capability) != (gpu.name, gpu.compute_capability):
+            raise EngineError(f"was built for {self.gpu}, and this is {gpu}")
+
+
+def graph_hashes(bundle: Bundle) -> dict[str, str]:
+    """The sha256 of each file of the bundle's vision graph, as the manifest has them."""
+    name = bundle.manifest.vision.file
+    files = bundle.manifest.files
+    return {path: record.sha256 for path, record in files.items() if path in (name, f"{name}.data")}
+
+
+def sha256_of_plan(content: bytes | memoryview) -> str:
+    """The sha256 of a plan in memory, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def has_plans(bundle: Bundle, library: str) -> bool:
+    """Whether the bundle holds a plan for a library, fitting or not."""
+    return bool(_sidecars(bundle, library))
+
+
+def write_plan(bundle: Bundle, record: PlanRecord, content: memoryview) -> Path:
+    """Put a plan into a bundle, in the place of one that was built before for the same machine.
+
+    Returns:
+        The plan's file; its sidecar lies beside it.
+
+    Raises:
+        BundleError: it cannot be written; no half of it is left.
+    """
+    sidecar = bundle.folder / PLANS_FOLDER / f"{record.stem}.json"
+    file = sidecar.with_suffix(".plan")
+    try:
+        sidecar.parent.mkdir(exist_ok=True)
+        # Without its sidecar a plan does not count, so that at no time the two of different builds stand together.
+        sidecar.unlink(missing_ok=True)
+        write_whole(file, content)
+        write_whole(sidecar, record.to_json().encode())
+    except OSError as error:
+        raise BundleError(f"cannot write the plan {file}: {error}; free some space or copy the bundle") from error
+    return file
+
+
+def read_plan(bundle: Bundle, library: Library, gpu: Gpu | None) -> tuple[PlanRecord, bytes]:
+    """Find the plan of a bundle that fits this machine, and read it.
+
+    The hash that is checked is that of the very bytes that are returned.
+
+    Raises:
+        EngineError: there is none, and why each one that there is cannot be used, and how to build one.
+    """
+    # Where there is no GPU, another plan would not help.
+    advice = f"; build one with: hivtp-export engine {bundle.folder} --engine {library.name}" if gpu else ""
+    reasons = []
+    for sidecar in _sidecars(bundle, library.name):
+        try:
+            record = PlanRecord.from_json(sidecar.read_text(encoding="utf-8"))
+            record.check_fits(library, gpu, graph_hashes(bundle))
+            return record, _read_whole(sidecar.with_suffix(".plan"), record.plan)
+        except HivtpError as error:
+            reasons.append(f"{sidecar.stem} {error}")
+        except (OSError, UnicodeDecodeError) as error:
+            reasons.append(f"{sidecar.stem} cannot be read: {error}")
+    if not reasons:
+        raise EngineError(f"the bundle {bundle.folder} holds no plan for {library.name}{advice}")
+    raise EngineError(f"no plan of the bundle {bundle.folder} fits: {'; '.join(reasons)}{advice}")
+
+
+def _sidecars(bundle: Bundle, library: str) -> list[Path]:
+    # "tensorrt-rtx-1.7..." begins with "tensorrt-" too; a version begins with a digit.
+    return sorted((bundle.folder / PLANS_FOLDER).glob(f"{library}-[0-9]*.json"))
+
+
+def _read_whole(file: Path, expected: FileRecord) -> bytes:
+    content = file.read_bytes()
+    if len(content) != expected.num_bytes:
+        raise EngineError(f"has {len(content)} bytes instead of {expected.num_bytes}: it is truncated or altered")
+    if sha256_of_plan(content) != expected.sha256:
+        raise EngineError("was altered: its sha256 differs from its sidecar's. A plan holds code, so it is not loaded")
+    return content

@@ -1,0 +1,118 @@
+"""hivtp-export engine: a plan for a bundle, built where it runs; and the options of a plan for hivtp-export."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from hivtp.engines.tensorrt.builder import MAX_OPTIMIZATION_LEVEL
+from hivtp.engines.tensorrt.library import LibraryName
+from hivtp.engines.tensorrt.profile import TileProfile
+from hivtp.export.plan import PlanSettings
+from hivtp_ops.errors import EngineError
+
+if TYPE_CHECKING:
+    from hivtp.engines.tensorrt.plan import PlanRecord
+
+DESCRIPTION = """\
+Build a TensorRT engine of a bundle's vision graph, compare it with the graph, and put it into the bundle as a plan.
+tensorrt builds on the GPU that will run the plan; tensorrt-rtx builds anywhere, for RTX GPUs since Ampere.
+"""
+EXAMPLES = """\
+examples:
+  hivtp-export engine bundle --engine tensorrt
+  hivtp-export engine bundle --engine tensorrt --tiles 1:1:4 --tiles 5    fast for one tile, and for five
+"""
+GIB = 2**30
+
+
+def make_engine_parser() -> argparse.ArgumentParser:
+    """The command line of `hivtp-export engine`; defaults come from PlanSettings."""
+    parser = argparse.ArgumentParser(
+        prog="hivtp-export engine",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", type=Path, help="folder that hivtp-export wrote")
+    parser.add_argument("--quiet", action="store_true", help="print the summary only")
+    add_plan_options(parser, is_required=True)
+    return parser
+
+
+def add_plan_options(parser: argparse.ArgumentParser, *, is_required: bool = False) -> None:
+    """Add the options of a plan to a command line."""
+    group = parser.add_argument_group("TensorRT engine")
+    group.add_argument(
+        "--engine",
+        choices=get_args(LibraryName),
+        required=is_required,
+        help="build a plan of the vision graph: tensorrt on and for this GPU; tensorrt-rtx for any RTX GPU",
+    )
+    group.add_argument(
+        "--tiles",
+        action="append",
+        metavar="MIN:OPT:MAX",
+        help="tiles of one run: fewest, the number to be fast for, most; or one number for all three; may be repeated, "
+        "and together they take every number from 1 up (default: 1:1:8; LLaVA-NeXT: all tiles of one picture)",
+    )
+    group.add_argument(
+        "--workspace-gib", type=float, metavar="N", help="most GPU memory for intermediate results (default: all)"
+    )
+    group.add_argument(
+        "--optimization-level",
+        type=int,
+        default=PlanSettings.optimization_level,
+        metavar="N",
+        help=f"0 builds fastest, {MAX_OPTIMIZATION_LEVEL} tries most (default: %(default)s)",
+    )
+    group.add_argument("--no-tf32", action="store_true", help="full float32 in a float32 graph, which is slow")
+    group.add_argument(
+        "--timing-cache",
+        type=Path,
+        metavar="DIR",
+        help="where TensorRT's measurements are kept (default: user's cache)",
+    )
+
+
+def plan_settings_from(options: argparse.Namespace) -> PlanSettings | None:
+    """The plan that a command line asks for; None for none.
+
+    Raises:
+        EngineError: an option that cannot be, or options of a plan without --engine.
+    """
+    given: dict[str, Any] = {
+        "profiles": tuple(map(TileProfile.parse, options.tiles or ())),
+        "workspace_bytes": None if options.workspace_gib is None else int(options.workspace_gib * GIB),
+        "optimization_level": options.optimization_level,
+        "allows_tf32": not options.no_tf32,
+        "timing_cache": options.timing_cache,
+    }
+    if options.engine is None:
+        idle = [name for name, value in given.items() if value != getattr(PlanSettings, name)]
+        if idle:
+            raise EngineError("options of a TensorRT engine were given and no --engine; add --engine tensorrt")
+        return None
+    return PlanSettings(options.engine, **given)
+
+
+def plan_summary(file: Path, record: PlanRecord) -> str:
+    """What was built, for which machine, and how close it is to the graph."""
+    machine = "any RTX GPU since Ampere" if record.is_portable else str(record.gpu)
+    pruning = {None: "nothing is pruned", "plugin": "pruning by the plugin", "function": "pruning by standard layers"}
+    found = record.verification
+    lines = [
+        f"wrote {file}",
+        f"  engine    {record.library} {record.library_version}, for {machine}",
+        f"  graph     {record.precision}, {record.plan.num_bytes / 1e6:.1f} MB, {pruning[record.pruning]}",
+        f"  tiles     {', '.join(record.profiles)}",
+    ]
+    if not found["is_done"]:
+        lines.append(f"  check     NOT DONE: {found['reason']}; build it again on the GPU to compare it with the graph")
+        return "\n".join(lines)
+    checks = [f"relative error {found['relative_error']:.1e} (allowed {found['tolerance']['relative_error']:.0e})"]
+    if found["kept_jaccard"] is not None:
+        checks.append(f"kept-token agreement {found['kept_jaccard']:.1%}")
+    lines.append(f"  check     {', '.join(checks)}")
+    return "\n".join(lines)

@@ -1,0 +1,381 @@
+"""Plans in bundles. The tests that build need TensorRT for RTX, which builds without a GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+from benchmarks.checkpoints import make_checkpoint
+from hivtp import Pipeline
+from hivtp.engines.bundle import Bundle
+from hivtp.engines.gpu import find_gpu
+from hivtp.engines.tensorrt.builder import BuildSettings, BuiltPlan, build_plan
+from hivtp.engines.tensorrt.library import load_library
+from hivtp.engines.tensorrt.plan import PLANS_FOLDER, PlanRecord, has_plans
+from hivtp.engines.tensorrt.profile import TileProfile
+from hivtp.export import plan as plan_module
+from hivtp.export.checkpoint import Checkpoint
+from hivtp.export.cli import main, make_parser
+from hivtp.export.clip import VisionShape
+from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.graph import save_model
+from hivtp.export.plan import Builder, PlanSettings, export_plan
+from hivtp.export.plan_cli import make_engine_parser, plan_settings_from, plan_summary
+from hivtp.export.vision import build_vision_graph
+from hivtp_ops import PRESETS, PruningSpec
+from hivtp_ops.errors import BundleError, EngineError, EngineWarning, MissingExtraError
+from tests.engines.tensorrt import fake_gpu
+from tests.engines.tensorrt.plans import H200, make_record
+
+RTX = PlanSettings("tensorrt-rtx")
+
+
+@pytest.fixture(scope="session")
+def half_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("half") / "bundle"
+    return export_bundle(tiny_checkpoint, folder, ExportSettings(vision_precision="fp16"), is_quiet=True).folder
+
+
+@pytest.fixture(scope="session")
+def next_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("next") / "checkpoint", family="llava_next")
+
+
+@pytest.fixture
+def bundle(half_bundle: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(half_bundle, tmp_path / "bundle")
+
+
+def parse(*arguments: str) -> PlanSettings | None:
+    return plan_settings_from(make_engine_parser().parse_args(["bundle", *arguments]))
+
+
+def test_options_become_settings(tmp_path: Path) -> None:
+    assert parse("--engine", "tensorrt") == PlanSettings("tensorrt")
+    options = ["--tiles", "1:1:4", "--tiles", "5", "--workspace-gib", "0.5", "--optimization-level", "5", "--no-tf32"]
+    assert parse("--engine", "tensorrt-rtx", *options, "--timing-cache", str(tmp_path)) == PlanSettings(
+        "tensorrt-rtx",
+        profiles=(TileProfile(1, 1, 4), TileProfile(5, 5, 5)),
+        workspace_bytes=2**29,
+        optimization_level=5,
+        allows_tf32=False,
+        timing_cache=tmp_path,
+    )
+    assert plan_settings_from(make_parser().parse_args(["checkpoint", "bundle"])) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tiles", "1:2"], "is no profile of tiles"),
+        (["--tiles", "5"], "leave out 1 tiles"),
+        (["--optimization-level", "6"], "the optimization level is 6; give 0 to 5"),
+        (["--workspace-gib", "0"], "the workspace is 0 bytes"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        parse("--engine", "tensorrt", *arguments)
+
+
+def test_options_of_an_engine_without_an_engine_are_refused() -> None:
+    options = make_parser().parse_args(["checkpoint", "bundle", "--tiles", "5"])
+    with pytest.raises(EngineError, match="no --engine"):
+        plan_settings_from(options)
+
+
+def test_an_int8_graph_is_refused_before_anything_is_exported(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(tiny_checkpoint), str(tmp_path / "bundle"), "--vision-precision", "int8", "--engine", "tensorrt"]
+    assert main(arguments) == 1
+    assert "the int8 vision graph is made for the CPU, and TensorRT cannot take it" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_library_that_needs_a_gpu_says_so_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "load_library", fake_gpu.library)
+    monkeypatch.setattr(plan_module, "find_gpu", lambda _extra: None)
+    with pytest.raises(EngineError, match="tensorrt builds a plan on the GPU that will run it, and no NVIDIA GPU"):
+        Builder.find(PlanSettings("tensorrt"), "fp16")
+
+
+def test_a_missing_library_is_named_before_anything_is_exported(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    load_library.cache_clear()
+    with pytest.raises(MissingExtraError):
+        Builder.find(PlanSettings("tensorrt"), "fp16")
+    assert main([str(tiny_checkpoint), str(tmp_path / "bundle"), "--engine", "tensorrt"]) == 1
+    assert capsys.readouterr().err.endswith("install it with: pip install 'hivtp[tensorrt]'\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_summary_says_what_was_compared_and_what_was_not(half_bundle: Path) -> None:
+    bundle = Bundle.open(half_bundle)
+    checked = {
+        "is_done": True,
+        "relative_error": 2e-3,
+        "importance_error": 1e-6,
+        "kept_jaccard": 0.99,
+        "tolerance": {"relative_error": 1e-2},
+    }
+    text = plan_summary(Path("x.plan"), make_record(bundle, verification=checked, gpu=H200))
+    assert "tensorrt 11.4.0.106, for NVIDIA H200 (compute capability 9.0" in text
+    assert "relative error 2.0e-03 (allowed 1e-02), kept-token agreement 99.0%" in text
+    unchecked = {"is_done": False, "reason": "there was no GPU to run it on"}
+    text = plan_summary(Path("x.plan"), make_record(bundle, verification=unchecked, is_portable=True))
+    assert "for any RTX GPU since Ampere" in text
+    assert "NOT DONE: there was no GPU to run it on" in text
+
+
+@pytest.mark.parametrize("is_portable", [True, False])
+def test_a_plan_for_other_gpus_need_not_run_on_this_one(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, is_portable: bool
+) -> None:
+    fake_gpu.install(monkeypatch)
+    monkeypatch.setattr(plan_module, "find_gpu", lambda _extra: H200)
+    monkeypatch.setattr(plan_module, "load_library", lambda name: fake_gpu.library(name, is_portable=is_portable))
+    # The stand-in refuses to load what bears this name.
+    built = BuiltPlan(memoryview(b"refused"), "function", b"")
+    monkeypatch.setattr(plan_module, "build_plan", lambda *_arguments: built)
+    if is_portable:
+        _, record = export_plan(bundle, RTX, is_quiet=True)
+        assert not record.verification["is_done"]
+        assert "the GPU here cannot run it" in record.verification["reason"]
+        return
+    with pytest.raises(EngineError, match="cannot load the plan"):
+        export_plan(bundle, PlanSettings("tensorrt"), is_quiet=True)
+    assert not (bundle / PLANS_FOLDER).exists()
+
+
+def test_what_was_measured_is_kept_for_the_next_build(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "find_gpu", lambda _extra: H200)
+    monkeypatch.setattr(plan_module, "load_library", fake_gpu.library)
+    monkeypatch.setattr(plan_module, "_verify", lambda *_arguments: {"is_done": True})
+    known = []
+
+    def build_plan(_library: object, _graph: Path, _settings: object, cache: bytes, _progress: object) -> BuiltPlan:
+        known.append(cache)
+        return BuiltPlan(memoryview(b"plan"), "function", cache + b"measured ")
+
+    monkeypatch.setattr(plan_module, "build_plan", build_plan)
+    settings = PlanSettings("tensorrt", timing_cache=tmp_path / "timing")
+    for _ in range(3):
+        export_plan(bundle, settings, is_quiet=True)
+    assert known == [b"", b"measured ", b"measured measured "]
+    # A place that cannot be written costs the cache, and not the plan.
+    (tmp_path / "file").write_text("")
+    with pytest.warns(EngineWarning) as warned:
+        export_plan(bundle, PlanSettings("tensorrt", timing_cache=tmp_path / "file"), is_quiet=True)
+    assert "cannot be written" in str(warned[-1].message)
+    assert has_plans(Bundle.open(bundle), "tensorrt")
+
+
+# From here on plans are built.
+
+
+def read_record(bundle: Path) -> PlanRecord:
+    [sidecar] = (bundle / PLANS_FOLDER).glob("*.json")
+    return PlanRecord.from_json(sidecar.read_text())
+
+
+@pytest.mark.tensorrt
+def test_a_plan_is_built_into_a_bundle_with_all_that_its_sidecar_says(bundle: Path) -> None:
+    settings = PlanSettings("tensorrt-rtx", profiles=(TileProfile(1, 1, 4), TileProfile(5, 5, 5)))
+    file, record = export_plan(bundle, settings, is_quiet=True)
+    assert read_record(bundle) == record
+    version = load_library("tensorrt-rtx").version
+    assert file.name == f"tensorrt-rtx-{version}-any-rtx.plan"
+    assert file.stat().st_size == record.plan.num_bytes > 100_000
+    assert (record.library, record.library_version, record.is_portable) == ("tensorrt-rtx", version, True)
+    assert (record.profiles, record.precision, record.pruning) == (("1:1:4", "5:5:5"), "fp16", "function")
+    assert set(record.graph) == {"vision/model.onnx", "vision/model.onnx.data"}
+    if find_gpu() is None:
+        assert record.verification == {"is_done": False, "reason": "there was no GPU to run it on"}
+        with pytest.warns(EngineWarning, match="needs an NVIDIA GPU"):
+            Pipeline.load(bundle)
+    assert Bundle.open(bundle, check_hashes=True)
+
+
+@pytest.mark.tensorrt
+def test_the_command_exports_and_builds_and_builds_again(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "bundle"
+    options = ["--engine", "tensorrt-rtx", "--tiles", "1:1:2"]
+    assert main([str(tiny_checkpoint), str(folder), "--vision-precision", "fp16", "--quiet", *options]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "ask it: hivtp-run" in printed.out
+    assert "fp16" in printed.out
+    assert "tiles     1:1:2" in printed.out
+    assert main(["engine", str(folder), "--engine", "tensorrt-rtx"]) == 0
+    printed = capsys.readouterr()
+    assert "tiles     1:1:8" in printed.out
+    assert "[3/3] Plan against the ONNX graph: done" in printed.err
+    assert read_record(folder).profiles == ("1:1:8",)
+
+
+@pytest.mark.tensorrt
+def test_a_float32_graph_is_named_in_a_warning_unless_tf32_is_off(pruned_bundle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pruned_bundle, tmp_path / "bundle")
+    with pytest.warns(EngineWarning, match="float32, and TensorRT runs its matrix products in TF32"):
+        export_plan(folder, RTX, is_quiet=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exact = PlanSettings("tensorrt-rtx", allows_tf32=False, workspace_bytes=2**30, optimization_level=0)
+        export_plan(folder, exact, is_quiet=True)
+    record = read_record(folder)
+    assert (record.allows_tf32, record.workspace_bytes, record.optimization_level) == (False, 2**30, 0)
+
+
+@pytest.mark.tensorrt
+def test_an_altered_graph_is_refused(bundle: Path) -> None:
+    weights = bundle / "vision" / "model.onnx.data"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(BundleError, match="was altered"):
+        export_plan(bundle, RTX, is_quiet=True)
+    assert not (bundle / PLANS_FOLDER).exists()
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("content", [b"", b"no graph"])
+def test_a_graph_that_tensorrt_cannot_read_is_an_engine_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.onnx").write_bytes(content)
+    with pytest.raises(EngineError, match=r"tensorrt-rtx .* cannot (take|build a plan of) .*model\.onnx"):
+        build_plan(load_library("tensorrt-rtx"), tmp_path / "model.onnx", BuildSettings((TileProfile(1, 1, 1),)))
+
+
+@pytest.mark.tensorrt
+def test_operators_that_tensorrt_lacks_are_named_by_node(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    save_model(build_vision_graph(checkpoint, None, "int8"), tmp_path / "model.onnx")
+    with pytest.raises(EngineError) as caught:
+        build_plan(load_library("tensorrt-rtx"), tmp_path / "model.onnx", BuildSettings((TileProfile(1, 1, 1),)))
+    message = str(caught.value)
+    assert "node 'layers.0.norm1.quantize' (DynamicQuantizeLinear): UNSUPPORTED_NODE" in message
+    assert "more" in message
+
+
+@pytest.mark.tensorrt
+def test_progress_rises_to_the_end(half_bundle: Path) -> None:
+    seen: list[int] = []
+    graph = Bundle.open(half_bundle).vision_file
+    settings = BuildSettings((TileProfile(1, 1, 2),))
+    build_plan(load_library("tensorrt-rtx"), graph, settings, on_progress=lambda done, _: seen.append(done))
+    assert len(seen) > 5
+    assert seen == sorted(set(seen))
+    assert seen[-1] == 100
+
+
+@pytest.mark.tensorrt
+def test_ctrl_c_stops_a_build_and_leaves_nothing(bundle: Path) -> None:
+    code = """
+import os, signal, sys
+from hivtp.export import plan
+from hivtp.export.cli import main
+
+# At every step, as somebody does who is in a hurry.
+plan.Progress.update = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+sys.exit(main(["engine", sys.argv[1], "--engine", "tensorrt-rtx", "--quiet"]))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(bundle)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "\nhivtp-export: stopped; nothing was written\n")
+    assert not (bundle / PLANS_FOLDER).exists()
+
+
+@pytest.mark.tensorrt
+def test_a_bundle_is_whole_where_its_plan_fails(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise EngineError("out of memory")
+
+    monkeypatch.setattr(plan_module, "build_plan", fail)
+    folder = tmp_path / "bundle"
+    arguments = [str(tiny_checkpoint), str(folder), "--vision-precision", "fp16", "--engine", "tensorrt-rtx", "--quiet"]
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == "hivtp-export: the bundle is whole, and without a plan: out of memory\n"
+    assert not has_plans(Bundle.open(folder, check_hashes=True), "tensorrt-rtx")
+
+
+def write_graph(folder: Path, file: Path, spec: PruningSpec | None, precision: str, kind: str = "vision") -> Path:
+    checkpoint = Checkpoint.open(folder)
+    resolved = None if spec is None else spec.resolve(VisionShape.of(checkpoint.config).num_layers)
+    save_model(build_vision_graph(checkpoint, resolved, precision, kind), file)
+    return file
+
+
+def build(graph: Path) -> BuiltPlan:
+    built = build_plan(load_library("tensorrt-rtx"), graph, BuildSettings((TileProfile(1, 1, 5),)))
+    assert built.content.nbytes > graph.with_name(f"{graph.name}.data").stat().st_size
+    return built
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("preset", [*PRESETS, "none"])
+def test_every_preset_of_both_families_is_built_for_any_number_of_tiles(
+    tiny_checkpoint: Path, next_checkpoint: Path, tmp_path: Path, preset: str, family: str, precision: str
+) -> None:
+    folder = tiny_checkpoint if family == "llava" else next_checkpoint
+    spec = None if preset == "none" else PruningSpec.preset(preset, (8, 8))
+    built = build(write_graph(folder, tmp_path / "model.onnx", spec, precision))
+    assert built.pruning == (None if spec is None else "function")
+
+
+@pytest.mark.tensorrt
+def test_an_encoder_graph_is_built(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    spec = PruningSpec()
+    assert build(write_graph(tiny_checkpoint, tmp_path / "model.onnx", spec, "fp16", "encoder")).pruning is None
+
+
+@pytest.mark.tensorrt
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_vit_l_of_real_size_is_built(tmp_path: Path, precision: str) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint", "vit-l-0.3b")
+    graph = write_graph(folder, tmp_path / "model.onnx", PruningSpec.preset("192"), precision)
+    started = time.perf_counter()
+    built = build(graph)
+    print(f"{precision}: {built.content.nbytes / 1e6:.0f} MB in {time.perf_counter() - started:.1f} s")  # noqa: T201
+    assert built.pruning == "function"
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+def test_a_plan_of_this_gpu_gives_what_the_graph_gives(bundle: Path, photo: Path) -> None:
+    expected = Pipeline.load(bundle, engine="onnxruntime").generate("what", [photo], max_new_tokens=8)
+    settings = PlanSettings("tensorrt", profiles=(TileProfile(1, 1, 4), TileProfile(5, 5, 5)))
+    _, record = export_plan(bundle, settings, is_quiet=True)
+    assert record.verification["is_done"]
+    assert record.verification["tiles"] == [1, 5]
+    for uses_cuda_graph in (False, True):
+        pipeline = Pipeline.load(bundle, engine="tensorrt", uses_cuda_graph=uses_cuda_graph, image_cache_bytes=0)
+        # A CUDA graph is recorded after the first run and replayed from the second on.
+        for _ in range(3):
+            answer = pipeline.generate("what", [photo], max_new_tokens=8)
+            assert answer.num_kept_tokens == expected.num_kept_tokens
+            assert answer.token_ids == expected.token_ids
