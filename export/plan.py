@@ -19,7 +19,7 @@ from hivtp.engines.tensorrt.profile import TileProfile
 from hivtp.engines.tensorrt.timing_cache import cache_file, default_cache_folder, read_cache, write_cache
 from hivtp.export.plan_verification import verify_plan
 from hivtp.export.progress import Progress
-from hivtp_ops.errors import EngineError, EngineWarning
+from hivtp_ops.errors import EngineError, EngineWarning, HivtpError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -152,10 +152,27 @@ def _build(
     # Where there is no GPU, nothing is measured.
     cache = None if builder.gpu is None else cache_file(cache_folder, builder.library, builder.gpu)
     known = b"" if cache is None else read_cache(cache)
+    _offer_kernel(builder)
     built = build_plan(builder.library, bundle.vision_file, settings, known, progress.update)
     if cache is not None and built.timing_cache:
         write_cache(cache, built.timing_cache)
     return built
+
+
+def _offer_kernel(builder: Builder) -> None:
+    """Let the parser take the selection as one kernel, where it runs; the function in the graph is its fallback."""
+    from hivtp_ops.kernel import MIN_CAPABILITY
+    from hivtp_ops.tensorrt_plugin import register_plugin
+
+    # TensorRT for RTX has no Python plugins.
+    if builder.library.name != "tensorrt" or builder.gpu is None:
+        return
+    if builder.gpu.compute_capability < MIN_CAPABILITY:
+        return
+    try:
+        register_plugin()
+    except HivtpError as error:
+        warnings.warn(f"the selection will run as many small kernels, not as one: {error}", EngineWarning, stacklevel=2)
 
 
 def _record(builder: Builder, bundle: Bundle, settings: BuildSettings, built: BuiltPlan) -> PlanRecord:

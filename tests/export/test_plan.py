@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from benchmarks.checkpoints import make_checkpoint
 from hivtp import Pipeline
 from hivtp.engines.bundle import Bundle
-from hivtp.engines.gpu import find_gpu
+from hivtp.engines.gpu import Gpu, find_gpu
 from hivtp.engines.tensorrt.builder import BuildSettings, BuiltPlan, build_plan
 from hivtp.engines.tensorrt.library import load_library
 from hivtp.engines.tensorrt.plan import PLANS_FOLDER, PlanRecord, has_plans
@@ -29,8 +30,8 @@ from hivtp.export.graph import save_model
 from hivtp.export.plan import Builder, PlanSettings, export_plan
 from hivtp.export.plan_cli import make_engine_parser, plan_settings_from, plan_summary
 from hivtp.export.vision import build_vision_graph
-from hivtp_ops import PRESETS, PruningSpec
-from hivtp_ops.errors import BundleError, EngineError, EngineWarning, MissingExtraError
+from hivtp_ops import PRESETS, PruningSpec, tensorrt_plugin
+from hivtp_ops.errors import BundleError, EngineError, EngineWarning, KernelError, MissingExtraError
 from tests.engines.tensorrt import fake_gpu
 from tests.engines.tensorrt.plans import H200, make_record
 
@@ -143,6 +144,7 @@ def test_a_plan_for_other_gpus_need_not_run_on_this_one(
 ) -> None:
     fake_gpu.install(monkeypatch)
     monkeypatch.setattr(plan_module, "find_gpu", lambda _extra: H200)
+    monkeypatch.setattr(plan_module, "_offer_kernel", lambda _builder: None)
     monkeypatch.setattr(plan_module, "load_library", lambda name: fake_gpu.library(name, is_portable=is_portable))
     # The stand-in refuses to load what bears this name.
     built = BuiltPlan(memoryview(b"refused"), "function", b"")
@@ -157,10 +159,38 @@ def test_a_plan_for_other_gpus_need_not_run_on_this_one(
     assert not (bundle / PLANS_FOLDER).exists()
 
 
+@pytest.mark.parametrize(
+    ("library", "gpu", "offers"),
+    [
+        ("tensorrt", H200, True),
+        ("tensorrt", replace(H200, compute_capability=(7, 5)), False),
+        ("tensorrt", None, False),
+        ("tensorrt-rtx", H200, False),
+    ],
+)
+def test_the_kernel_is_offered_where_it_runs(
+    monkeypatch: pytest.MonkeyPatch, library: str, gpu: Gpu | None, offers: bool
+) -> None:
+    calls = []
+    monkeypatch.setattr(tensorrt_plugin, "register_plugin", lambda: calls.append(library))
+    plan_module._offer_kernel(Builder(fake_gpu.library(library), gpu))
+    assert bool(calls) == offers
+
+
+def test_a_kernel_that_cannot_be_compiled_leaves_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise KernelError("no compiler here")
+
+    monkeypatch.setattr(tensorrt_plugin, "register_plugin", fail)
+    with pytest.warns(EngineWarning, match="no compiler here"):
+        plan_module._offer_kernel(Builder(fake_gpu.library("tensorrt"), H200))
+
+
 def test_what_was_measured_is_kept_for_the_next_build(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_module, "find_gpu", lambda _extra: H200)
+    monkeypatch.setattr(plan_module, "_offer_kernel", lambda _builder: None)
     monkeypatch.setattr(plan_module, "load_library", fake_gpu.library)
     monkeypatch.setattr(plan_module, "_verify", lambda *_arguments: {"is_done": True})
     known = []
