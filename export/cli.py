@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, get_args
 from hivtp.export.decoder import LanguagePrecision
 from hivtp.export.exporter import ExportSettings, NewlineRule, export_bundle
 from hivtp.export.graph import VisionPrecision
+from hivtp.export.layer_choice import choose_layers
+from hivtp.export.layer_ranking import ChoiceSettings, Criterion
 from hivtp.export.vision import GraphKind
 from hivtp_ops.errors import HivtpError, SpecError
 from hivtp_ops.spec import PRESETS, PruningSpec
@@ -31,9 +34,11 @@ examples:
       --vision-precision int8 --language-precision int4          small and fast on a CPU
   hivtp-export llava-1.5-7b-hf bundle --no-pruning               all 576 tokens, to compare with
   hivtp-export llava-1.5-7b-hf bundle --window 3 --keep 150      a rule of your own
+  hivtp-export llava-1.5-7b-hf --preset 192 --choose-layers *.jpg
+                                                                 which layers should score your pictures
 """
 # The rule's settings, by the option that gives each.
-SPEC_OPTIONS = ("first_layer", "num_layers", "regions", "global_ratio", "window", "keep")
+SPEC_OPTIONS = ("regions", "global_ratio", "window", "keep")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,7 +51,9 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint: config.json, *.safetensors, tokenizer")
-    parser.add_argument("bundle", type=Path, help="folder to write; whole when it appears")
+    parser.add_argument(
+        "bundle", type=Path, nargs="?", help="folder to write; whole when it appears; none with --choose-layers"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     parser.add_argument("--quiet", action="store_true", help="print the summary only")
 
@@ -60,9 +67,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     choice.add_argument("--no-pruning", action="store_true", help="keep every token")
 
+    layers = parser.add_argument_group("pruning, the layers that score, for any preset or rule")
+    layers.add_argument("--first-layer", type=int, metavar="N", help="first scoring layer, 0-based (default: 6 of 24)")
+    layers.add_argument("--num-layers", type=int, metavar="N", help="number of scoring layers (default: 3 of 24)")
+
     own = parser.add_argument_group("pruning, a rule of your own (starts from the paper's)")
-    own.add_argument("--first-layer", type=int, metavar="N", help="first scoring layer, 0-based (default: 6 of 24)")
-    own.add_argument("--num-layers", type=int, metavar="N", help="number of scoring layers (default: 3 of 24)")
     own.add_argument("--regions", type=int, metavar="N", help=f"regions per axis (default: {rule.regions})")
     own.add_argument(
         "--global-ratio",
@@ -112,7 +121,39 @@ def make_parser() -> argparse.ArgumentParser:
         help="vision: a bundle that answers; encoder: only the graph that emits features and middle-layer "
         "attention (default: %(default)s)",
     )
+    _add_choice(parser)
     return parser
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    defaults = ChoiceSettings()
+    choice = parser.add_argument_group("choice of the scoring layers, in place of an export (docs/choosing-layers.md)")
+    choice.add_argument(
+        "--choose-layers",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE",
+        help="rank the layers that could score, for the pruning above, on pictures of yours; they need no labels",
+    )
+    choice.add_argument(
+        "--criterion",
+        choices=get_args(Criterion),
+        help="answers: how much the model's answers change; features: how well the kept tokens stand for the others, "
+        f"which needs no language model and says less (default: {defaults.criterion})",
+    )
+    choice.add_argument(
+        "--question",
+        action="append",
+        metavar="TEXT",
+        help=f"asked about every picture; may be repeated (default: {defaults.questions[0]})",
+    )
+    choice.add_argument(
+        "--max-answer-tokens",
+        type=int,
+        metavar="N",
+        help=f"tokens of an answer that are compared (default: {defaults.max_answer_tokens})",
+    )
+    choice.add_argument("--json", action="store_true", help="print the whole ranking as one JSON object")
 
 
 def settings_from(options: argparse.Namespace) -> ExportSettings:
@@ -129,6 +170,8 @@ def settings_from(options: argparse.Namespace) -> ExportSettings:
     return ExportSettings(
         preset=options.preset or ExportSettings.preset,
         spec=PruningSpec(**own) if own else None,
+        first_layer=options.first_layer,
+        num_layers=options.num_layers,
         is_pruned=not options.no_pruning,
         vision_precision=options.vision_precision,
         language_precision=options.language_precision,
@@ -137,6 +180,31 @@ def settings_from(options: argparse.Namespace) -> ExportSettings:
         graph=options.graph,
         overwrite=options.overwrite,
     )
+
+
+def choice_from(options: argparse.Namespace) -> ChoiceSettings | None:
+    """How to choose layers, where the command line asks for that; None where it asks for an export.
+
+    Raises:
+        SpecError: options that exclude or need each other.
+    """
+    given = {
+        "criterion": options.criterion,
+        "questions": tuple(options.question) if options.question else None,
+        "max_answer_tokens": options.max_answer_tokens,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.choose_layers is None:
+        if given or options.json:
+            raise SpecError("--criterion, --question, --max-answer-tokens and --json go with --choose-layers")
+        if options.bundle is None:
+            raise SpecError("no bundle was named; give the folder to write after the checkpoint")
+        return None
+    if options.bundle is not None:
+        raise SpecError(f"--choose-layers writes nothing; leave {options.bundle} out, then export with what it prints")
+    if options.criterion == "features" and len(given) > 1:
+        raise SpecError("features are judged without questions; leave --question and --max-answer-tokens out")
+    return ChoiceSettings(**given)
 
 
 def summary(bundle: Bundle) -> str:
@@ -185,9 +253,15 @@ def _tokens(manifest: Manifest) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or 1 after an error, or 130 after Ctrl-C."""
-    options = make_parser().parse_args(arguments)
+    # Options may stand between the checkpoint and the bundle, which argparse alone does not take of an optional one.
+    options = make_parser().parse_intermixed_args(arguments)
     try:
-        bundle = export_bundle(options.checkpoint, options.bundle, settings_from(options), is_quiet=options.quiet)
+        settings, choice = settings_from(options), choice_from(options)
+        if choice is not None:
+            ranking = choose_layers(options.checkpoint, options.choose_layers, settings, choice, is_quiet=options.quiet)
+            print(json.dumps(ranking.to_dict()) if options.json else ranking.table())
+            return 0
+        bundle = export_bundle(options.checkpoint, options.bundle, settings, is_quiet=options.quiet)
     except HivtpError as error:
         print(f"hivtp-export: {error}", file=sys.stderr)
         return 1
