@@ -148,7 +148,7 @@ class LayerRanking:
             spread = "" if error is None else f" +- {error:.4f}"
             lines.append(f"it costs {lead:.4f}{spread} less than the default")
         if not self.is_telling:
-            lines.append("but random scores do about as well: these pictures and questions cannot tell")
+            lines.append("but random scores do about as well: nothing here tells the layers apart")
         return lines
 
 

@@ -77,8 +77,6 @@ def _bundle_model() -> type:
                 self.batch_size = int(batch_size)
             except ValueError as error:
                 raise SettingsError(f"batch_size must be a number, not {batch_size!r}") from error
-            # Asked for where several processes share a task.
-            self.device = "cpu"
             pipeline = Pipeline.load(bundle, num_threads=threads)
             self.model = BenchmarkModel(pipeline, self.batch_size, seed, skip_errors=skip_errors)
 
