@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, get_args
 from hivtp.export.decoder import LanguagePrecision
 from hivtp.export.exporter import ExportSettings, NewlineRule, export_bundle
 from hivtp.export.graph import VisionPrecision
+from hivtp.export.layer_choice import choose_layers
+from hivtp.export.layer_ranking import ChoiceSettings, Criterion
 from hivtp.export.plan import Builder, export_plan
 from hivtp.export.plan_cli import add_plan_options, make_engine_parser, plan_settings_from, plan_summary
 from hivtp.export.vision import GraphKind
@@ -38,9 +41,11 @@ examples:
   hivtp-export llava-1.5-7b-hf bundle --vision-precision fp16 \\
       --engine tensorrt                                          with a TensorRT plan for this GPU
   hivtp-export engine bundle --engine tensorrt                   the same for a bundle that is there already
+  hivtp-export llava-1.5-7b-hf --preset 192 --choose-layers *.jpg
+                                                                 which layers should score your pictures
 """
 # The rule's settings, by the option that gives each.
-SPEC_OPTIONS = ("first_layer", "num_layers", "regions", "global_ratio", "window", "keep")
+SPEC_OPTIONS = ("regions", "global_ratio", "window", "keep")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -53,7 +58,9 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint: config.json, *.safetensors, tokenizer")
-    parser.add_argument("bundle", type=Path, help="folder to write; whole when it appears")
+    parser.add_argument(
+        "bundle", type=Path, nargs="?", help="folder to write; whole when it appears; none with --choose-layers"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     parser.add_argument("--quiet", action="store_true", help="print the summary only")
 
@@ -67,9 +74,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     choice.add_argument("--no-pruning", action="store_true", help="keep every token")
 
+    layers = parser.add_argument_group("pruning, the layers that score, for any preset or rule")
+    layers.add_argument("--first-layer", type=int, metavar="N", help="first scoring layer, 0-based (default: 6 of 24)")
+    layers.add_argument("--num-layers", type=int, metavar="N", help="number of scoring layers (default: 3 of 24)")
+
     own = parser.add_argument_group("pruning, a rule of your own (starts from the paper's)")
-    own.add_argument("--first-layer", type=int, metavar="N", help="first scoring layer, 0-based (default: 6 of 24)")
-    own.add_argument("--num-layers", type=int, metavar="N", help="number of scoring layers (default: 3 of 24)")
     own.add_argument("--regions", type=int, metavar="N", help=f"regions per axis (default: {rule.regions})")
     own.add_argument(
         "--global-ratio",
@@ -127,7 +136,39 @@ def make_parser() -> argparse.ArgumentParser:
         "attention (default: %(default)s)",
     )
     add_plan_options(parser)
+    _add_choice(parser)
     return parser
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    defaults = ChoiceSettings()
+    choice = parser.add_argument_group("choice of the scoring layers, in place of an export (docs/choosing-layers.md)")
+    choice.add_argument(
+        "--choose-layers",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE",
+        help="rank the layers that could score, for the pruning above, on pictures of yours; they need no labels",
+    )
+    choice.add_argument(
+        "--criterion",
+        choices=get_args(Criterion),
+        help="answers: how much the model's answers change; features: how well the kept tokens stand for the others, "
+        f"which needs no language model and says less (default: {defaults.criterion})",
+    )
+    choice.add_argument(
+        "--question",
+        action="append",
+        metavar="TEXT",
+        help=f"asked about every picture; may be repeated (default: {defaults.questions[0]})",
+    )
+    choice.add_argument(
+        "--max-answer-tokens",
+        type=int,
+        metavar="N",
+        help=f"tokens of an answer that are compared (default: {defaults.max_answer_tokens})",
+    )
+    choice.add_argument("--json", action="store_true", help="print the whole ranking as one JSON object")
 
 
 def settings_from(options: argparse.Namespace) -> ExportSettings:
@@ -144,6 +185,8 @@ def settings_from(options: argparse.Namespace) -> ExportSettings:
     return ExportSettings(
         preset=options.preset or ExportSettings.preset,
         spec=PruningSpec(**own) if own else None,
+        first_layer=options.first_layer,
+        num_layers=options.num_layers,
         is_pruned=not options.no_pruning,
         vision_precision=options.vision_precision,
         language_precision=options.language_precision,
@@ -153,6 +196,31 @@ def settings_from(options: argparse.Namespace) -> ExportSettings:
         decoder_from=options.decoder_from,
         overwrite=options.overwrite,
     )
+
+
+def choice_from(options: argparse.Namespace) -> ChoiceSettings | None:
+    """How to choose layers, where the command line asks for that; None where it asks for an export.
+
+    Raises:
+        SpecError: options that exclude or need each other.
+    """
+    given = {
+        "criterion": options.criterion,
+        "questions": tuple(options.question) if options.question else None,
+        "max_answer_tokens": options.max_answer_tokens,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.choose_layers is None:
+        if given or options.json:
+            raise SpecError("--criterion, --question, --max-answer-tokens and --json go with --choose-layers")
+        if options.bundle is None:
+            raise SpecError("no bundle was named; give the folder to write after the checkpoint")
+        return None
+    if options.bundle is not None:
+        raise SpecError(f"--choose-layers writes nothing; leave {options.bundle} out, then export with what it prints")
+    if options.criterion == "features" and len(given) > 1:
+        raise SpecError("features are judged without questions; leave --question and --max-answer-tokens out")
+    return ChoiceSettings(**given)
 
 
 def summary(bundle: Bundle) -> str:
@@ -209,7 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if arguments[:1] == ["engine"]:
                 _export_plan(make_engine_parser().parse_args(arguments[1:]))
             else:
-                _export(make_parser().parse_args(arguments))
+                # Options may stand between the checkpoint and the bundle, which argparse alone does not take of an
+                # optional one.
+                _export(make_parser().parse_intermixed_args(arguments))
     except HivtpError as error:
         print(f"hivtp-export: {error}", file=sys.stderr)
         return 1
@@ -220,7 +290,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export(options: argparse.Namespace) -> None:
-    settings, plan = settings_from(options), plan_settings_from(options)
+    settings, plan, choice = settings_from(options), plan_settings_from(options), choice_from(options)
+    if choice is not None:
+        if plan is not None:
+            raise SpecError("--choose-layers writes nothing, so there is no plan to build; leave --engine out")
+        ranking = choose_layers(options.checkpoint, options.choose_layers, settings, choice, is_quiet=options.quiet)
+        print(json.dumps(ranking.to_dict()) if options.json else ranking.table())
+        return
     if plan is not None:
         # An export takes minutes; what the plan lacks is better known before.
         Builder.find(plan, settings.vision_precision)

@@ -50,6 +50,8 @@ class ExportSettings:
     Attributes:
         preset: name of the pruning preset, used where `spec` is None.
         spec: a pruning spec of one's own.
+        first_layer: first scoring layer, 0-based; None leaves it to the spec.
+        num_layers: number of scoring layers; None leaves it to the spec.
         is_pruned: False exports the unpruned model.
         vision_precision: fp32, fp16 or int8.
         language_precision: fp32, int8 or int4.
@@ -63,6 +65,8 @@ class ExportSettings:
 
     preset: str = "paper"
     spec: PruningSpec | None = None
+    first_layer: int | None = None
+    num_layers: int | None = None
     is_pruned: bool = True
     vision_precision: VisionPrecision = "fp32"
     language_precision: LanguagePrecision = "fp32"
@@ -82,26 +86,36 @@ class ExportSettings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise SpecError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        if not self.is_pruned and (self.first_layer, self.num_layers) != (None, None):
+            raise SpecError("first_layer and num_layers say what scores the patches, and without pruning nothing does")
         if self.graph == "encoder" and not self.is_pruned:
             raise SpecError("the encoder graph emits the scoring layers' attention, so it needs a spec for them")
         if self.graph == "encoder" and self.decoder_from is not None:
             raise SpecError("an encoder bundle has no decoder to take over; drop decoder_from")
 
     def resolved_spec(self, shape: VisionShape) -> PruningSpec | None:
-        """The spec for a vision tower: preset fitted to its grid, layers to its depth.
+        """The spec for a vision tower: preset fitted to its grid, layers to its depth; None without pruning.
+
+        Raises:
+            SpecError: it does not fit.
+        """
+        return self.fitted_spec(shape).resolve(shape.num_layers) if self.is_pruned else None
+
+    def fitted_spec(self, shape: VisionShape) -> PruningSpec:
+        """The spec for a vision tower, with its layers as they are given or left open.
 
         With `keep_total` a tile may keep as much as the whole budget; the runtime shares it out.
 
         Raises:
             SpecError: it does not fit.
         """
-        if not self.is_pruned:
-            return None
         spec = self.spec or PruningSpec.preset(self.preset, shape.grid)
+        layers = {"first_layer": self.first_layer, "num_layers": self.num_layers}
+        spec = replace(spec, **{name: value for name, value in layers.items() if value is not None})
         if self.keep_total is not None:
             spec = replace(spec, keep=min(self.keep_total, shape.num_patches))
         spec.validate(shape.grid)
-        return spec.resolve(shape.num_layers)
+        return spec
 
     def check_family(self, checkpoint: Checkpoint, shape: VisionShape) -> None:
         """Refuse what the architecture cannot do.

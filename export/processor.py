@@ -6,10 +6,16 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from numpy.typing import NDArray
+    from PIL import Image
 
     from hivtp.export.checkpoint import Checkpoint
 
@@ -27,11 +33,13 @@ class Processor:
         tokenizer: a fast transformers tokenizer.
         image_processor: its settings, complete.
         prompt: chat template and the tokens that it uses.
+        original: the transformers processor itself.
     """
 
     tokenizer: Any
     image_processor: dict[str, Any]
     prompt: dict[str, str | None]
+    original: Any
 
     @classmethod
     def open(cls, checkpoint: Checkpoint) -> Processor:
@@ -58,7 +66,7 @@ class Processor:
             "eos_token": tokenizer.eos_token,
             "image_token": image_token,
         }
-        opened = cls(tokenizer, _image_settings(checkpoint, image_processor), prompt)
+        opened = cls(tokenizer, _image_settings(checkpoint, image_processor), prompt, processor)
         opened._check(checkpoint)
         return opened
 
@@ -68,6 +76,38 @@ class Processor:
         self.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "image_processor.json").write_text(json.dumps(self.image_processor, indent=2) + "\n")
         (folder / "prompt.json").write_text(json.dumps(self.prompt, indent=2) + "\n")
+
+    def pixel_values(self, pictures: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """What the vision tower takes of each picture as a whole: [pictures, 3, H, W] float32.
+
+        For LLaVA-NeXT that is the base tile.
+        """
+        pixels: NDArray[np.float32] = self.original.image_processor(list(pictures), return_tensors="np")["pixel_values"]
+        return pixels if pixels.ndim == 4 else np.ascontiguousarray(pixels[:, 0])
+
+    def question_ids(self, question: str) -> list[int]:
+        """Token ids of a question about one image, up to where the answer begins; the image is one token.
+
+        Raises:
+            CheckpointError: the chat template loses the question or the image.
+        """
+        image_token, bos_token = self.prompt["image_token"] or "", self.prompt["bos_token"]
+        text = f"USER: {image_token}\n{question} ASSISTANT:"
+        if self.prompt["chat_template"] is not None:
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            text = self.original.apply_chat_template(
+                [{"role": "user", "content": content}],
+                chat_template=self.prompt["chat_template"],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        if text.count(image_token) != 1 or question not in text:
+            raise CheckpointError(
+                f"the chat template makes {text!r} of one image and {question!r}; it must write each once"
+            )
+        has_bos_token = bos_token is not None and text.startswith(bos_token)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=not has_bos_token)["input_ids"]
+        return ids
 
     def _check(self, checkpoint: Checkpoint) -> None:
         folder, config = checkpoint.folder, checkpoint.config

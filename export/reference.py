@@ -6,10 +6,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+import numpy as np
 
-    import numpy as np
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import torch
     from numpy.typing import NDArray
 
@@ -24,12 +25,20 @@ class VisionReference:
     Attributes:
         features: [tiles, prefix + patches, width], the layer that LLaVA selects.
         embeds: [tiles, prefix + patches, hidden of the language model], after the projector.
-        importance: [tiles, patches]; None without a spec.
+        layer_importance: [scoring layers, tiles, patches]; None without a spec.
     """
 
     features: NDArray[np.float32]
     embeds: NDArray[np.float32]
-    importance: NDArray[np.float32] | None
+    layer_importance: NDArray[np.float32] | None
+
+    @property
+    def importance(self) -> NDArray[np.float32] | None:
+        """[tiles, patches], the mean over the scoring layers; None without a spec."""
+        if self.layer_importance is None:
+            return None
+        importance: NDArray[np.float32] = self.layer_importance.mean(axis=0)
+        return importance
 
 
 def vision_reference(
@@ -70,35 +79,37 @@ def vision_reference(
         if config.vision_feature_select_strategy == "default":
             features = features[:, 1:]
         embeds = projector(features)
-        importance = torch.stack(received).mean(dim=0).numpy() if received else None
-    return VisionReference(features.numpy(), embeds.numpy(), importance)
+        layer_importance = torch.stack(received).numpy() if received else None
+    return VisionReference(features.numpy(), embeds.numpy(), layer_importance)
 
 
 def language_reference(
-    config: Any, read_weight: Callable[[str], torch.Tensor], inputs_embeds: NDArray[np.float32]
-) -> NDArray[np.float32]:
+    config: Any,
+    read_weight: Callable[[str], torch.Tensor],
+    sequences: Sequence[NDArray[np.float32]],
+    num_last: Sequence[int] | None = None,
+) -> list[NDArray[np.float32]]:
     """Run transformers' language model in float32 with one layer in memory at a time.
 
     Args:
         config: the language model's config.
-        read_weight: returns a weight by its name in the causal language model.
-        inputs_embeds: [length, hidden] float32.
+        read_weight: returns a weight by its name in the causal language model; each is read once.
+        sequences: embeddings, [length, hidden] float32 each; those of one length are computed together.
+        num_last: for each sequence how many of its last positions are wanted; None is all of all.
 
     Returns:
-        The logits of every position, [length, vocab] float32.
+        For each sequence the logits of the wanted positions, [positions, vocab] float32.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     config = deepcopy(config)
     config._attn_implementation = "sdpa"
-    length = len(inputs_embeds)
-    positions = torch.arange(length)[None]
-    sees = torch.ones(length, length, dtype=torch.bool).tril()
-    if getattr(config, "sliding_window", None) is not None:
-        sees = sees.triu(1 - config.sliding_window)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config).model
+    members: dict[int, list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        members.setdefault(len(sequence), []).append(index)
 
     def load(module: Any, prefix: str) -> Any:
         weights = {name: read_weight(prefix + name).float() for name in module.state_dict()}
@@ -106,13 +117,37 @@ def language_reference(
         return module.eval()
 
     with torch.inference_mode():
-        hidden = torch.from_numpy(inputs_embeds)[None]
+        states = {
+            length: torch.from_numpy(np.stack([sequences[index] for index in indices]))
+            for length, indices in members.items()
+        }
         # Its frequencies are no weights, so it is made anew off the meta device.
-        rotary = type(skeleton.rotary_emb)(config)(hidden, positions)
+        make_rotary = type(skeleton.rotary_emb)(config)
+        places = {}
+        for length, hidden in states.items():
+            positions = torch.arange(length)[None]
+            places[length] = {
+                "attention_mask": _sees(config, length)[None, None],
+                "position_ids": positions,
+                "position_embeddings": make_rotary(hidden, positions),
+            }
         for index, layer in enumerate(skeleton.layers):
             load(layer, f"model.layers.{index}.")
-            hidden = layer(hidden, attention_mask=sees[None, None], position_ids=positions, position_embeddings=rotary)
+            states = {length: layer(hidden, **places[length]) for length, hidden in states.items()}
             layer.to("meta")
-        norm = load(skeleton.norm, "model.norm.")
-        logits: NDArray[np.float32] = (norm(hidden)[0] @ read_weight("lm_head.weight").float().T).numpy()
+        norm, head = load(skeleton.norm, "model.norm."), read_weight("lm_head.weight").float().T
+        logits: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(sequences)
+        for length, indices in members.items():
+            for row, index in enumerate(indices):
+                first = 0 if num_last is None else length - num_last[index]
+                logits[index] = (norm(states[length][row, first:]) @ head).numpy()
     return logits
+
+
+def _sees(config: Any, length: int) -> torch.Tensor:
+    """Which positions [length, length] attend to which: those before them, in a sliding window if there is one."""
+    import torch
+
+    sees = torch.ones(length, length, dtype=torch.bool).tril()
+    window = getattr(config, "sliding_window", None)
+    return sees if window is None else sees.triu(1 - window)

@@ -154,7 +154,7 @@ def verify_language(checkpoint: Checkpoint, file: Path, precision: str) -> dict[
     found = _decode(open_session(file, EngineSettings()), embeds, config.head_dim)
 
     def expected(read_weight: Callable[[str], torch.Tensor]) -> NDArray[np.float32]:
-        return language_reference(config, read_weight, embeds)[NUM_PREFILL_TOKENS - 1 :]
+        return language_reference(config, read_weight, [embeds])[0][NUM_PREFILL_TOKENS - 1 :]
 
     original = expected(checkpoint.language_tensor)
     same_weights = original if precision == "fp32" else expected(DecoderWeights(checkpoint, file).tensor)

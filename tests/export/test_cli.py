@@ -25,7 +25,9 @@ def test_options_become_settings() -> None:
     assert parse("--no-pruning") == ExportSettings(is_pruned=False)
     assert parse("--keep", "100", "--window", "3") == ExportSettings(spec=PruningSpec(window=3, keep=100))
     own = parse("--first-layer", "5", "--num-layers", "2", "--regions", "4", "--global-ratio", "0.1")
-    assert own.spec == PruningSpec(first_layer=5, num_layers=2, regions=4, global_ratio=0.1)
+    assert own.spec == PruningSpec(regions=4, global_ratio=0.1)
+    assert (own.first_layer, own.num_layers) == (5, 2)
+    assert parse("--preset", "64", "--first-layer", "5") == ExportSettings(preset="64", first_layer=5)
     precision = parse("--vision-precision", "int8", "--language-precision", "int4", "--graph", "vision")
     assert (precision.vision_precision, precision.language_precision) == ("int8", "int4")
 

@@ -57,10 +57,11 @@ def test_decoder_and_streamed_reference_equal_hugging_face(tmp_path: Path, text:
     language = "mistral" if "sliding_window" in text else "llama"
     folder = make_checkpoint(tmp_path / "checkpoint", language=language, text=text)
     checkpoint = Checkpoint.open(folder)
-    embeds = np.random.default_rng(0).normal(size=(20, 64)).astype(np.float32) * 0.05
-    config = checkpoint.config.text_config
-    streamed = language_reference(config, checkpoint.language_tensor, embeds)
-    assert relative_error(streamed, logits_of(folder, embeds)) < 1e-5
+    random, lengths, num_last = np.random.default_rng(0), (20, 13, 20), (20, 2, 1)
+    sequences = [random.normal(size=(length, 64)).astype(np.float32) * 0.05 for length in lengths]
+    streamed = language_reference(checkpoint.config.text_config, checkpoint.language_tensor, sequences, num_last)
+    for embeds, logits, num in zip(sequences, streamed, num_last, strict=True):
+        assert relative_error(logits, logits_of(folder, embeds)[-num:]) < 1e-5
     report = verify_language(checkpoint, write_decoder(checkpoint, tmp_path, "fp32"), "fp32")
     assert report["relative_error"] < 1e-5
     assert report["argmax_agreement"] == 1.0
