@@ -30,7 +30,7 @@ COLOURS = {
     "white": (248, 248, 248),
 }
 NUMERALS = ("zero", "one", "two", "three", "four", "five", "six")
-PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 NUM_SHAPES = range(3, 7)
 
 # Rows of a 5 x 7 font, one bit per pixel, highest bit left.
@@ -47,9 +47,11 @@ _FONT = (
     (14, 17, 17, 15, 1, 2, 12),
 )
 _DIGIT_HEIGHT, _DIGIT_WIDTH, _DIGIT_GAP = 14, 10, 2
-_GLYPHS = np.array(
-    [[[bits >> (4 - column) & 1 for column in range(5)] for bits in rows] for rows in _FONT], dtype=bool
-).repeat(2, axis=1).repeat(2, axis=2)
+_GLYPHS = (
+    np.array([[[bits >> (4 - column) & 1 for column in range(5)] for bits in rows] for rows in _FONT], dtype=bool)
+    .repeat(2, axis=1)
+    .repeat(2, axis=2)
+)
 # Pixels of a patch that something must cover for the patch to show it.
 _MIN_PIXELS = 4
 # Pixels between the centre of a shape and the lines that part the nine places, and between two shapes compared.
@@ -157,7 +159,9 @@ def _place_shapes(
         for _ in range(60):
             radius = random.uniform(6.0, 8.5)
             row, column = random.uniform(radius + 1, SIDE - radius - 1, size=2).tolist()
-            is_clear = all(abs(at - line) >= _CLEAR_OF_LINES for at in (row, column) for line in (SIDE / 3, SIDE * 2 / 3))
+            is_clear = all(
+                abs(at - line) >= _CLEAR_OF_LINES for at in (row, column) for line in (SIDE / 3, SIDE * 2 / 3)
+            )
             below = max(top - row, row - (top + _DIGIT_HEIGHT), 0.0)
             beside = max(left - column, column - (left + 2 * _DIGIT_WIDTH + _DIGIT_GAP), 0.0)
             is_free = below**2 + beside**2 > (radius + 2) ** 2 and all(
@@ -275,6 +279,4 @@ def _ask_relation(random: np.random.Generator, shapes: list[Shape]) -> Question:
     if not clear:
         clear = [max(choices, key=lambda choice: abs(choice[3]))]
     first, second, relation, apart = clear[int(random.integers(len(clear)))]
-    return Question(
-        "relation", f"Is the {first.shape} {relation} the {second.shape}?", "yes" if apart > 0 else "no"
-    )
+    return Question("relation", f"Is the {first.shape} {relation} the {second.shape}?", "yes" if apart > 0 else "no")
