@@ -1,0 +1,162 @@
+"""Whether bundles keep and answer what PyTorch does, on the miniature: `python -m benchmarks.parity`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.accuracy import HALF, add_options, prepare
+from benchmarks.harness import environment
+from benchmarks.intervals import Bootstrap, Goal
+from benchmarks.rivals import Hivtp
+from benchmarks.workspace import Workspace
+from hivtp.export.exporter import ExportSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from benchmarks.calibration import LayerRange
+    from benchmarks.exam import Exam
+    from benchmarks.miniature.pictures import Picture
+    from hivtp_ops import PruningSpec
+
+PYTORCH = "PyTorch fp32"
+FP32, INT8, INT8_INT4 = "bundle fp32 / fp32", "bundle int8 / fp32", "bundle int8 / int4"
+UNPRUNED = "bundle fp32 / fp32, unpruned"
+MAX_NEW_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one system kept and answered.
+
+    Attributes:
+        kept: raster indices of each picture's kept patches.
+        answers: by picture and question.
+    """
+
+    kept: Sequence[Sequence[int]]
+    answers: Sequence[Sequence[str]]
+
+    def is_right(self, pictures: Sequence[Picture]) -> NDArray[np.bool_]:
+        """Whether each answer is exactly the right one: [pictures, kinds]."""
+        right = [[question.answer for question in picture.questions] for picture in pictures]
+        return np.array(self.answers, dtype=object) == np.array(right, dtype=object)
+
+
+def bundles(spec: PruningSpec) -> dict[str, ExportSettings]:
+    """What is exported, by name: vision / language precision."""
+    return {
+        FP32: ExportSettings(spec=spec),
+        INT8: ExportSettings(spec=spec, vision_precision="int8"),
+        INT8_INT4: ExportSettings(spec=spec, vision_precision="int8", language_precision="int4"),
+        UNPRUNED: ExportSettings(is_pruned=False),
+    }
+
+
+def run_pytorch(exam: Exam, rule: Hivtp, count: int) -> Run:
+    """Select and answer in PyTorch, float32."""
+    kept = rule(exam.encoded, count)
+    return Run([picture[picture >= 0].tolist() for picture in kept], exam.answers(kept))
+
+
+def run_bundle(folder: Path, pictures: Sequence[Picture], num_threads: int) -> Run:
+    """Answer every question with the pipeline, one by one, as a user would."""
+    from hivtp import Pipeline
+
+    pipeline = Pipeline.load(folder, num_threads=num_threads)
+    kept, answers = [], []
+    for picture in pictures:
+        given = [
+            pipeline.generate(question.text, [picture.image], max_new_tokens=MAX_NEW_TOKENS)
+            for question in picture.questions
+        ]
+        kept.append(given[0].kept_indices[0])
+        answers.append([answer.text for answer in given])
+    return Run(kept, answers)
+
+
+def goals(runs: Mapping[str, Run], pictures: Sequence[Picture], bootstrap: Bootstrap) -> list[Goal]:
+    """What the bundles are held to."""
+    reference, exported = runs[PYTORCH], runs[FP32]
+    kept = np.array([list(ours) == list(theirs) for ours, theirs in zip(exported.kept, reference.kept, strict=True)])
+    answers = np.array(exported.answers, dtype=object) == np.array(reference.answers, dtype=object)
+    right = {name: run.is_right(pictures).astype(np.float64) for name, run in runs.items()}
+    return [
+        Goal("pictures of which the bundle keeps what PyTorch keeps", bootstrap.score(kept), "at least", 100.0),
+        Goal("answers that are PyTorch's, word for word", bootstrap.score(answers), "at least", 99.5),
+        Goal("points that int8 vision loses against fp32", bootstrap.score(right[FP32] - right[INT8]), "at most", 1.0),
+    ]
+
+
+def table(runs: Mapping[str, Run], pictures: Sequence[Picture], bootstrap: Bootstrap) -> str:
+    """Accuracy of every system, how much of PyTorch's kept set it keeps, and how many of its answers it gives."""
+    reference = runs[PYTORCH]
+    lines = [f"{'':<30} {'accuracy in percent':>20} {'kept as PyTorch':>16} {'same answer':>12}"]
+    for name, run in runs.items():
+        accuracy = bootstrap.score(run.is_right(pictures))
+        shared = [
+            len({*ours} & {*theirs}) / len({*ours} | {*theirs})
+            for ours, theirs in zip(run.kept, reference.kept, strict=True)
+        ]
+        same = (np.array(run.answers, dtype=object) == np.array(reference.answers, dtype=object)).mean()
+        lines.append(f"{name:<30} {accuracy!s:>20} {100 * np.mean(shared):16.2f} {100 * same:12.2f}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Export, answer and compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_options(parser, "parity.json")
+    work_dir = Path(tempfile.gettempdir()) / "hivtp-benchmarks"
+    parser.add_argument("--work-dir", type=Path, default=work_dir, help="keeps the bundles between runs")
+    options = parser.parse_args(arguments)
+    exam, calibration = prepare(options)
+    layers = calibration.best
+    rule = Hivtp(layers.first_layer, layers.num_layers)
+    count = round(HALF * exam.encoded.foreground.shape[1])
+    # A bundle is known by its folder, so what decides the spec is part of it.
+    workspace = Workspace(options.work_dir / "parity" / f"{layers}, {count}", options.checkpoint)
+    runs = {PYTORCH: run_pytorch(exam, rule, count)}
+    for name, settings in bundles(rule.spec(count, exam.encoded.grid)).items():
+        folder = workspace.bundle(name, settings)
+        print(f"  asking {name}", flush=True)
+        runs[name] = run_bundle(folder, exam.pictures, options.threads)
+    report(options, exam.pictures, layers, count, runs)
+
+
+def report(
+    options: argparse.Namespace, pictures: Sequence[Picture], layers: LayerRange, count: int, runs: Mapping[str, Run]
+) -> None:
+    """Print the table and the goals, and write them."""
+    bootstrap, found = Bootstrap(len(pictures)), environment(options.threads)
+    reached = goals(runs, pictures, bootstrap)
+    num_questions = sum(len(picture.questions) for picture in pictures)
+    print("\n".join(f"{key}: {value}" for key, value in found.items()))
+    print(f"\n{len(pictures)} pictures, {num_questions} questions; HIVTP by {layers}, {count} tokens")
+    print(f"\n{table(runs, pictures, bootstrap)}\n\n" + "\n".join(map(str, reached)))
+    written: dict[str, Any] = {
+        "environment": found,
+        "settings": {key: str(value) for key, value in vars(options).items()},
+        "num_pictures": len(pictures),
+        "num_questions": num_questions,
+        "num_kept": count,
+        "layers": asdict(layers),
+        "accuracy": {name: asdict(bootstrap.score(run.is_right(pictures))) for name, run in runs.items()},
+        "goals": [goal.to_dict() for goal in reached],
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    print(f"\nall results: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
