@@ -126,7 +126,7 @@ class Exam:
     def _text(self, tokens: list[int]) -> str:
         end = self.tokenizer.eos_token_id
         kept = tokens[: tokens.index(end)] if end in tokens else tokens
-        text: str = self.tokenizer.decode(kept)
+        text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
         return text
 
     def _passes(self, kept: NDArray[np.int64]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.accuracy import HALF, add_options, prepare
+from benchmarks.exam import MAX_ANSWER
 from benchmarks.harness import environment
 from benchmarks.intervals import Bootstrap, Goal
 from benchmarks.rivals import Hivtp
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 PYTORCH = "PyTorch fp32"
 FP32, INT8, INT8_INT4 = "bundle fp32 / fp32", "bundle int8 / fp32", "bundle int8 / int4"
 UNPRUNED = "bundle fp32 / fp32, unpruned"
-MAX_NEW_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Run:
     def is_right(self, pictures: Sequence[Picture]) -> NDArray[np.bool_]:
         """Whether each answer is exactly the right one: [pictures, kinds]."""
         right = [[question.answer for question in picture.questions] for picture in pictures]
-        return np.array(self.answers, dtype=object) == np.array(right, dtype=object)
+        is_right: NDArray[np.bool_] = np.array(self.answers, dtype=object) == np.array(right, dtype=object)
+        return is_right
 
 
 def bundles(spec: PruningSpec) -> dict[str, ExportSettings]:
@@ -76,7 +77,7 @@ def run_bundle(folder: Path, pictures: Sequence[Picture], num_threads: int) -> R
     kept, answers = [], []
     for picture in pictures:
         given = [
-            pipeline.generate(question.text, [picture.image], max_new_tokens=MAX_NEW_TOKENS)
+            pipeline.generate(question.text, [picture.image], max_new_tokens=MAX_ANSWER)
             for question in picture.questions
         ]
         kept.append(given[0].kept_indices[0])

@@ -9,6 +9,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.comparison import HIVTP, UNPRUNED
@@ -119,7 +120,7 @@ def draw(measured: Mapping[str, Any], kind: str, output: Path) -> None:
 
 
 def _mean(results: Sequence[Mapping[str, Any]], kind: str) -> float:
-    return sum(result["accuracy"][kind]["value"] for result in results) / len(results)
+    return fmean(result["accuracy"][kind]["value"] for result in results)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
