@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -28,7 +27,7 @@ MAX_LENGTH = 12
 # Fewest patches that the language model learns from.
 MIN_KEPT = 14
 STATE_NAME = "state.pt"
-LOG_STEPS, STATE_STEPS = 50, 250
+LOG_STEPS, STATE_STEPS = 100, 500
 
 
 @dataclass(frozen=True)
@@ -40,17 +39,20 @@ class TrainingSettings:
         num_patch_steps: the first of them, in which the tower alone learns what each patch shows. Without
             them the answers stay at their most frequent values for long.
         batch: pictures in a step, each with all its questions.
-        learning_rate: the highest; a warm-up leads to it, a cosine to zero.
+        learning_rate: constant between a warm-up and a straight way down to zero. Runs of different length are
+            thus the same until the shorter one goes down, and the length may still be chosen while one runs.
+        decay: the last share of the steps, in which it goes down.
         warm_up: steps, for the tower from the first step on, for the language model from its own first.
         patch_weight: of the losses on patches and on the class token once questions are learnt too.
         num_processes: each of one thread, with its share of the batch.
         seed: of the first weights and of the dropped tokens.
     """
 
-    num_steps: int = 4000
-    num_patch_steps: int = 250
-    batch: int = 64
-    learning_rate: float = 1.5e-3
+    num_steps: int = 6000
+    num_patch_steps: int = 400
+    batch: int = 32
+    learning_rate: float = 1.2e-3
+    decay: float = 0.25
     warm_up: int = 200
     weight_decay: float = 0.02
     patch_weight: float = 0.3
@@ -173,10 +175,13 @@ def check(model: Any, opening: torch.Tensor, batch: dict[str, torch.Tensor]) -> 
 
 def learning_rates(settings: TrainingSettings, step: int) -> tuple[float, float]:
     """Of the tower and of the language model."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / settings.num_steps))
-    tower = settings.learning_rate * cosine * min(1.0, (step + 1) / settings.warm_up)
-    language = settings.learning_rate * cosine * min(1.0, (step + 1 - settings.num_patch_steps) / settings.warm_up)
-    return tower, max(language, 0.0)
+    left = (settings.num_steps - step) / settings.num_steps
+    rate = settings.learning_rate * min(1.0, left / settings.decay)
+    language_step = step - settings.num_patch_steps
+    return (
+        rate * min(1.0, (step + 1) / settings.warm_up),
+        rate * min(1.0, max(0.0, (language_step + 1) / settings.warm_up)),
+    )
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
