@@ -17,6 +17,9 @@ HEADS = 3
 # The tower's layers that run: the features are those of the last but one layer, as in LLaVA-1.5.
 NUM_VISION_LAYERS = 6
 VOCAB_SIZE = 128
+# Those that CLIP's image processor subtracts and divides by.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _QUESTION_WORDS = (
     "user assistant : ? . , what colour which shape shapes is the a there where are how many number shown left of above"
@@ -122,6 +125,14 @@ def _grid_waves(side: int, width: int) -> torch.Tensor:
     rows = waves[:, None].expand(side, side, -1)
     columns = waves[None].expand(side, side, -1)
     return torch.cat([rows, columns], dim=-1).reshape(side * side, width)
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels [pictures, SIDE, SIDE, 3] as the image processor of the checkpoint gives them."""
+    import torch
+
+    scaled = (pixels.float() / 255 - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)
+    return scaled.permute(0, 3, 1, 2).contiguous()
 
 
 def vision_states(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:

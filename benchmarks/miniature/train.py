@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional
 
-from benchmarks.miniature.model import WIDTH, answer_logits, make_model, make_tokenizer, save, vision_states
-from benchmarks.miniature.pictures import CALIBRATION, COLOURS, KINDS, PLACES, SHAPES, SIDE, Picture, draw
+from benchmarks.miniature.model import WIDTH, answer_logits, make_model, make_tokenizer, normalise, save, vision_states
+from benchmarks.miniature.pictures import CALIBRATION, COLOURS, KINDS, PLACES, SHAPES, SIDE, TRAINING, Picture, draw
+from benchmarks.miniature.scores import write_scores
 
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 # What a patch can show: a shape of a colour, the first or the second digit of a number, or the ground.
 NUM_THINGS = len(SHAPES) * len(COLOURS) + 20
 GROUND = NUM_THINGS
 NO_TARGET = -100
 # `Is the diamond left of the triangle ? ASSISTANT : yes </s>`
 MAX_LENGTH = 12
+# Fewest patches that the language model learns from.
+MIN_KEPT = 14
+STATE_NAME = "state.pt"
+LOG_STEPS, STATE_STEPS = 100, 500
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,24 @@ class TrainingSettings:
         num_patch_steps: the first of them, in which the tower alone learns what each patch shows. Without
             them the answers stay at their most frequent values for long.
         batch: pictures in a step, each with all its questions.
-        learning_rate: the highest; a warm-up leads to it, a cosine to zero.
+        learning_rate: constant between a warm-up and a straight way down to zero. Runs of different length are
+            thus the same until the shorter one goes down, and the length may still be chosen while one runs.
+        decay: the last share of the steps, in which it goes down.
         warm_up: steps, for the tower from the first step on, for the language model from its own first.
         patch_weight: of the losses on patches and on the class token once questions are learnt too.
+        num_processes: each of one thread, with its share of the batch.
         seed: of the first weights and of the dropped tokens.
     """
 
-    num_steps: int = 4000
-    num_patch_steps: int = 300
-    batch: int = 64
-    learning_rate: float = 1.5e-3
+    num_steps: int = 6000
+    num_patch_steps: int = 400
+    batch: int = 32
+    learning_rate: float = 1.2e-3
+    decay: float = 0.25
     warm_up: int = 200
     weight_decay: float = 0.02
     patch_weight: float = 0.3
+    num_processes: int = 2
     seed: int = 0
 
 
@@ -81,39 +89,29 @@ class Heads(nn.Module):
         }
 
 
-class Batches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Batches of training pictures by step, each a pure function of its number."""
+def make_batch(tokenizer: Any, seeds: range) -> dict[str, torch.Tensor]:
+    """The pictures of some seeds with all that is learnt from them."""
+    pictures = [draw(seed) for seed in seeds]
+    targets = [patch_targets(picture) for picture in pictures]
+    batch = {name: torch.from_numpy(np.stack([target[name] for target in targets])) for name in targets[0]}
+    batch["pixels"] = torch.from_numpy(np.stack([np.asarray(picture.image) for picture in pictures]))
+    batch["ids"], batch["targets"] = tokenise(tokenizer, pictures)
+    return batch
 
-    def __init__(self, seeds: range, size: int, first: int = 0) -> None:
-        self.seeds, self.size, self.first = seeds, size, first
-        self.tokenizer = make_tokenizer()
 
-    def __len__(self) -> int:
-        return len(self.seeds) // self.size - self.first
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if index >= len(self):
-            raise IndexError(index)
-        start = (self.first + index) * self.size
-        pictures = [draw(seed) for seed in self.seeds[start : start + self.size]]
-        targets = [patch_targets(picture) for picture in pictures]
-        batch = {name: torch.from_numpy(np.stack([target[name] for target in targets])) for name in targets[0]}
-        batch["pixels"] = torch.from_numpy(np.stack([np.asarray(picture.image) for picture in pictures]))
-        batch["ids"], batch["targets"] = self._tokens(pictures)
-        return batch
-
-    def _tokens(self, pictures: list[Picture]) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = np.full((len(pictures), len(KINDS), MAX_LENGTH), self.tokenizer.eos_token_id)
-        targets = np.full(ids.shape, NO_TARGET)
-        encode = self.tokenizer.backend_tokenizer.encode
-        for row, picture in enumerate(pictures):
-            for column, question in enumerate(picture.questions):
-                prompt = encode(f"{question.text} ASSISTANT:", add_special_tokens=False).ids
-                answer = [*encode(question.answer, add_special_tokens=False).ids, self.tokenizer.eos_token_id]
-                end = len(prompt) + len(answer)
-                ids[row, column, :end] = prompt + answer
-                targets[row, column, len(prompt) : end] = answer
-        return torch.from_numpy(ids[..., :-1].copy()), torch.from_numpy(targets[..., 1:].copy())
+def tokenise(tokenizer: Any, pictures: list[Picture]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens after the picture, and the one that follows each: [pictures, questions, MAX_LENGTH - 1] twice."""
+    ids = np.full((len(pictures), len(KINDS), MAX_LENGTH), tokenizer.eos_token_id)
+    targets = np.full(ids.shape, NO_TARGET)
+    encode = tokenizer.backend_tokenizer.encode
+    for row, picture in enumerate(pictures):
+        for column, question in enumerate(picture.questions):
+            prompt = encode(f"{question.text} ASSISTANT:", add_special_tokens=False).ids
+            answer = [*encode(question.answer, add_special_tokens=False).ids, tokenizer.eos_token_id]
+            end = len(prompt) + len(answer)
+            ids[row, column, :end] = prompt + answer
+            targets[row, column, len(prompt) : end] = answer
+    return torch.from_numpy(ids[..., :-1].copy()), torch.from_numpy(targets[..., 1:].copy())
 
 
 def patch_targets(picture: Picture) -> dict[str, Any]:
@@ -136,28 +134,27 @@ def patch_targets(picture: Picture) -> dict[str, Any]:
     }
 
 
-def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels [pictures, SIDE, SIDE, 3] as the image processor of the checkpoint gives them."""
-    scaled = (pixels.float() / 255 - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)
-    return scaled.permute(0, 3, 1, 2).contiguous()
-
-
-def drop_patches(patches: torch.Tensor, is_foreground: torch.Tensor, step: int, seed: int) -> torch.Tensor:
+def drop_patches(patches: torch.Tensor, is_foreground: torch.Tensor, seed: tuple[int, int], rank: int) -> torch.Tensor:
     """In every other step, keep only some of the patches: at random, or rather those that show something.
 
     A language model that never saw fewer tokens counts shapes by the share of their tokens, which no rule
     that keeps the right ones survives.
+
+    Args:
+        patches: [pictures, patches, WIDTH].
+        is_foreground: bool [pictures, patches].
+        seed: of the training, and the step: all processes drop as many.
+        rank: of the process: each drops others.
     """
+    step = seed[1]
     if step % 2 == 0:
         return patches
-    random = torch.Generator().manual_seed(seed * 1_000_003 + step)
     num_patches = patches.shape[1]
-    low, high = math.log(14), math.log(num_patches)
-    num_kept = round(math.exp(low + (high - low) * torch.rand((), generator=random).item()))
-    score = torch.rand(patches.shape[:2], generator=random)
+    num_kept = round(float(np.exp(np.random.default_rng(seed).uniform(np.log(MIN_KEPT), np.log(num_patches)))))
+    scores = torch.from_numpy(np.random.default_rng((*seed, rank)).random(is_foreground.shape))
     if step % 4 == 1:
-        score = score + 0.6 * is_foreground
-    kept = score.topk(num_kept, dim=1).indices.sort(dim=1).values
+        scores += 0.6 * is_foreground
+    kept = scores.topk(num_kept, dim=1).indices.sort(dim=1).values
     return patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[2]))
 
 
@@ -178,21 +175,45 @@ def check(model: Any, opening: torch.Tensor, batch: dict[str, torch.Tensor]) -> 
 
 def learning_rates(settings: TrainingSettings, step: int) -> tuple[float, float]:
     """Of the tower and of the language model."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / settings.num_steps))
-    tower = settings.learning_rate * cosine * min(1.0, (step + 1) / settings.warm_up)
-    language = settings.learning_rate * cosine * min(1.0, (step + 1 - settings.num_patch_steps) / settings.warm_up)
-    return tower, max(language, 0.0)
+    left = (settings.num_steps - step) / settings.num_steps
+    rate = settings.learning_rate * min(1.0, left / settings.decay)
+    language_step = step - settings.num_patch_steps
+    return (
+        rate * min(1.0, (step + 1) / settings.warm_up),
+        rate * min(1.0, max(0.0, (language_step + 1) / settings.warm_up)),
+    )
 
 
-def train(settings: TrainingSettings, output: Path) -> Any:
-    """Train, or go on where an interrupted run stopped, and return the model.
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Give every process the mean of all processes' gradients."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(together)
+    together /= distributed.get_world_size()
+    for gradient, mean in zip(gradients, together.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def train(rank: int, settings: TrainingSettings, output: Path) -> None:
+    """One process of the training, or of its continuation where it was interrupted; the first writes the state.
 
     Args:
+        rank: of this process; each has its share of every batch.
         settings: of the training.
         output: folder for the state, `state.pt`, from which a run goes on.
     """
-    torch.manual_seed(settings.seed)
-    model, heads, tokenizer = make_model(settings.seed), Heads(), make_tokenizer()
+    state_file = output / STATE_NAME
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{(output / 'rendezvous').resolve()}",
+        rank=rank,
+        world_size=settings.num_processes,
+        # A run may be stopped and continued.
+        timeout=timedelta(hours=12),
+    )
+    torch.set_num_threads(1)
+    model, tokenizer = make_model(settings.seed), make_tokenizer()
+    heads = Heads()
     opening = torch.tensor(tokenizer("USER:")["input_ids"])
     vision = [*model.model.vision_tower.parameters(), *heads.parameters()]
     language = [
@@ -203,50 +224,49 @@ def train(settings: TrainingSettings, output: Path) -> Any:
     optimiser = torch.optim.AdamW(
         [{"params": vision}, {"params": language}], betas=(0.9, 0.98), weight_decay=settings.weight_decay
     )
-    output.mkdir(parents=True, exist_ok=True)
-    state_file, first = output / "state.pt", 0
+    first = 0
     if state_file.exists():
         state = torch.load(state_file)
         first = state["step"]
         for part, name in ((model, "model"), (heads, "heads"), (optimiser, "optimiser")):
             part.load_state_dict(state[name])
-        print(f"goes on at step {first}", flush=True)
-    held_out = Batches(CALIBRATION, 250)[0]
-    seeds = range(settings.num_steps * settings.batch)
-    batches = torch.utils.data.DataLoader(
-        Batches(seeds, settings.batch, first), batch_size=None, num_workers=1, prefetch_factor=8
-    )
+    held_out = make_batch(tokenizer, CALIBRATION[:200])
+    share = settings.batch // settings.num_processes
     sums: dict[str, float] = {}
     started = time.perf_counter()
-    for step, batch in enumerate(batches, start=first):
+    for step in range(first, settings.num_steps):
         for group, rate in zip(optimiser.param_groups, learning_rates(settings, step), strict=True):
             group["lr"] = rate
+        start = step * settings.batch + rank * share
+        batch = make_batch(tokenizer, TRAINING[start : start + share])
         states = vision_states(model, normalise(batch["pixels"]))
         losses = heads(states, batch)
         loss = sum(losses.values(), torch.zeros(()))
         if step >= settings.num_patch_steps:
-            patches = drop_patches(states[:, 1:], batch["things"] != GROUND, step, settings.seed)
+            patches = drop_patches(states[:, 1:], batch["things"] != GROUND, (settings.seed, step), rank)
             losses["answer"] = answer_loss(answer_logits(model, patches, opening, batch["ids"]), batch["targets"])
             loss = settings.patch_weight * loss + losses["answer"]
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients([*vision, *language])
         nn.utils.clip_grad_norm_([*vision, *language], 1.0)
         optimiser.step()
+        done = step + 1
+        if rank > 0:
+            continue
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.item()
-        done = step + 1
-        if done % 50 == 0:
-            means = " ".join(f"{name} {value / 50:.3f}" for name, value in sums.items())
+        if done % LOG_STEPS == 0:
+            means = " ".join(f"{name} {value / LOG_STEPS:.3f}" for name, value in sums.items())
             speed = (done - first) * settings.batch / (time.perf_counter() - started)
             print(f"{time.strftime('%H:%M:%S')} step {done}: {means} | {speed:.0f} pictures/s", flush=True)
             sums = {}
-        if done % 500 == 0 or done == settings.num_steps:
-            if done > settings.num_patch_steps:
-                print(check(model, opening, held_out), flush=True)
+        if done % STATE_STEPS == 0 or done == settings.num_steps:
+            print(check(model, opening, held_out), flush=True)
             state = {"step": done, "model": model.state_dict(), "heads": heads.state_dict()}
             torch.save(state | {"optimiser": optimiser.state_dict()}, state_file.with_suffix(".new"))
             state_file.with_suffix(".new").rename(state_file)
-    return model
+    distributed.destroy_process_group()
 
 
 def main() -> None:
@@ -255,12 +275,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("miniature"), help="state and checkpoint")
     parser.add_argument("--steps", type=int, default=defaults.num_steps)
-    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    model = train(TrainingSettings(num_steps=options.steps), options.output)
-    save(model, options.output / "checkpoint")
-    print(f"wrote {options.output / 'checkpoint'}")
+    settings = TrainingSettings(num_steps=options.steps)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "rendezvous").unlink(missing_ok=True)
+    torch.multiprocessing.spawn(train, (settings, options.output), nprocs=settings.num_processes)
+    model = make_model(settings.seed)
+    model.load_state_dict(torch.load(options.output / STATE_NAME)["model"])
+    checkpoint = options.output / "checkpoint"
+    save(model, checkpoint)
+    write_scores(checkpoint, {"command": "python -m benchmarks.miniature.train", **asdict(settings)})
+    print(f"wrote {checkpoint}")
 
 
 if __name__ == "__main__":
