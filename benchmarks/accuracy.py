@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.ablation import ablate, ablation_table
-from benchmarks.calibration import Calibration, calibrate
+from benchmarks.calibration import Calibration, calibrate, range_name
 from benchmarks.comparison import HIVTP, UNPRUNED, Comparison, Result
 from benchmarks.exam import Exam
 from benchmarks.harness import environment
@@ -37,15 +37,19 @@ HALF, QUARTER = SHARES[1], SHARES[3]
 def run(exam: Exam, name: str, rule: Rule, count: int) -> Result:
     """Let a rule choose, and ask all questions."""
     kept = rule(exam.encoded, count)
-    foreground = exam.encoded.foreground
-    is_kept = np.zeros(foreground.shape, dtype=np.bool_)
+    owners = np.stack([picture.owners for picture in exam.pictures])
+    is_kept = np.zeros(owners.shape, dtype=np.bool_)
     pictures, places = np.nonzero(kept >= 0)
     is_kept[pictures, kept[pictures, places]] = True
+    is_of_thing = owners == np.arange(owners.max() + 1)[:, None, None]
+    is_there, is_seen = is_of_thing.any(axis=2), (is_of_thing & is_kept).any(axis=2)
+    is_foreground = exam.encoded.foreground
     return Result(
         rule=name,
         count=count,
         num_kept=float(is_kept.sum(axis=1).mean()),
-        foreground_kept=100 * float((is_kept & foreground).sum() / foreground.sum()),
+        foreground_kept=100 * float((is_kept & is_foreground).sum() / is_foreground.sum()),
+        things_kept=100 * float(is_seen.sum() / is_there.sum()),
         is_right=exam.is_right(kept),
     )
 
@@ -86,13 +90,18 @@ def goals(results: Comparison) -> list[Goal]:
 def rules_for(exam: Exam, calibration: Calibration) -> dict[str, Rule]:
     """Every rule with its layers calibrated, and HIVTP once more with those that an export takes by itself."""
     best = calibration.best
-    default = PruningSpec().resolve(exam.model.config.vision_config.num_hidden_layers)
-    assert default.first_layer is not None, "resolve sets the layers"
-    assert default.num_layers is not None, "resolve sets the layers"
     return {
         **all_rules(best.first_layer, best.num_layers, calibration.object_layer),
-        "HIVTP, default layers": Hivtp(default.first_layer, default.num_layers),
+        "HIVTP, default layers": Hivtp(*default_layers(exam)),
     }
+
+
+def default_layers(exam: Exam) -> tuple[int, int]:
+    """First layer and number of layers that an export takes by itself: the paper's, scaled to the tower's depth."""
+    spec = PruningSpec().resolve(exam.model.config.vision_config.num_hidden_layers)
+    assert spec.first_layer is not None, "resolve sets the layers"
+    assert spec.num_layers is not None, "resolve sets the layers"
+    return spec.first_layer, spec.num_layers
 
 
 def report(options: argparse.Namespace, exam: Exam, calibration: Calibration, results: Comparison) -> None:
@@ -106,6 +115,7 @@ def report(options: argparse.Namespace, exam: Exam, calibration: Calibration, re
         "num_questions": num_questions,
         "num_patches": results.num_patches,
         "calibration": calibration.to_dict(),
+        "default_layers": default_layers(exam),
         "results": results.to_dicts(),
         "goals": [goal.to_dict() for goal in reached],
     }
@@ -115,7 +125,7 @@ def report(options: argparse.Namespace, exam: Exam, calibration: Calibration, re
     )
     print(
         f"layers by {calibration.num_pictures} other pictures: HIVTP {calibration.best}, "
-        f"HiPrune's object layer {calibration.object_layer}"
+        f"HiPrune's object layer {calibration.object_layer}; by default HIVTP takes {range_name(*default_layers(exam))}"
     )
     for kind in (None, "number"):
         print(f"\n{results.table(kind)}\n\n{results.leads_table(kind)}")

@@ -29,6 +29,7 @@ class Result:
         count: patches that it was to keep of each picture.
         num_kept: patches that it kept, mean.
         foreground_kept: share of the patches that show something, in percent.
+        things_kept: share of the shapes and digits of which at least one patch is kept, in percent.
         is_right: [pictures, kinds] bool.
     """
 
@@ -36,6 +37,7 @@ class Result:
     count: int
     num_kept: float
     foreground_kept: float
+    things_kept: float
     is_right: NDArray[np.bool_]
 
     def of_kind(self, kind: str | None) -> NDArray[np.bool_]:
@@ -110,12 +112,12 @@ class Comparison:
         return "\n".join(lines)
 
     def kinds_table(self, count: int) -> str:
-        """Accuracy of every rule by kind of question, at one count."""
+        """Accuracy of every rule by kind of question, at one count, with what it keeps as in Result."""
         lines = [f"accuracy in percent by kind of question, {count} of {self.num_patches} tokens"]
-        lines.append(f"{'':<26} kept shown" + "".join(f"{kind:>10}" for kind in (*KINDS, "all")))
+        lines.append(f"{'':<26} kept shown things" + "".join(f"{kind:>10}" for kind in (*KINDS, "all")))
         for rule in (UNPRUNED, *self.rules):
             result = self.at(rule, count)
             scores = [self.score(rule, count, kind) for kind in (*KINDS, None)]
-            line = f"{rule:<26}{result.num_kept:5.1f}{result.foreground_kept:6.1f}"
+            line = f"{rule:<26}{result.num_kept:5.1f}{result.foreground_kept:6.1f}{result.things_kept:7.1f}"
             lines.append(line + "".join(f"{score.value:10.1f}" for score in scores))
         return "\n".join(lines)

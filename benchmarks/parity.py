@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.accuracy import HALF, add_options, prepare
 from benchmarks.exam import MAX_ANSWER
 from benchmarks.harness import environment
-from benchmarks.intervals import Bootstrap, Goal
+from benchmarks.intervals import Bootstrap, Goal, Score
 from benchmarks.rivals import Hivtp
 from benchmarks.workspace import Workspace
 from hivtp.export.exporter import ExportSettings
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from benchmarks.miniature.pictures import Picture
     from hivtp_ops import PruningSpec
 
-PYTORCH = "PyTorch fp32"
+PYTORCH, PYTORCH_UNPRUNED = "PyTorch fp32", "PyTorch fp32, unpruned"
 FP32, INT8, INT8_INT4 = "bundle fp32 / fp32", "bundle int8 / fp32", "bundle int8 / int4"
 UNPRUNED = "bundle fp32 / fp32, unpruned"
 
@@ -98,18 +98,46 @@ def goals(runs: Mapping[str, Run], pictures: Sequence[Picture], bootstrap: Boots
     ]
 
 
-def table(runs: Mapping[str, Run], pictures: Sequence[Picture], bootstrap: Bootstrap) -> str:
-    """Accuracy of every system, how much of PyTorch's kept set it keeps, and how many of its answers it gives."""
-    reference = runs[PYTORCH]
-    lines = [f"{'':<30} {'accuracy in percent':>20} {'kept as PyTorch':>16} {'same answer':>12}"]
-    for name, run in runs.items():
-        accuracy = bootstrap.score(run.is_right(pictures))
-        shared = [
-            len({*ours} & {*theirs}) / len({*ours} | {*theirs})
-            for ours, theirs in zip(run.kept, reference.kept, strict=True)
-        ]
-        same = (np.array(run.answers, dtype=object) == np.array(reference.answers, dtype=object)).mean()
-        lines.append(f"{name:<30} {accuracy!s:>20} {100 * np.mean(shared):16.2f} {100 * same:12.2f}")
+@dataclass(frozen=True)
+class Row:
+    """One system beside PyTorch.
+
+    Attributes:
+        accuracy: right answers.
+        kept_alike: patches that both keep, among those that one of them keeps; mean over pictures, in percent.
+        widest_swap: where they keep others, by how much the importance of these differs, as a share of the mean
+            importance; the largest over pictures. Rounding swaps only patches whose scores are all but equal.
+        same_answers: answers that are PyTorch's, in percent.
+    """
+
+    accuracy: Score
+    kept_alike: float
+    widest_swap: float
+    same_answers: float
+
+
+def compare(
+    run: Run, reference: Run, pictures: Sequence[Picture], importance: NDArray[np.float32], bootstrap: Bootstrap
+) -> Row:
+    """Compare a system with PyTorch, whose scores are `importance` [pictures, patches]."""
+    alike, swaps = [], [0.0]
+    for ours, theirs, scores in zip(run.kept, reference.kept, importance, strict=True):
+        alike.append(len({*ours} & {*theirs}) / len({*ours} | {*theirs}))
+        if swapped := sorted({*ours} ^ {*theirs}):
+            swaps.append(float(np.ptp(scores[swapped]) / scores.mean()))
+    same = np.array(run.answers, dtype=object) == np.array(reference.answers, dtype=object)
+    return Row(
+        bootstrap.score(run.is_right(pictures)), 100 * float(np.mean(alike)), max(swaps), 100 * float(same.mean())
+    )
+
+
+def table(rows: Mapping[str, Row]) -> str:
+    """The rows as text."""
+    lines = [f"{'':<30} {'accuracy in percent':>20} {'kept alike':>11} {'widest swap':>12} {'same answers':>13}"]
+    lines += [
+        f"{name:<30} {row.accuracy!s:>20} {row.kept_alike:11.3f} {row.widest_swap:12.2g} {row.same_answers:13.2f}"
+        for name, row in rows.items()
+    ]
     return "\n".join(lines)
 
 
@@ -123,27 +151,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     exam, calibration = prepare(options)
     layers = calibration.best
     rule = Hivtp(layers.first_layer, layers.num_layers)
-    count = round(HALF * exam.encoded.foreground.shape[1])
+    num_patches = exam.encoded.foreground.shape[1]
+    count = round(HALF * num_patches)
     # A bundle is known by its folder, so what decides the spec is part of it.
     workspace = Workspace(options.work_dir / "parity" / f"{layers}, {count}", options.checkpoint)
-    runs = {PYTORCH: run_pytorch(exam, rule, count)}
+    runs = {PYTORCH: run_pytorch(exam, rule, count), PYTORCH_UNPRUNED: run_pytorch(exam, rule, num_patches)}
     for name, settings in bundles(rule.spec(count, exam.encoded.grid)).items():
         folder = workspace.bundle(name, settings)
         print(f"  asking {name}", flush=True)
         runs[name] = run_bundle(folder, exam.pictures, options.threads)
-    report(options, exam.pictures, layers, count, runs)
+    report(options, exam, layers, count, runs)
 
 
-def report(
-    options: argparse.Namespace, pictures: Sequence[Picture], layers: LayerRange, count: int, runs: Mapping[str, Run]
-) -> None:
+def report(options: argparse.Namespace, exam: Exam, layers: LayerRange, count: int, runs: Mapping[str, Run]) -> None:
     """Print the table and the goals, and write them."""
-    bootstrap, found = Bootstrap(len(pictures)), environment(options.threads)
+    pictures, bootstrap, found = exam.pictures, Bootstrap(len(exam.pictures)), environment(options.threads)
+    scoring = np.s_[layers.first_layer : layers.first_layer + layers.num_layers]
+    importance = exam.encoded.received[:, scoring].mean(axis=1)
     reached = goals(runs, pictures, bootstrap)
-    num_questions = sum(len(picture.questions) for picture in pictures)
+    rows = {}
+    for name, run in runs.items():
+        reference = runs[PYTORCH_UNPRUNED if name in (UNPRUNED, PYTORCH_UNPRUNED) else PYTORCH]
+        rows[name] = compare(run, reference, pictures, importance, bootstrap)
+    num_questions = exam.question_lengths.numel()
     print("\n".join(f"{key}: {value}" for key, value in found.items()))
-    print(f"\n{len(pictures)} pictures, {num_questions} questions; HIVTP by {layers}, {count} tokens")
-    print(f"\n{table(runs, pictures, bootstrap)}\n\n" + "\n".join(map(str, reached)))
+    print(f"\n{len(pictures)} held-out pictures, {num_questions} questions; HIVTP by {layers}, {count} tokens")
+    print(f"\n{table(rows)}\n\n" + "\n".join(map(str, reached)))
     written: dict[str, Any] = {
         "environment": found,
         "settings": {key: str(value) for key, value in vars(options).items()},
@@ -151,7 +184,7 @@ def report(
         "num_questions": num_questions,
         "num_kept": count,
         "layers": asdict(layers),
-        "accuracy": {name: asdict(bootstrap.score(run.is_right(pictures))) for name, run in runs.items()},
+        "systems": {name: asdict(row) for name, row in rows.items()},
         "goals": [goal.to_dict() for goal in reached],
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,7 @@ LINES: Mapping[str, Line] = {
     "local stage only": Line("#1f77b4", "*", "--"),
     HIVTP: Line("#d62728", "o"),
 }
+FOOTNOTE = "(the miniature was trained with tokens dropped in half of its batches, which makes it forgiving)"
 TITLES = {"all": "All questions", "number": "Reading the number"}
 
 
@@ -97,12 +98,14 @@ def draw(measured: Mapping[str, Any], kind: str, output: Path) -> None:
     axes.set_xticks(places, [f"{count}\n{100 * count / num_patches:.0f} %" for count in places])
     axes.minorticks_off()
     axes.set_ylim(bottom=0, top=102)
-    axes.set_xlabel(f"visual tokens kept, of {num_patches}")
+    axes.set_xlabel(f"visual tokens kept, of {num_patches}\n{FOOTNOTE}")
     axes.set_ylabel("right answers in percent")
     axes.grid(alpha=0.25)
     num_pictures, num_questions = measured["num_pictures"], measured["num_questions"]
     num_asked = num_questions if kind == "all" else num_pictures
-    axes.set_title(f"{TITLES[kind]}: {num_asked:,} on {num_pictures:,} held-out pictures of the miniature", fontsize=11)
+    axes.set_title(
+        f"{TITLES[kind]}: {num_asked:,} questions on {num_pictures:,} held-out pictures, with 95 % intervals"
+    )
     handles, labels = axes.get_legend_handles_labels()
     by_height = sorted(range(len(labels)), key=lambda index: -_mean(by_rule[labels[index]], kind))
     axes.legend(

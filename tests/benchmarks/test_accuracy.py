@@ -28,10 +28,10 @@ def right(share: float) -> NDArray[np.bool_]:
 
 def comparison(**shares: float) -> Comparison:
     """Accuracies of rules with 72 and 36 of 144 tokens, by name and count joined by an underscore."""
-    results = [Result(UNPRUNED, 144, 144.0, 100.0, right(shares.pop(UNPRUNED)))]
+    results = [Result(UNPRUNED, 144, 144.0, 100.0, 100.0, right(shares.pop(UNPRUNED)))]
     for name, share in shares.items():
         rule, _, count = name.rpartition("_")
-        results.append(Result(rule, int(count), float(count), 50.0, right(share)))
+        results.append(Result(rule, int(count), float(count), 50.0, 80.0, right(share)))
     return Comparison(results, Bootstrap(NUM_PICTURES))
 
 
@@ -82,6 +82,16 @@ def test_a_run_writes_every_rule_at_every_count(written: dict[str, Any]) -> None
     assert all(found == [108, 72, 48, 36, 24, 16, 9] for found in counts.values())
     assert written["num_questions"] == 3 * len(KINDS)
     assert written["environment"]["num_threads"] == 1
+
+
+def test_the_oracle_keeps_what_is_shown_and_its_adversary_does_not(written: dict[str, Any]) -> None:
+    kept = {(result["rule"], result["count"]): result for result in written["results"]}
+    # Less than 72 of 144 patches show something.
+    assert (kept["oracle", 72]["foreground_kept"], kept["oracle", 72]["things_kept"]) == (100, 100)
+    assert (kept["adversary", 72]["foreground_kept"], kept["adversary", 72]["things_kept"]) == (0, 0)
+    random = kept["random", 36]
+    assert 15 < random["foreground_kept"] < 35
+    assert random["foreground_kept"] < random["things_kept"] < 100
 
 
 def test_layers_are_calibrated_on_pictures_that_nothing_is_measured_with(
