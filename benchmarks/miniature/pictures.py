@@ -22,12 +22,12 @@ HELD_OUT = range(2_000_000_000, 2_000_010_000)
 KINDS = ("colour", "shape", "where", "count", "exist", "number", "relation")
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 COLOURS = {
-    "red": (210, 35, 35),
-    "green": (30, 150, 50),
-    "blue": (35, 70, 215),
-    "yellow": (240, 215, 30),
-    "purple": (165, 40, 190),
-    "white": (248, 248, 248),
+    "red": (230, 45, 45),
+    "green": (40, 190, 70),
+    "blue": (60, 110, 250),
+    "yellow": (250, 225, 40),
+    "purple": (200, 75, 230),
+    "white": (245, 245, 245),
 }
 NUMERALS = ("zero", "one", "two", "three", "four", "five", "six")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
@@ -157,7 +157,7 @@ def _place_shapes(
     placed: list[Shape] = []
     for shape, colour in pairs:
         for _ in range(60):
-            radius = random.uniform(6.0, 8.5)
+            radius = random.uniform(6.5, 9.0)
             row, column = random.uniform(radius + 1, SIDE - radius - 1, size=2).tolist()
             is_clear = all(
                 abs(at - line) >= _CLEAR_OF_LINES for at in (row, column) for line in (SIDE / 3, SIDE * 2 / 3)
@@ -192,25 +192,25 @@ def _paint(
         colour = np.array(COLOURS[shape.colour]) + random.uniform(-18, 18, size=3)
         canvas[window] += opacity * (colour - canvas[window])
         owner[window][opacity[..., 0] > 0.5] = index
-    shade = random.uniform(0, 40)
+    shade = random.uniform(215, 255)
     top, left = number_at
     for place, digit in enumerate(divmod(number, 10)):
         column = left + place * (_DIGIT_WIDTH + _DIGIT_GAP)
         window = np.s_[top : top + _DIGIT_HEIGHT, column : column + _DIGIT_WIDTH]
         canvas[window][_GLYPHS[digit]] = shade
         owner[window][_GLYPHS[digit]] = len(shapes) + place
-    canvas += random.integers(-12, 13, size=canvas.shape, dtype=np.int8)
+    canvas += random.integers(-10, 11, size=canvas.shape, dtype=np.int8)
     return canvas.clip(0, 255).astype(np.uint8), owner
 
 
 def _ground(random: np.random.Generator) -> NDArray[Any]:
-    """A ground of a middle tone with a soft pattern of a random grain: float32 [SIDE, SIDE, 3]."""
+    """A ground of a dark tone with a soft pattern of a random grain: float32 [SIDE, SIDE, 3]."""
     num_knots = int(random.integers(4, 14))
     at = np.linspace(0, num_knots - 1, SIDE)
     knots = np.arange(num_knots)
     blend = np.clip(1 - np.abs(at[:, None] - knots), 0, 1).astype(np.float32)
-    grain = random.normal(scale=18, size=(3, num_knots, num_knots)).astype(np.float32)
-    tone = random.uniform(95, 165, size=3).astype(np.float32)
+    grain = random.normal(scale=11, size=(3, num_knots, num_knots)).astype(np.float32)
+    tone = random.uniform(35, 85, size=3).astype(np.float32)
     return (blend @ grain @ blend.T).transpose(1, 2, 0) + tone
 
 

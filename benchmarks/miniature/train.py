@@ -27,7 +27,7 @@ MAX_LENGTH = 12
 # Fewest patches that the language model learns from.
 MIN_KEPT = 14
 STATE_NAME = "state.pt"
-LOG_STEPS, STATE_STEPS = 100, 500
+LOG_STEPS, STATE_STEPS = 100, 250
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class TrainingSettings:
         seed: of the first weights and of the dropped tokens.
     """
 
-    num_steps: int = 6000
-    num_patch_steps: int = 400
+    num_steps: int = 5000
+    num_patch_steps: int = 800
     batch: int = 32
-    learning_rate: float = 1.2e-3
+    learning_rate: float = 1.5e-3
     decay: float = 0.25
-    warm_up: int = 200
+    warm_up: int = 100
     weight_decay: float = 0.02
     patch_weight: float = 0.3
     num_processes: int = 2
@@ -80,9 +80,10 @@ class Heads(nn.Module):
         states = self.norm(states)
         things, patches = batch["things"], states[:, 1:]
         is_foreground = things != GROUND
-        shown = patches[is_foreground]
+        shown, ground = patches[is_foreground], patches[~is_foreground]
         return {
-            "thing": functional.cross_entropy(self.thing(patches).flatten(0, 1), things.flatten()),
+            "thing": functional.cross_entropy(self.thing(shown), things[is_foreground]),
+            "ground": functional.cross_entropy(self.thing(ground), things[~is_foreground]),
             "place": functional.cross_entropy(self.place(shown), batch["places"][is_foreground]),
             "centre": functional.mse_loss(self.centre(shown), batch["centres"][is_foreground]),
             "presence": functional.binary_cross_entropy_with_logits(self.presence(states[:, 0]), batch["presence"]),
