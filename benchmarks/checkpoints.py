@@ -314,9 +314,9 @@ def model_class(family: str) -> Any:
     }[family]
 
 
-def write_processor(folder: Path, config: Any) -> None:
-    """Write tokenizer, chat template and image preprocessing for a config."""
-    make_tokenizer(config.text_config.vocab_size).save_pretrained(folder)
+def write_processor(folder: Path, config: Any, tokenizer: Any = None) -> None:
+    """Write tokenizer (default: the one of `make_tokenizer`), chat template and image preprocessing for a config."""
+    (tokenizer or make_tokenizer(config.text_config.vocab_size)).save_pretrained(folder)
     is_next = config.model_type == "llava_next"
     image_size = config.vision_config.image_size
     image_processor = {

@@ -1,86 +1,135 @@
-"""The demo: a small checkpoint, exported with and without pruning, asked about an image file."""
+"""The demo: the trained miniature, unpruned and pruned, asked about pictures whose answers are known."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
-from benchmarks.checkpoints import make_checkpoint
+from benchmarks.miniature.evaluate import MAX_NEW_TOKENS
+from benchmarks.miniature.model import CHECKPOINT
+from benchmarks.miniature.pictures import HELD_OUT, draw
+from benchmarks.miniature.scores import BUDGETS, chosen_layers, settings_of
 from hivtp import Answer, Pipeline
 from hivtp.export.cli import summary
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
 from hivtp.runtime.cli import write_overlays
 
-QUESTIONS = ("What is in the picture?", "What colour is the large shape?", "How many people are there?")
-BUNDLES = {
-    "unpruned": ExportSettings(is_pruned=False, overwrite=True),
-    "paper": ExportSettings(preset="paper", overwrite=True),
-    "preset 64": ExportSettings(preset="64", overwrite=True),
-}
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SHOWN = ("unpruned", "50 %", "11 %")
+NUM_PICTURES = 3
 NUM_ROUNDS = 5
 
 
-def default_image() -> Path:
-    """The photograph of an astronaut that scikit-image ships."""
-    spec = importlib.util.find_spec("skimage")
-    if spec is None or spec.origin is None:
-        raise SystemExit("scikit-image is not installed; give a photo with --image")
-    return Path(spec.origin).parent / "data" / "astronaut.png"
+@dataclass(frozen=True)
+class Asked:
+    """A question about an image file, and its right answer where one is known."""
+
+    image: Path
+    question: str
+    right_answer: str | None
 
 
-def measure(pipeline: Pipeline, image: Path) -> list[Answer]:
+def drawn_questions(folder: Path) -> list[Asked]:
+    """Draw the first held-out pictures into a folder; returns all their questions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = []
+    for index, seed in enumerate(HELD_OUT[:NUM_PICTURES], start=1):
+        picture, file = draw(seed), folder / f"picture-{index}.png"
+        picture.image.save(file)
+        asked += [Asked(file, question.text, question.answer) for question in picture.questions]
+    return asked
+
+
+def questions_about(image: Path) -> list[Asked]:
+    """Questions about a photo, to which no answer is known."""
+    texts = ("What colour is the circle?", "Where is the circle?", "How many shapes are there?")
+    return [Asked(image, text, None) for text in texts]
+
+
+def measure(pipeline: Pipeline, asked: list[Asked]) -> list[list[Answer]]:
     """Ask every question several times; the first round warms up and is left out."""
     rounds = [
-        [pipeline.generate(question, [image], max_new_tokens=16) for question in QUESTIONS]
+        [pipeline.generate(item.question, [item.image], max_new_tokens=MAX_NEW_TOKENS) for item in asked]
         for _ in range(NUM_ROUNDS + 1)
     ]
-    return [answer for answers in rounds[1:] for answer in answers]
+    return rounds[1:]
 
 
-def table(results: dict[str, list[Answer]]) -> str:
-    """Visual tokens and median times of each bundle."""
+def num_right(asked: list[Asked], answers: list[Answer]) -> int:
+    """How many answers are right."""
+    return sum(item.right_answer == answer.text for item, answer in zip(asked, answers, strict=True))
+
+
+def table(asked: list[Asked], results: dict[str, list[list[Answer]]]) -> str:
+    """Visual tokens, median times and right answers of each bundle."""
     columns = ("preprocess_ms", "vision_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token")
     heads = ("preprocess", "vision", "prefill", "first token", "decode/token")
-    lines = [f"{'bundle':<10} {'tokens':>11} " + " ".join(f"{head:>12}" for head in heads) + "   (ms, medians)"]
-    for name, answers in results.items():
+    is_known = all(item.right_answer is not None for item in asked)
+    lines = [
+        f"{'bundle':<10} {'tokens':>11} "
+        + " ".join(f"{head:>12}" for head in heads)
+        + f"   (ms, medians){'   right answers' if is_known else ''}"
+    ]
+    for name, rounds in results.items():
+        answers = [answer for answers in rounds for answer in answers]
         tokens = f"{answers[0].num_image_tokens} -> {answers[0].num_kept_tokens}"
         times = [median(getattr(answer.timings, column) or 0.0 for answer in answers) for column in columns]
-        lines.append(f"{name:<10} {tokens:>11} " + " ".join(f"{time:12.1f}" for time in times))
+        right = f"{'':15}{num_right(asked, rounds[0]):>10} of {len(asked)}" if is_known else ""
+        lines.append(f"{name:<10} {tokens:>11} " + " ".join(f"{time:12.2f}" for time in times) + right)
     return "\n".join(lines)
+
+
+def conversation(asked: list[Asked], results: dict[str, list[list[Answer]]]) -> Iterator[str]:
+    """Every question with the right answer and the answer of each bundle; a wrong one is marked."""
+    for index, item in enumerate(asked):
+        if index == 0 or item.image != asked[index - 1].image:
+            yield f"\n{item.image}"
+            yield f"  {'':<42} {'right':<14}" + "".join(f"{name:<16}" for name in results)
+        answers = [rounds[0][index].text for rounds in results.values()]
+        marks = ["" if item.right_answer in {None, answer} else "  ✗" for answer in answers]
+        shown = "".join(f"{answer + mark:<16}" for answer, mark in zip(answers, marks, strict=True))
+        yield f"  {item.question:<42} {item.right_answer or '?':<14}{shown}"
+
+
+def draw_kept(pipeline: Pipeline, image: Path, target: Path) -> Path:
+    """Write the picture, enlarged, with what pruning kept; returns the file."""
+    stream = pipeline.stream("How many shapes are there?", [image], max_new_tokens=1)
+    list(stream)
+    return write_overlays(pipeline, stream, [image], target)[0]
 
 
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--image", type=Path, default=None, help="a photo (default: one that scikit-image ships)")
+    parser.add_argument("--image", type=Path, default=None, help="a photo (default: drawn pictures)")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for all that is written")
     options = parser.parse_args()
-    image = options.image or default_image()
+    asked = questions_about(options.image) if options.image else drawn_questions(options.output)
+    image, layers = asked[0].image, chosen_layers()
 
-    print("== a small LLaVA-1.5 checkpoint with random weights")
-    checkpoint = make_checkpoint(options.output / "checkpoint", "demo")
+    print(f"== a LLaVA of 1.2 million parameters, trained on drawn pictures: {CHECKPOINT}")
     results = {}
-    for name, settings in BUNDLES.items():
+    for name in SHOWN:
         print(f"\n== {name}")
-        folder = options.output / f"bundle-{name.replace(' ', '-')}"
-        print(summary(export_bundle(checkpoint, folder, settings, is_quiet=True)))
+        settings = replace(settings_of(BUDGETS[name], layers), overwrite=True)
+        folder = options.output / f"bundle-{name.replace(' %', '')}"
+        print(summary(export_bundle(CHECKPOINT, folder, settings, is_quiet=True)))
         # Without the cache, so that every question pays for its picture.
         pipeline = Pipeline.load(folder, image_cache_bytes=0)
-        results[name] = measure(pipeline, image)
-        for question, answer in zip(QUESTIONS, results[name], strict=False):
-            print(f"  {question}  ->  {answer.text!r}")
+        results[name] = measure(pipeline, asked)
         if settings.is_pruned:
-            stream = pipeline.stream(QUESTIONS[0], [image], max_new_tokens=1)
-            list(stream)
-            picture = options.output / f"kept-{name.replace(' ', '-')}.png"
-            print(f"  kept tokens: {write_overlays(pipeline, stream, [image], picture)[0]}")
-    print(f"\n{table(results)}")
-    print(
-        "\nThe weights are random, so the answers mean nothing; token counts and times are real."
-        f"\nTry it: hivtp-run {options.output}/bundle-paper --image {image} 'What is in the picture?'"
-    )
+            kept = draw_kept(pipeline, image, options.output / f"kept-{name.replace(' %', '')}.png")
+            print(f"  kept tokens: {kept}")
+    print("\n".join(conversation(asked, results)))
+    print(f"\n{table(asked, results)}")
+    if options.image:
+        print("\nThe miniature has seen drawn pictures only, so its answers about a photo mean nothing.")
+    print(f"\nTry it: hivtp-run {options.output}/bundle-50 --image {image} 'How many shapes are there?'")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,293 @@
+"""Trains the miniature on a CPU; one command gives the checkpoint, the same each time on the same machine."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed, nn
+from torch.nn import functional
+
+from benchmarks.miniature.model import WIDTH, answer_logits, make_model, make_tokenizer, normalise, save, vision_states
+from benchmarks.miniature.pictures import CALIBRATION, COLOURS, KINDS, PLACES, SHAPES, SIDE, TRAINING, Picture, draw
+from benchmarks.miniature.scores import write_scores
+
+# What a patch can show: a shape of a colour, the first or the second digit of a number, or the ground.
+NUM_THINGS = len(SHAPES) * len(COLOURS) + 20
+GROUND = NUM_THINGS
+NO_TARGET = -100
+# `Is the diamond left of the triangle ? ASSISTANT : yes </s>`
+MAX_LENGTH = 12
+# Fewest patches that the language model learns from.
+MIN_KEPT = 14
+STATE_NAME = "state.pt"
+LOG_STEPS, STATE_STEPS = 100, 250
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How the miniature is trained.
+
+    Args:
+        num_steps: in all.
+        num_patch_steps: the first of them, in which the tower alone learns what each patch shows. Without
+            them the answers stay at their most frequent values for long.
+        batch: pictures in a step, each with all its questions.
+        learning_rate: constant between a warm-up and a straight way down to zero. Runs of different length are
+            thus the same until the shorter one goes down, and the length may still be chosen while one runs.
+        decay: the last share of the steps, in which it goes down.
+        warm_up: steps, for the tower from the first step on, for the language model from its own first.
+        patch_weight: of the losses on patches and on the class token once questions are learnt too.
+        num_processes: each of one thread, with its share of the batch.
+        seed: of the first weights and of the dropped tokens.
+    """
+
+    num_steps: int = 5000
+    num_patch_steps: int = 800
+    batch: int = 32
+    learning_rate: float = 1.5e-3
+    decay: float = 0.25
+    warm_up: int = 100
+    weight_decay: float = 0.02
+    patch_weight: float = 0.3
+    num_processes: int = 2
+    seed: int = 0
+
+
+class Heads(nn.Module):
+    """What the tower is asked about patches and the whole while it trains; no part of the checkpoint.
+
+    A patch tells what it shows and where that thing's centre is; the class token tells what is there at all,
+    so that its attention means something.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.thing = nn.Linear(WIDTH, NUM_THINGS + 1)
+        self.place = nn.Linear(WIDTH, len(PLACES))
+        self.centre = nn.Linear(WIDTH, 2)
+        self.presence = nn.Linear(WIDTH, NUM_THINGS)
+
+    def forward(self, states: torch.Tensor, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The losses, by name; `states` is [pictures, 1 + patches, WIDTH]."""
+        states = self.norm(states)
+        things, patches = batch["things"], states[:, 1:]
+        is_foreground = things != GROUND
+        shown, ground = patches[is_foreground], patches[~is_foreground]
+        return {
+            "thing": functional.cross_entropy(self.thing(shown), things[is_foreground]),
+            "ground": functional.cross_entropy(self.thing(ground), things[~is_foreground]),
+            "place": functional.cross_entropy(self.place(shown), batch["places"][is_foreground]),
+            "centre": functional.mse_loss(self.centre(shown), batch["centres"][is_foreground]),
+            "presence": functional.binary_cross_entropy_with_logits(self.presence(states[:, 0]), batch["presence"]),
+        }
+
+
+def make_batch(tokenizer: Any, seeds: range) -> dict[str, torch.Tensor]:
+    """The pictures of some seeds with all that is learnt from them."""
+    pictures = [draw(seed) for seed in seeds]
+    targets = [patch_targets(picture) for picture in pictures]
+    batch = {name: torch.from_numpy(np.stack([target[name] for target in targets])) for name in targets[0]}
+    batch["pixels"] = torch.from_numpy(np.stack([np.asarray(picture.image) for picture in pictures]))
+    batch["ids"], batch["targets"] = tokenise(tokenizer, pictures)
+    return batch
+
+
+def tokenise(tokenizer: Any, pictures: list[Picture]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens after the picture, and the one that follows each: [pictures, questions, MAX_LENGTH - 1] twice."""
+    ids = np.full((len(pictures), len(KINDS), MAX_LENGTH), tokenizer.eos_token_id)
+    targets = np.full(ids.shape, NO_TARGET)
+    encode = tokenizer.backend_tokenizer.encode
+    for row, picture in enumerate(pictures):
+        for column, question in enumerate(picture.questions):
+            prompt = encode(f"{question.text} ASSISTANT:", add_special_tokens=False).ids
+            answer = [*encode(question.answer, add_special_tokens=False).ids, tokenizer.eos_token_id]
+            end = len(prompt) + len(answer)
+            ids[row, column, :end] = prompt + answer
+            targets[row, column, len(prompt) : end] = answer
+    return torch.from_numpy(ids[..., :-1].copy()), torch.from_numpy(targets[..., 1:].copy())
+
+
+def patch_targets(picture: Picture) -> dict[str, Any]:
+    """What a picture's patches are to tell: things, places and centres [144, ...], and what is present."""
+    tens, ones = divmod(picture.number, 10)
+    num_pairs = len(SHAPES) * len(COLOURS)
+    things = [SHAPES.index(shape.shape) * len(COLOURS) + list(COLOURS).index(shape.colour) for shape in picture.shapes]
+    things += [num_pairs + tens, num_pairs + 10 + ones]
+    top, left = picture.number_at
+    centres = [(shape.row, shape.column) for shape in picture.shapes] + [(top + 7, left + 5), (top + 7, left + 17)]
+    places = [int(row * 3 / SIDE) * 3 + int(column * 3 / SIDE) for row, column in centres]
+    presence = np.zeros(NUM_THINGS, np.float32)
+    presence[things] = 1
+    # An owner of -1, the ground, takes the last entry.
+    return {
+        "things": np.array([*things, GROUND])[picture.owners],
+        "places": np.array([*places, 0])[picture.owners],
+        "centres": (np.array([*centres, (0, 0)], np.float32) / SIDE * 2 - 1)[picture.owners],
+        "presence": presence,
+    }
+
+
+def drop_patches(patches: torch.Tensor, is_foreground: torch.Tensor, seed: tuple[int, int], rank: int) -> torch.Tensor:
+    """In every other step, keep only some of the patches: at random, or rather those that show something.
+
+    A language model that never saw fewer tokens counts shapes by the share of their tokens, which no rule
+    that keeps the right ones survives.
+
+    Args:
+        patches: [pictures, patches, WIDTH].
+        is_foreground: bool [pictures, patches].
+        seed: of the training, and the step: all processes drop as many.
+        rank: of the process: each drops others.
+    """
+    step = seed[1]
+    if step % 2 == 0:
+        return patches
+    num_patches = patches.shape[1]
+    num_kept = round(float(np.exp(np.random.default_rng(seed).uniform(np.log(MIN_KEPT), np.log(num_patches)))))
+    scores = torch.from_numpy(np.random.default_rng((*seed, rank)).random(is_foreground.shape))
+    if step % 4 == 1:
+        scores += 0.6 * is_foreground
+    kept = scores.topk(num_kept, dim=1).indices.sort(dim=1).values
+    return patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[2]))
+
+
+def answer_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the answers' tokens."""
+    return functional.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=NO_TARGET)
+
+
+def check(model: Any, opening: torch.Tensor, batch: dict[str, torch.Tensor]) -> str:
+    """Shares of right answers by kind, on pictures that are not trained on."""
+    with torch.no_grad():
+        states = vision_states(model, normalise(batch["pixels"]))
+        logits = answer_logits(model, states[:, 1:], opening, batch["ids"])
+    is_right = ((logits.argmax(-1) == batch["targets"]) | (batch["targets"] == NO_TARGET)).all(-1).float()
+    shares = [f"{kind} {100 * share:.1f}" for kind, share in zip(KINDS, is_right.mean(0).tolist(), strict=True)]
+    return f"  all {100 * is_right.mean():.1f} | " + " ".join(shares)
+
+
+def learning_rates(settings: TrainingSettings, step: int) -> tuple[float, float]:
+    """Of the tower and of the language model."""
+    left = (settings.num_steps - step) / settings.num_steps
+    rate = settings.learning_rate * min(1.0, left / settings.decay)
+    language_step = step - settings.num_patch_steps
+    return (
+        rate * min(1.0, (step + 1) / settings.warm_up),
+        rate * min(1.0, max(0.0, (language_step + 1) / settings.warm_up)),
+    )
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Give every process the mean of all processes' gradients."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(together)
+    together /= distributed.get_world_size()
+    for gradient, mean in zip(gradients, together.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def train(rank: int, settings: TrainingSettings, output: Path) -> None:
+    """One process of the training, or of its continuation where it was interrupted; the first writes the state.
+
+    Args:
+        rank: of this process; each has its share of every batch.
+        settings: of the training.
+        output: folder for the state, `state.pt`, from which a run goes on.
+    """
+    state_file = output / STATE_NAME
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{(output / 'rendezvous').resolve()}",
+        rank=rank,
+        world_size=settings.num_processes,
+        # A run may be stopped and continued.
+        timeout=timedelta(hours=12),
+    )
+    torch.set_num_threads(1)
+    model, tokenizer = make_model(settings.seed), make_tokenizer()
+    heads = Heads()
+    opening = torch.tensor(tokenizer("USER:")["input_ids"])
+    vision = [*model.model.vision_tower.parameters(), *heads.parameters()]
+    language = [
+        *model.model.multi_modal_projector.parameters(),
+        *model.model.language_model.parameters(),
+        *model.lm_head.parameters(),
+    ]
+    optimiser = torch.optim.AdamW(
+        [{"params": vision}, {"params": language}], betas=(0.9, 0.98), weight_decay=settings.weight_decay
+    )
+    first = 0
+    if state_file.exists():
+        state = torch.load(state_file)
+        first = state["step"]
+        for part, name in ((model, "model"), (heads, "heads"), (optimiser, "optimiser")):
+            part.load_state_dict(state[name])
+    held_out = make_batch(tokenizer, CALIBRATION[:200])
+    share = settings.batch // settings.num_processes
+    sums: dict[str, float] = {}
+    started = time.perf_counter()
+    for step in range(first, settings.num_steps):
+        for group, rate in zip(optimiser.param_groups, learning_rates(settings, step), strict=True):
+            group["lr"] = rate
+        start = step * settings.batch + rank * share
+        batch = make_batch(tokenizer, TRAINING[start : start + share])
+        states = vision_states(model, normalise(batch["pixels"]))
+        losses = heads(states, batch)
+        loss = sum(losses.values(), torch.zeros(()))
+        if step >= settings.num_patch_steps:
+            patches = drop_patches(states[:, 1:], batch["things"] != GROUND, (settings.seed, step), rank)
+            losses["answer"] = answer_loss(answer_logits(model, patches, opening, batch["ids"]), batch["targets"])
+            loss = settings.patch_weight * loss + losses["answer"]
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        average_gradients([*vision, *language])
+        nn.utils.clip_grad_norm_([*vision, *language], 1.0)
+        optimiser.step()
+        done = step + 1
+        if rank > 0:
+            continue
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+        if done % LOG_STEPS == 0:
+            means = " ".join(f"{name} {value / LOG_STEPS:.3f}" for name, value in sums.items())
+            speed = (done - first) * settings.batch / (time.perf_counter() - started)
+            print(f"{time.strftime('%H:%M:%S')} step {done}: {means} | {speed:.0f} pictures/s", flush=True)
+            sums = {}
+        if done % STATE_STEPS == 0 or done == settings.num_steps:
+            print(check(model, opening, held_out), flush=True)
+            state = {"step": done, "model": model.state_dict(), "heads": heads.state_dict()}
+            torch.save(state | {"optimiser": optimiser.state_dict()}, state_file.with_suffix(".new"))
+            state_file.with_suffix(".new").rename(state_file)
+    distributed.destroy_process_group()
+
+
+def main() -> None:
+    """Train from the command line."""
+    defaults = TrainingSettings()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("miniature"), help="state and checkpoint")
+    parser.add_argument("--steps", type=int, default=defaults.num_steps)
+    options = parser.parse_args()
+    settings = TrainingSettings(num_steps=options.steps)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "rendezvous").unlink(missing_ok=True)
+    torch.multiprocessing.spawn(train, (settings, options.output), nprocs=settings.num_processes)
+    model = make_model(settings.seed)
+    model.load_state_dict(torch.load(options.output / STATE_NAME)["model"])
+    checkpoint = options.output / "checkpoint"
+    save(model, checkpoint)
+    write_scores(checkpoint, {"command": "python -m benchmarks.miniature.train", **asdict(settings)})
+    print(f"wrote {checkpoint}")
+
+
+if __name__ == "__main__":
+    main()

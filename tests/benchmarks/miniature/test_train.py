@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.miniature import train
+from benchmarks.miniature.model import WIDTH, make_tokenizer
+from benchmarks.miniature.pictures import COLOURS, SHAPES, SIDE, draw
+from benchmarks.miniature.train import GROUND, TrainingSettings, drop_patches, learning_rates, make_batch, patch_targets
+
+
+def test_a_patch_is_to_tell_the_shape_and_colour_or_the_digit_that_it_shows():
+    picture = draw(3)
+    targets = patch_targets(picture)
+    assert ((targets["things"] != GROUND) == picture.foreground).all()
+    for index, thing in enumerate(picture.shapes):
+        is_shown = picture.owners == index
+        label = SHAPES.index(thing.shape) * len(COLOURS) + list(COLOURS).index(thing.colour)
+        assert (targets["things"][is_shown] == label).all()
+        assert (targets["places"][is_shown] == thing.place).all()
+        centres = (targets["centres"][is_shown] + 1) / 2 * SIDE
+        assert np.allclose(centres, (thing.row, thing.column), atol=1e-3)
+        assert targets["presence"][label] == 1
+    first_digit = targets["things"][picture.owners == len(picture.shapes)]
+    assert (first_digit == len(SHAPES) * len(COLOURS) + picture.number // 10).all()
+    assert targets["presence"].sum() == len(picture.shapes) + 2
+
+
+def patches_of_their_own_index() -> torch.Tensor:
+    return torch.arange(144.0)[None, :, None].expand(3, -1, WIDTH)
+
+
+def test_every_other_step_keeps_all_patches_and_the_rest_keep_some_in_raster_order():
+    patches, is_foreground = patches_of_their_own_index(), torch.zeros(3, 144, dtype=torch.bool)
+    counts = []
+    for step in range(40):
+        kept = drop_patches(patches, is_foreground, (0, step), rank=0)
+        counts.append(kept.shape[1])
+        assert (kept.diff(dim=1) > 0).all()
+    assert counts[::2] == [144] * 20
+    assert all(train.MIN_KEPT <= count <= 144 for count in counts[1::2])
+    assert len(set(counts[1::2])) > 5
+
+
+def test_processes_drop_as_many_patches_but_others():
+    patches, is_foreground = patches_of_their_own_index(), torch.zeros(3, 144, dtype=torch.bool)
+    first, again, other = (drop_patches(patches, is_foreground, (0, 7), rank) for rank in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert first.shape == other.shape
+    assert not torch.equal(first, other)
+
+
+def test_one_step_in_four_rather_keeps_what_shows_something():
+    patches, is_foreground = patches_of_their_own_index(), torch.zeros(3, 144, dtype=torch.bool)
+    is_foreground[:, :36] = True
+    shares = {1: [], 3: []}
+    for step in range(1, 80, 2):
+        kept = drop_patches(patches, is_foreground, (0, step), rank=0)
+        shares[step % 4].append((kept[..., 0] < 36).float().mean().item() * kept.shape[1] / 36)
+    assert np.mean(shares[1]) > np.mean(shares[3]) + 0.1
+
+
+def test_the_language_model_starts_to_learn_after_the_patches():
+    settings = TrainingSettings()
+    tower, language = learning_rates(settings, settings.num_patch_steps - 1)
+    assert tower > 0
+    assert language == 0
+    tower, language = learning_rates(settings, settings.num_patch_steps + settings.warm_up)
+    assert language == tower > 0
+    assert learning_rates(settings, settings.num_steps - 1)[0] < 1e-6
+
+
+def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    settings = TrainingSettings(num_steps=5, num_patch_steps=1, warm_up=2, batch=4, num_processes=1)
+    monkeypatch.setattr(train, "STATE_STEPS", 3)
+    monkeypatch.setattr(train, "check", lambda *_: "")
+    for name in ("whole", "parted"):
+        (tmp_path / name).mkdir()
+    train.train(0, settings, tmp_path / "whole")
+
+    def make_some(tokenizer: Any, seeds: range) -> dict[str, torch.Tensor]:
+        if seeds.start == 4 * settings.batch:
+            raise KeyboardInterrupt
+        return make_batch(tokenizer, seeds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_batch", make_some)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(0, settings, tmp_path / "parted")
+    torch.distributed.destroy_process_group()
+    assert torch.load(tmp_path / "parted" / train.STATE_NAME)["step"] == 3
+    train.train(0, settings, tmp_path / "parted")
+    whole, parted = (torch.load(tmp_path / name / train.STATE_NAME)["model"] for name in ("whole", "parted"))
+    assert all(torch.equal(whole[name], parted[name]) for name in whole)
+
+
+def test_a_batch_is_a_function_of_its_seeds():
+    first, again = (make_batch(make_tokenizer(), range(10, 12)) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
