@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.comparison import UNPRUNED
+from benchmarks.plots import TITLES, draw
 from hivtp_ops.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ anew. All systems of a table ran in one session, in turns, round after round; a 
 a time by the baseline's of the same round. Rounds in which other processes took more than 0.1 core were dropped where
 there were enough others. Weights are random at real shapes, except for the accuracy of the miniature.
 """
+ACCURACY_TEXT = """\
+The trained [miniature](../benchmarks/miniature/README.md), 144 patches, whose language model saw dropped tokens in
+training. Each rival is written from its paper ([rivals.py](../benchmarks/rivals.py)). `python -m benchmarks.accuracy`"""
 # The stages of an answer's first token, in their order.
 STAGES = {"preprocess_ms": "preprocess", "vision_ms": "vision", "prefill_ms": "prefill"}
 COLOURS = {"preprocess_ms": "#7f7f7f", "vision_ms": "#d62728", "prefill_ms": "#1f77b4"}
@@ -186,6 +191,29 @@ def _finish(axes: Axes, title: str, label: str) -> None:
     axes.set_axisbelow(True)
 
 
+def accuracy(measured: Mapping[str, Any]) -> str:
+    """Accuracy of every rule by count, all questions, with half of its 95 % interval."""
+    found: dict[str, dict[int, Mapping[str, float]]] = {}
+    for result in measured["results"]:
+        found.setdefault(result["rule"], {})[result["count"]] = result["accuracy"]["all"]
+    [whole] = found.pop(UNPRUNED).values()
+    counts = sorted({count for scores in found.values() for count in scores}, reverse=True)
+    lines = [
+        f"{measured['num_questions']:,} questions on {measured['num_pictures']:,} held-out pictures; percent right. "
+        f"Unpruned, {measured['num_patches']} tokens: {whole['value']:.1f}.",
+        "",
+        f"| rule, tokens kept | {' | '.join(map(str, counts))} |",
+        "|---|" + "---|" * len(counts),
+    ]
+    for rule, scores in found.items():
+        cells = [
+            f"{score['value']:.1f} ± {(score['high'] - score['low']) / 2:.1f}"
+            for score in (scores[count] for count in counts)
+        ]
+        lines.append(f"| {rule} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def write_page(results: Path, page: Path) -> None:
     """Write the page and its plots from what was measured.
 
@@ -203,6 +231,14 @@ def write_page(results: Path, page: Path) -> None:
             staged[section.title] = measured
         if section.name.startswith("budgets"):
             budgets[section.title] = measured
+    file = results / "accuracy.json"
+    if file.exists():
+        measured = json.loads(file.read_text(encoding="utf-8"))
+        parts.append(f"## Accuracy over tokens\n\n{ACCURACY_TEXT}\n\n{accuracy(measured)}\n")
+        for kind, title in TITLES.items():
+            name = f"accuracy-{kind}.png"
+            draw(measured, kind, page.parent / name)
+            parts.append(f"![{title}]({name})\n")
     if staged:
         draw_stages(staged, page.parent / "where-the-time-goes.png")
         parts.append("## Where the time goes\n\n![Preprocessing, vision and prefill](where-the-time-goes.png)\n")

@@ -125,11 +125,11 @@ print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
 
 
 def test_importing_hivtp_is_quick():
-    code = "import time; started = time.perf_counter(); import hivtp; print(time.perf_counter() - started)"
+    # Processor time, since a busy machine stretches every other.
+    code = "import time; started = time.process_time(); import hivtp; print(time.process_time() - started)"
     seconds = min(float(run_python(code).stdout) for _ in range(5))
     print(f"import hivtp: {seconds:.3f} s")  # noqa: T201  shown by pytest -s
-    # 0.3 s is what is wanted of a quiet machine; a busy one gets twice that.
-    assert seconds < 0.6
+    assert seconds < 0.3
 
 
 @pytest.mark.parametrize("link", [*(f"src/hivtp/{part}" for part in PARTS), "src/hivtp_ops"])

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from hivtp.export.cli import make_parser as export_parser
+from hivtp.export.plan_cli import make_engine_parser
 from hivtp.runtime.cli import make_parser as run_parser
 from hivtp_ops import PRESETS, PruningSpec
 
@@ -25,8 +26,11 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, photo: Path, pruned_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(
+    tmp_path: Path, photo: Path, tiny_checkpoint: Path, pruned_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A folder with the files that the examples name."""
+    (tmp_path / "llava-1.5-7b-hf").symlink_to(tiny_checkpoint)
     (tmp_path / "bundle").symlink_to(pruned_bundle)
     Image.open(photo).convert("RGB").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
@@ -72,8 +76,11 @@ def test_every_command_line_parses() -> None:
     assert len(commands) >= 4
     parsers = {"hivtp-export": export_parser(), "hivtp-run": run_parser()}
     for command in commands:
-        program, *arguments = shlex.split(command)
-        parsers[program].parse_args(arguments)
+        program, *arguments = shlex.split(command, comments=True)
+        if arguments[0] == "engine":
+            make_engine_parser().parse_args(arguments[1:])
+        else:
+            parsers[program].parse_args(arguments)
 
 
 def test_every_preset_is_documented() -> None:
