@@ -30,7 +30,8 @@ there were enough others. Weights are random at real shapes, except for the accu
 """
 ACCURACY_TEXT = """\
 The trained [miniature](../benchmarks/miniature/README.md), 144 patches, whose language model saw dropped tokens in
-training. Each rival is written from its paper ([rivals.py](../benchmarks/rivals.py)). `python -m benchmarks.accuracy`"""
+training. Each rival is written from its paper ([rivals.py](../benchmarks/rivals.py)).
+`python -m benchmarks.accuracy`"""
 # The stages of an answer's first token, in their order.
 STAGES = {"preprocess_ms": "preprocess", "vision_ms": "vision", "prefill_ms": "prefill"}
 COLOURS = {"preprocess_ms": "#7f7f7f", "vision_ms": "#d62728", "prefill_ms": "#1f77b4"}
@@ -198,9 +199,9 @@ def accuracy(measured: Mapping[str, Any]) -> str:
         found.setdefault(result["rule"], {})[result["count"]] = result["accuracy"]["all"]
     [whole] = found.pop(UNPRUNED).values()
     counts = sorted({count for scores in found.values() for count in scores}, reverse=True)
+    asked = f"{measured['num_questions']:,} questions on {measured['num_pictures']:,} held-out pictures; percent right."
     lines = [
-        f"{measured['num_questions']:,} questions on {measured['num_pictures']:,} held-out pictures; percent right. "
-        f"Unpruned, {measured['num_patches']} tokens: {whole['value']:.1f}.",
+        f"{asked} Unpruned, {measured['num_patches']} tokens: {whole['value']:.1f}.",
         "",
         f"| rule, tokens kept | {' | '.join(map(str, counts))} |",
         "|---|" + "---|" * len(counts),
