@@ -94,7 +94,7 @@ def markdown(measured: Mapping[str, Any]) -> str:
         lines += ["", f"| {title} | median ms | min | max | ratio | goal |", "|---|---|---|---|---|---|"]
         for row in measured["rows"]:
             if row["table"] == title:
-                times = " | ".join(f"{value:.4g}" for value in _spread(row["values_ms"]))
+                times = " | ".join(_number(value) for value in _spread(row["values_ms"]))
                 goal = "" if row["goal"] is None else f"{row['goal']:g}, {row['verdict']}"
                 lines.append(f"| {row['label']} | {times} | {row['ratio']:.4g} | {goal} |")
     stages = _stages(measured)
@@ -102,7 +102,7 @@ def markdown(measured: Mapping[str, Any]) -> str:
         lines += ["", "| where the time goes, median ms | tokens of the image | preprocess | vision | prefill |"]
         lines += ["|---|---|---|---|---|"]
         for name, values in stages.items():
-            times = " | ".join(f"{values[stage]:.4g}" for stage in STAGES)
+            times = " | ".join(_number(values[stage]) for stage in STAGES)
             lines.append(f"| {name} | {values['num_kept_tokens']:.0f} | {times} |")
     memory = _peak_memory(measured)
     if memory:
@@ -116,6 +116,11 @@ def _peak_memory(measured: Mapping[str, Any]) -> dict[str, float]:
     systems = [item for results in measured["results"].values() for item in results["samples"].items()]
     key = "peak_memory_bytes"
     return {name: max(sample[key] for sample in samples) for name, samples in systems if key in samples[0]}
+
+
+def _number(value: float) -> str:
+    """Three digits at least, and never an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float, float]:
