@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Of all patches, down to 6 %: on 12 x 12 these are 108, 72, 48, 36, 24, 16 and 9.
 SHARES = (3 / 4, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 9, 1 / 16)
-HALF, QUARTER = SHARES[1], SHARES[3]
+HALF, QUARTER, NINTH = SHARES[1], SHARES[3], SHARES[5]
 
 
 def run(exam: Exam, name: str, rule: Rule, count: int) -> Result:
@@ -129,7 +129,7 @@ def report(options: argparse.Namespace, exam: Exam, calibration: Calibration, re
     )
     for kind in (None, "number"):
         print(f"\n{results.table(kind)}\n\n{results.leads_table(kind)}")
-    for share in (HALF, QUARTER):
+    for share in (HALF, QUARTER, NINTH):
         print(f"\n{results.kinds_table(round(share * results.num_patches))}")
     if options.ablation:
         written["ablation"] = ablate(exam, calibration.best)

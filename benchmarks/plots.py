@@ -35,15 +35,15 @@ LINES: Mapping[str, Line] = {
     "random": Line("#8c6d31", "x"),
     "uniform grid": Line("#bca136", "s"),
     "DivPrune": Line("#2ca02c", "D"),
-    "HiPrune": Line("#9467bd", "P"),
     "VisionZip, dominant": Line("#e377c2", "h"),
     "column mean, last layer": Line("#17becf", "<"),
+    "HiPrune": Line("#9467bd", "P", "-."),
     "global stage only": Line("#ff7f0e", ">", "--"),
     "local stage only": Line("#1f77b4", "*", "--"),
     HIVTP: Line("#d62728", "o"),
 }
-FOOTNOTE = "(the miniature was trained with tokens dropped in half of its batches, which makes it forgiving)"
-TITLES = {"all": "All questions", "number": "Reading the number"}
+FOOTNOTE = "The miniature was trained with tokens dropped in half of its batches, which makes it forgive pruning."
+TITLES = {"all": "All kinds", "number": "Reading the number"}
 
 
 def draw(measured: Mapping[str, Any], kind: str, output: Path) -> None:
@@ -98,7 +98,8 @@ def draw(measured: Mapping[str, Any], kind: str, output: Path) -> None:
     axes.set_xticks(places, [f"{count}\n{100 * count / num_patches:.0f} %" for count in places])
     axes.minorticks_off()
     axes.set_ylim(bottom=0, top=102)
-    axes.set_xlabel(f"visual tokens kept, of {num_patches}\n{FOOTNOTE}")
+    axes.set_xlabel(f"visual tokens kept, of {num_patches}")
+    figure.supxlabel(FOOTNOTE, fontsize=8)
     axes.set_ylabel("right answers in percent")
     axes.grid(alpha=0.25)
     num_pictures, num_questions = measured["num_pictures"], measured["num_questions"]
