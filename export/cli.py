@@ -153,8 +153,8 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     choice.add_argument(
         "--criterion",
         choices=get_args(Criterion),
-        help="answers: how much the model's answers change; features: how well the kept tokens stand for the others, "
-        f"which needs no language model and says less (default: {defaults.criterion})",
+        help="answers: how much the model's answers change; features: how much is dropped of what tells the tokens "
+        f"apart, which needs no language model and says less (default: {defaults.criterion})",
     )
     choice.add_argument(
         "--question",

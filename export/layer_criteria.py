@@ -35,21 +35,19 @@ class Cost:
 
 
 def feature_costs(features: NDArray[np.float32], kept_sets: Sequence[NDArray[np.int64]]) -> list[Cost]:
-    """How badly the kept tokens stand for all: the squared distance of every token to the nearest kept one.
+    """How much of what tells the tokens apart is dropped: the dropped tokens' share of the spread around the mean.
 
-    The sum is divided by that of the distances to the tokens' mean, so 0 is nothing lost, and 1 is no better than
-    one mean token.
+    Where most of a picture is ground, ground lies near the mean, and what stands out of it lies far. Features are
+    scaled to length 1 first: CLIP has a few tokens that are much longer than all others and show nothing.
 
     Args:
         features: [patches, width], of one picture.
         kept_sets: raster indices of each set.
     """
-    features = features.astype(np.float64)
-    spread = ((features - features.mean(axis=0)) ** 2).sum()
-    squares = (features**2).sum(axis=1)
-    distances = np.maximum(squares[:, None] + squares[None] - 2 * features @ features.T, 0)
-    np.fill_diagonal(distances, 0)
-    return [Cost(float(distances[:, kept].min(axis=1).sum() / spread)) for kept in kept_sets]
+    directions = features.astype(np.float64)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    spread = ((directions - directions.mean(axis=0)) ** 2).sum(axis=1)
+    return [Cost(max(0.0, 1 - float(spread[kept].sum() / spread.sum()))) for kept in kept_sets]
 
 
 @dataclass(frozen=True)

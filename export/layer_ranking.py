@@ -24,8 +24,8 @@ class ChoiceSettings:
     """How layer ranges are judged.
 
     Attributes:
-        criterion: "answers" by what the language model says of the kept tokens, "features" by how well the kept
-            tokens stand for the others; see `layer_criteria`.
+        criterion: "answers" by what the language model says of the kept tokens, "features" by how much of
+            what tells the tokens apart is dropped; see `layer_criteria`.
         questions: asked about every picture; the features need none.
         max_answer_tokens: an answer is judged over so many tokens at most.
 
@@ -131,7 +131,7 @@ class LayerRanking:
     def table(self) -> str:
         """The best ranges, the default and random scores, and what to export with, for people."""
         uses_answers = self.settings.criterion == "answers"
-        lines = [_row("layers", "divergence" if uses_answers else "residual", "+-", "same token" * uses_answers)]
+        lines = [_row("layers", "divergence" if uses_answers else "dropped", "+-", "same token" * uses_answers)]
         for place, (layers, judgement) in enumerate(self.ranges, start=1):
             is_default = layers == self.default
             if place <= NUM_ROWS or is_default:

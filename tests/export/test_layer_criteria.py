@@ -39,20 +39,22 @@ def make_image() -> Callable[[int], np.ndarray]:
     return lambda seed: np.random.default_rng(seed).normal(scale=0.5, size=(64, 64)).astype(np.float32)
 
 
-def test_features_of_known_distances() -> None:
-    features = np.array([[0.0, 0], [0, 2], [4, 0], [4, 2]], np.float32)
-    # The mean is (2, 1), so the spread is 4 * 5.
-    costs = feature_costs(features, sets([0, 1, 2, 3], [0, 2], [0, 1], [3]))
-    assert [cost.value for cost in costs] == pytest.approx([0, 8 / 20, 32 / 20, (20 + 16 + 4) / 20])
+def test_features_of_known_spread() -> None:
+    # Directions (1, 0) three times and (-1, 0): the mean is (0.5, 0), so the spread is 3 * 0.25 + 2.25.
+    features = np.array([[1.0, 0], [2, 0], [9, 0], [-3, 0]], np.float32)
+    costs = feature_costs(features, sets([0, 1, 2, 3], [3], [0, 1, 2], [0]))
+    assert [cost.value for cost in costs] == pytest.approx([0, 0.25, 0.75, 2.75 / 3])
     assert {cost.agreement for cost in costs} == {None}
 
 
-def test_features_of_rare_things_are_worth_keeping() -> None:
+def test_features_of_rare_things_are_worth_more_than_ground_and_long_tokens() -> None:
     random = np.random.default_rng(0)
-    background, thing = random.normal(0, 0.1, (90, 8)), random.normal(5, 0.1, (10, 8))
+    background, thing = random.normal([5, 0, 0], 0.1, (90, 3)), random.normal([0, 5, 0], 0.1, (10, 3))
+    background[:10] *= 50
     features = np.concatenate([background, thing]).astype(np.float32)
-    one_of_each, many_of_one = feature_costs(features, sets([0, 95], list(range(50))))
-    assert one_of_each.value < 0.1 < many_of_one.value
+    of_thing, of_ground, of_long = feature_costs(features, sets([*range(90, 100)], [*range(50, 60)], [*range(10)]))
+    assert of_thing.value < 0.2
+    assert min(of_ground.value, of_long.value) > 0.9
 
 
 def test_an_answer_is_what_hugging_face_answers_greedily(
