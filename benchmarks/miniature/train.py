@@ -48,7 +48,7 @@ class TrainingSettings:
         seed: of the first weights and of the dropped tokens.
     """
 
-    num_steps: int = 5000
+    num_steps: int = 4000
     num_patch_steps: int = 800
     batch: int = 32
     learning_rate: float = 1.5e-3
