@@ -80,7 +80,7 @@ def test_an_answer_is_right_where_greedy_decoding_gives_it(
     for case in (kept, random_patches(other.encoded, 40), CASES["varying"][0](other.encoded, 72)):
         is_right = other.is_right(case)
         assert is_right.tolist() == (np.array(other.answers(case), dtype=object) == right_answers(other)).tolist()
-    assert 0.2 < other.is_right(kept).mean() < 1
+    assert 0.1 < other.is_right(kept).mean() < 1
 
 
 def test_a_picture_gets_in_a_batch_what_it_gets_alone(exam: Exam, untrained_miniature: Path) -> None:
