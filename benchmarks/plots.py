@@ -80,9 +80,10 @@ def draw(measured: Mapping[str, Any], kind: str, output: Path) -> None:
         axes.errorbar(
             [result["num_kept"] for result in results],
             values,
+            # Where all answers are right, the interval is a point, within rounding.
             yerr=[
-                [value - score["low"] for value, score in zip(values, scores, strict=True)],
-                [score["high"] - value for value, score in zip(values, scores, strict=True)],
+                [max(0.0, value - score["low"]) for value, score in zip(values, scores, strict=True)],
+                [max(0.0, score["high"] - value) for value, score in zip(values, scores, strict=True)],
             ],
             label=rule,
             color=line.colour,
