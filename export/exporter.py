@@ -26,7 +26,7 @@ from hivtp.export.decoder import DECODER_NAME, EMBEDDINGS_NAME, LanguagePrecisio
 from hivtp.export.graph import VisionPrecision, save_model
 from hivtp.export.processor import Processor, end_token_ids
 from hivtp.export.progress import Progress
-from hivtp.export.reuse import reuse_decoder
+from hivtp.export.reuse import open_source, take_decoder
 from hivtp.export.staging import check_destination, staged
 from hivtp.export.verification import verify_language, verify_vision
 from hivtp.export.vision import GraphKind, build_vision_graph
@@ -172,6 +172,9 @@ def export_bundle(
         settings.check_family(checkpoint, shape)
         spec = settings.resolved_spec(shape)
         processor = None if settings.graph == "encoder" else Processor.open(checkpoint)
+        decoder_source = None
+        if settings.decoder_from is not None:
+            decoder_source = open_source(settings.decoder_from, checkpoint, settings.language_precision)
     with staged(destination) as folder:
         verification: dict[str, Any] = {}
         with progress.step(f"Vision graph, {settings.vision_precision}"):
@@ -183,7 +186,7 @@ def export_bundle(
             )
         language = None
         if processor is not None:
-            language = _export_language(checkpoint, processor, folder, settings, progress, verification)
+            language = _export_language(checkpoint, processor, folder, settings, decoder_source, progress, verification)
         with progress.step("Manifest and hashes"):
             tiling = None
             if processor is not None:
@@ -209,13 +212,14 @@ def _export_language(
     processor: Processor,
     folder: Path,
     settings: ExportSettings,
+    decoder_source: Bundle | None,
     progress: Progress,
     verification: dict[str, Any],
 ) -> LanguageManifest:
     config, precision = checkpoint.config.text_config, settings.language_precision
-    if settings.decoder_from is not None:
-        with progress.step(f"Decoder of {settings.decoder_from}"):
-            verification["language"] = reuse_decoder(settings.decoder_from, checkpoint, precision, folder)
+    if decoder_source is not None:
+        with progress.step(f"Decoder of {decoder_source.folder}"):
+            verification["language"] = take_decoder(decoder_source, folder)
     else:
         with progress.step("Token embeddings"):
             write_embeddings(checkpoint, folder / LANGUAGE_FOLDER)

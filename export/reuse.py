@@ -17,17 +17,13 @@ if TYPE_CHECKING:
     from hivtp.export.decoder import LanguagePrecision
 
 
-def reuse_decoder(source: Path, checkpoint: Checkpoint, precision: LanguagePrecision, folder: Path) -> dict[str, Any]:
-    """Take decoder and token embeddings over, unchanged; on one file system they are linked and cost no space.
+def open_source(source: Path, checkpoint: Checkpoint, precision: LanguagePrecision) -> Bundle:
+    """Open the bundle whose decoder is to be taken over, if it can be.
 
     Args:
-        source: a bundle; its hashes are checked.
+        source: the bundle; its hashes are checked.
         checkpoint: what is being exported.
         precision: of the decoder that is asked for.
-        folder: the bundle that is being written.
-
-    Returns:
-        What was found when the decoder was compared with PyTorch.
 
     Raises:
         BundleError: not a bundle that answers, or of another language model or precision.
@@ -46,11 +42,26 @@ def reuse_decoder(source: Path, checkpoint: Checkpoint, precision: LanguagePreci
             f"the decoder of {source} is {language.precision}, and {precision} is asked for; "
             f"say --language-precision {language.precision}, or export the decoder again"
         )
-    part = language.file.partition("/")[0]
+    return bundle
+
+
+def take_decoder(source: Bundle, folder: Path) -> dict[str, Any]:
+    """Take decoder and token embeddings over, unchanged; on one file system they are linked and cost no space.
+
+    Args:
+        source: from `open_source`.
+        folder: the bundle that is being written.
+
+    Returns:
+        What was found when the decoder was compared with PyTorch.
+    """
+    manifest = source.manifest
+    assert manifest.language is not None, "open_source refuses a bundle without a decoder"
+    part = manifest.language.file.partition("/")[0]
     for name in manifest.files:
         if name.startswith(f"{part}/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            _link_or_copy(source / name, folder / name)
+            _link_or_copy(source.folder / name, folder / name)
     return dict(manifest.verification["language"])
 
 

@@ -76,8 +76,10 @@ def refusal(checkpoint: Path, folder: Path, settings: ExportSettings) -> str:
 
 
 def test_a_decoder_of_another_checkpoint_or_precision_is_refused(
-    tiny_checkpoint: Path, pruned_bundle: Path, tmp_path: Path
+    tiny_checkpoint: Path, pruned_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Before the vision graph, whose export takes a while.
+    monkeypatch.setattr(exporter, "build_vision_graph", None)
     other = make_checkpoint(tmp_path / "other", "tiny", seed=5)
     assert "whose language model is another" in refusal(other, tmp_path, ExportSettings(decoder_from=pruned_bundle))
     settings = ExportSettings(decoder_from=pruned_bundle, language_precision="int4")
