@@ -112,7 +112,7 @@ def main() -> None:
     asked = questions_about(options.image) if options.image else drawn_questions(options.output)
     image, layers = asked[0].image, chosen_layers()
 
-    print(f"== a LLaVA of 1.2 million parameters, trained on drawn pictures: {CHECKPOINT}")
+    print("== the miniature: a LLaVA of 1.2 million parameters, trained on drawn pictures")
     results = {}
     for name in SHOWN:
         print(f"\n== {name}")

@@ -16,6 +16,7 @@ WIDTH = 96
 HEADS = 3
 # The tower's layers that run: the features are those of the last but one layer, as in LLaVA-1.5.
 NUM_VISION_LAYERS = 6
+# Other than WIDTH: ONNX Runtime GenAI takes every linear layer with as many outputs as words for the head.
 VOCAB_SIZE = 128
 # Those that CLIP's image processor subtracts and divides by.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -106,13 +106,13 @@ def test_shapes_touch_neither_each_other_nor_the_edge(pictures):
                 assert math.dist((one.row, one.column), (other.row, other.column)) > one.radius + other.radius
 
 
-def test_the_number_is_written_in_dark_pixels_where_it_is_said_to_be(pictures):
+def test_the_number_is_written_in_bright_pixels_where_it_is_said_to_be(pictures):
     shown: dict[int, np.ndarray] = {}
     for picture in pictures:
         top, left = picture.number_at
-        is_dark = np.asarray(picture.image).max(axis=2)[top : top + 14, left : left + 22] < 60
-        assert shown.setdefault(picture.number, is_dark).shape == (14, 22)
-        assert np.array_equal(shown[picture.number], is_dark), "a number looks the same wherever it stands"
+        is_bright = np.asarray(picture.image).min(axis=2)[top : top + 14, left : left + 22] > 190
+        assert shown.setdefault(picture.number, is_bright).shape == (14, 22)
+        assert np.array_equal(shown[picture.number], is_bright), "a number looks the same wherever it stands"
     digits = {number: (mask[:, :10], mask[:, 12:]) for number, mask in shown.items()}
     for number, (tens, _) in digits.items():
         for other, (_, ones) in digits.items():

@@ -70,7 +70,7 @@ def test_the_language_model_starts_to_learn_after_the_patches():
     assert language == 0
     tower, language = learning_rates(settings, settings.num_patch_steps + settings.warm_up)
     assert language == tower > 0
-    assert learning_rates(settings, settings.num_steps - 1)[0] < 1e-6
+    assert learning_rates(settings, settings.num_steps - 1)[0] < settings.learning_rate / 500
 
 
 def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
