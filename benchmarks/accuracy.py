@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 SHARES = (3 / 4, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 9, 1 / 16)
 HALF, QUARTER, NINTH = SHARES[1], SHARES[3], SHARES[5]
 
+NO_EVIDENCE = (
+    "The adversary answers: patches that show nothing tell what is shown, since the tower has spread it over all of "
+    "them.\nSuch a model is no evidence for or against a rule."
+)
+
 
 def run(exam: Exam, name: str, rule: Rule, count: int) -> Result:
     """Let a rule choose, and ask all questions."""
@@ -135,6 +140,8 @@ def report(options: argparse.Namespace, exam: Exam, calibration: Calibration, re
         written["ablation"] = ablate(exam, calibration.best)
         print(f"\n{ablation_table(written['ablation'])}")
     print("\n" + "\n".join(map(str, reached)))
+    if not reached[-1].is_reached:
+        print(NO_EVIDENCE)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     print(f"\nall results: {options.output}")

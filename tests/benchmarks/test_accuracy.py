@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -8,9 +9,12 @@ import pytest
 
 from benchmarks import ablation, accuracy, plots
 from benchmarks.accuracy import goals
+from benchmarks.calibration import Calibration, LayerRange
 from benchmarks.comparison import HIVTP, UNPRUNED, Comparison, Result
+from benchmarks.exam import Exam
 from benchmarks.intervals import Bootstrap
 from benchmarks.miniature.pictures import KINDS
+from benchmarks.rivals import all_rules
 from hivtp_ops.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -94,13 +98,27 @@ def test_the_oracle_keeps_what_is_shown_and_its_adversary_does_not(written: dict
     assert random["foreground_kept"] < random["things_kept"] < 100
 
 
+def test_a_model_that_answers_without_what_is_shown_is_called_no_evidence(
+    exam: Exam, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = argparse.Namespace(threads=1, ablation=False, output=tmp_path / "accuracy.json")
+    calibration = Calibration([LayerRange(1, 2, 50.0)], 2, 1)
+    rules = {name: rule for name, rule in all_rules(1, 2, 2).items() if name in ("HIVTP", "random", "adversary")}
+    shares = (1 / 2, 1 / 4, 1 / 9)
+    for is_right in (False, True):
+        every_answer = np.full((len(exam.pictures), len(KINDS)), is_right)
+        monkeypatch.setattr(Exam, "is_right", lambda _self, _kept, found=every_answer: found)
+        accuracy.report(options, exam, calibration, accuracy.evaluate(exam, rules, shares))
+        assert (accuracy.NO_EVIDENCE in capsys.readouterr().out) is is_right
+
+
 def test_layers_are_calibrated_on_pictures_that_nothing_is_measured_with(
     untrained_miniature: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
     monkeypatch.setattr(accuracy, "calibrate", lambda exam: exam)
     monkeypatch.setattr(accuracy.Exam, "open", lambda _checkpoint, seeds: opened.append(set(seeds)) or seeds)
-    parser = accuracy.argparse.ArgumentParser()
+    parser = argparse.ArgumentParser()
     accuracy.add_options(parser, "accuracy.json")
     accuracy.prepare(parser.parse_args([f"--checkpoint={untrained_miniature}"]))
     calibration, held_out = opened
