@@ -13,7 +13,7 @@ from hivtp.engines.record import read_record
 from hivtp_ops.errors import BundleError
 from hivtp_ops.spec import PruningSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 PROCESSOR_FOLDER = "processor"
 
@@ -76,6 +76,7 @@ class LanguageManifest:
         file: the decoder, `inputs_embeds` and a KV cache in, logits of the last position out.
         embeddings: the token embedding table, [vocab, hidden] in a .npy file.
         precision: fp32, int8 or int4.
+        block_size: weights that share a scale; None where they are not rounded.
         num_layers, num_kv_heads, head_size, hidden_size, vocab_size: sizes of the model.
         context_length: most positions, prompt and answer together.
         image_token_id: the placeholder that an image's tokens replace.
@@ -85,6 +86,7 @@ class LanguageManifest:
     file: str
     embeddings: str
     precision: str
+    block_size: int | None
     num_layers: int
     num_kv_heads: int
     head_size: int

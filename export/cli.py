@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from hivtp.export.decoder import LanguagePrecision
+from hivtp.export.decoder import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, LanguagePrecision
 from hivtp.export.exporter import ExportSettings, NewlineRule, export_bundle
 from hivtp.export.graph import VisionPrecision
 from hivtp.export.layer_choice import choose_layers
@@ -122,6 +122,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="bits of the decoder's weights (default: %(default)s)",
     )
     precision.add_argument(
+        "--block-size",
+        type=int,
+        choices=BLOCK_SIZES,
+        help="weights of an int8 or int4 decoder that share a scale; 128 answers sooner than the default, and rounds "
+        f"more coarsely, by as much as the summary says (default: {DEFAULT_BLOCK_SIZE})",
+    )
+    precision.add_argument(
         "--decoder-from",
         type=Path,
         metavar="BUNDLE",
@@ -190,6 +197,7 @@ def settings_from(options: argparse.Namespace) -> ExportSettings:
         is_pruned=not options.no_pruning,
         vision_precision=options.vision_precision,
         language_precision=options.language_precision,
+        block_size=options.block_size,
         newline=options.newline,
         keep_total=options.keep_total,
         graph=options.graph,

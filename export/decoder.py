@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 LanguagePrecision = Literal["fp32", "int8", "int4"]
 NUM_BITS = {"int8": 8, "int4": 4}
+# Weights that share a scale. Larger blocks round more coarsely, and leave the kernels less to do besides multiplying.
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+DEFAULT_BLOCK_SIZE = 32
 DECODER_NAME = "decoder.onnx"
 EMBEDDINGS_NAME = "embeddings.npy"
 # The KV cache holds the whole context, in which a chat can go back, even where attention sees a window of it.
@@ -42,6 +45,8 @@ def write_decoder(
     folder: Path,
     precision: LanguagePrecision,
     on_weight: Callable[[int, int], None] = lambda _done, _total: None,
+    *,
+    block_size: int | None = None,
 ) -> Path:
     """Write `decoder.onnx` and its weights: embeddings and KV cache in, logits of the last position out.
 
@@ -50,8 +55,9 @@ def write_decoder(
     Args:
         checkpoint: an open checkpoint; only its language weights are read.
         folder: where to write; made if absent.
-        precision: "fp32", or weights of 8 or 4 bits in blocks of 32 (activations become int8 in the kernels).
+        precision: "fp32", or weights of 8 or 4 bits in blocks (activations become int8 in the kernels).
         on_weight: called with (weights done, all weights).
+        block_size: weights in a block, one of BLOCK_SIZES; None for DEFAULT_BLOCK_SIZE.
 
     Raises:
         MissingExtraError: onnxruntime-genai is not installed.
@@ -79,7 +85,8 @@ def write_decoder(
         save_model(decoder.model, folder / DECODER_NAME, on_weight)
     else:
         with _silenced():
-            quantize_weights(decoder.model, WeightOnlySettings(NUM_BITS[precision]), on_weight)
+            settings = WeightOnlySettings(NUM_BITS[precision], block_size or DEFAULT_BLOCK_SIZE)
+            quantize_weights(decoder.model, settings, on_weight)
         save_model(decoder.model, folder / DECODER_NAME)
     return folder / DECODER_NAME
 

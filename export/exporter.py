@@ -22,7 +22,16 @@ from hivtp.engines.bundle import (
 )
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.clip import VisionShape
-from hivtp.export.decoder import DECODER_NAME, EMBEDDINGS_NAME, LanguagePrecision, write_decoder, write_embeddings
+from hivtp.export.decoder import (
+    BLOCK_SIZES,
+    DECODER_NAME,
+    DEFAULT_BLOCK_SIZE,
+    EMBEDDINGS_NAME,
+    NUM_BITS,
+    LanguagePrecision,
+    write_decoder,
+    write_embeddings,
+)
 from hivtp.export.graph import VisionPrecision, save_model
 from hivtp.export.processor import Processor, end_token_ids
 from hivtp.export.progress import Progress
@@ -55,6 +64,7 @@ class ExportSettings:
         is_pruned: False exports the unpruned model.
         vision_precision: fp32, fp16 or int8.
         language_precision: fp32, int8 or int4.
+        block_size: weights of an int8 or int4 decoder that share a scale; None for DEFAULT_BLOCK_SIZE.
         newline: which picture rows of LLaVA-NeXT end with a newline token.
         keep_total: one budget over all tiles of a LLaVA-NeXT picture; None keeps per tile what the spec says.
         graph: "vision" for a bundle that answers; "encoder" for the graph that emits the features and the
@@ -70,6 +80,7 @@ class ExportSettings:
     is_pruned: bool = True
     vision_precision: VisionPrecision = "fp32"
     language_precision: LanguagePrecision = "fp32"
+    block_size: int | None = None
     newline: NewlineRule = "kept-rows"
     keep_total: int | None = None
     graph: GraphKind = "vision"
@@ -86,12 +97,29 @@ class ExportSettings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise SpecError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        self._check_block_size()
         if not self.is_pruned and (self.first_layer, self.num_layers) != (None, None):
             raise SpecError("first_layer and num_layers say what scores the patches, and without pruning nothing does")
         if self.graph == "encoder" and not self.is_pruned:
             raise SpecError("the encoder graph emits the scoring layers' attention, so it needs a spec for them")
         if self.graph == "encoder" and self.decoder_from is not None:
             raise SpecError("an encoder bundle has no decoder to take over; drop decoder_from")
+
+    @property
+    def resolved_block_size(self) -> int | None:
+        """Weights of the decoder that share a scale; None where they are not rounded."""
+        return (self.block_size or DEFAULT_BLOCK_SIZE) if self.language_precision in NUM_BITS else None
+
+    def _check_block_size(self) -> None:
+        if self.block_size is None:
+            return
+        if self.language_precision not in NUM_BITS:
+            raise SpecError(
+                f"block_size is for rounded weights, and {self.language_precision} has none; "
+                f"drop it, or choose a language_precision of {' or '.join(NUM_BITS)}"
+            )
+        if self.block_size not in BLOCK_SIZES:
+            raise SpecError(f"block_size is {self.block_size}; choose one of {', '.join(map(str, BLOCK_SIZES))}")
 
     def resolved_spec(self, shape: VisionShape) -> PruningSpec | None:
         """The spec for a vision tower: preset fitted to its grid, layers to its depth; None without pruning.
@@ -174,7 +202,9 @@ def export_bundle(
         processor = None if settings.graph == "encoder" else Processor.open(checkpoint)
         decoder_source = None
         if settings.decoder_from is not None:
-            decoder_source = open_source(settings.decoder_from, checkpoint, settings.language_precision)
+            decoder_source = open_source(
+                settings.decoder_from, checkpoint, settings.language_precision, settings.resolved_block_size
+            )
     with staged(destination) as folder:
         verification: dict[str, Any] = {}
         with progress.step(f"Vision graph, {settings.vision_precision}"):
@@ -224,13 +254,16 @@ def _export_language(
         with progress.step("Token embeddings"):
             write_embeddings(checkpoint, folder / LANGUAGE_FOLDER)
         with progress.step(f"Decoder, {precision}"):
-            decoder = write_decoder(checkpoint, folder / LANGUAGE_FOLDER, precision, progress.update)
+            decoder = write_decoder(
+                checkpoint, folder / LANGUAGE_FOLDER, precision, progress.update, block_size=settings.block_size
+            )
         with progress.step("Decoder against PyTorch"):
             verification["language"] = verify_language(checkpoint, decoder, precision)
     return LanguageManifest(
         file=f"{LANGUAGE_FOLDER}/{DECODER_NAME}",
         embeddings=f"{LANGUAGE_FOLDER}/{EMBEDDINGS_NAME}",
         precision=precision,
+        block_size=settings.resolved_block_size,
         num_layers=config.num_hidden_layers,
         num_kv_heads=config.num_key_value_heads,
         head_size=config.head_dim,

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from hivtp.export.decoder import LanguagePrecision
 
 
-def open_source(source: Path, checkpoint: Checkpoint, precision: LanguagePrecision) -> Bundle:
+def open_source(source: Path, checkpoint: Checkpoint, precision: LanguagePrecision, block_size: int | None) -> Bundle:
     """Open the bundle whose decoder is to be taken over, if it can be.
 
     Args:
         source: the bundle; its hashes are checked.
         checkpoint: what is being exported.
         precision: of the decoder that is asked for.
+        block_size: likewise.
 
     Raises:
         BundleError: not a bundle that answers, or of another language model or precision.
@@ -41,6 +42,11 @@ def open_source(source: Path, checkpoint: Checkpoint, precision: LanguagePrecisi
         raise BundleError(
             f"the decoder of {source} is {language.precision}, and {precision} is asked for; "
             f"say --language-precision {language.precision}, or export the decoder again"
+        )
+    if language.block_size != block_size:
+        raise BundleError(
+            f"the decoder of {source} is rounded in blocks of {language.block_size}, and {block_size} is asked for; "
+            f"say --block-size {language.block_size}, or export the decoder again"
         )
     return bundle
 

@@ -23,7 +23,7 @@ class WeightOnlySettings:
     """
 
     bits: int
-    block_size: int = 32
+    block_size: int
     is_symmetric: bool = True
     accuracy_level: int = 4
 

@@ -94,6 +94,26 @@ def test_dequantised_weights_are_the_checkpoints_within_half_a_step(
     assert num_quantised == 2 * 7 + 1
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_larger_blocks_round_more_coarsely(tiny_checkpoint: Path, tmp_path: Path, precision: str) -> None:
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    errors = []
+    # The tiny model is 64 and 96 wide: some blocks are cut short.
+    for block_size in (16, 64, 256):
+        file = write_decoder(checkpoint, tmp_path / str(block_size), precision, block_size=block_size)
+        sizes = {
+            attribute.i
+            for node in onnx.load(file, load_external_data=False).graph.node
+            for attribute in node.attribute
+            if attribute.name == "block_size"
+        }
+        assert sizes == {block_size}
+        report = verify_language(checkpoint, file, precision)
+        assert report["relative_error"] < 0.05
+        errors.append(report["quantization_error"])
+    assert errors[0] < min(errors[1:])
+
+
 def test_the_decoder_takes_embeddings_and_prunes_its_head(tiny_checkpoint: Path, tmp_path: Path) -> None:
     file = write_decoder(Checkpoint.open(tiny_checkpoint), tmp_path, "fp32")
     graph = onnx.load(file, load_external_data=False).graph

@@ -40,6 +40,7 @@ def test_a_bundle_says_what_it_is(tiny_checkpoint: Path, tmp_path: Path) -> None
     assert manifest.vision.grid == (8, 8)
     assert manifest.vision.capacity == 21
     assert (manifest.vision.precision, manifest.language.precision) == ("int8", "int4")
+    assert manifest.language.block_size == 32
     assert manifest.language.image_token_id == 511
     assert manifest.language.eos_token_ids == (2,)
     assert manifest.verification["vision"]["relative_error"] < 0.1
@@ -90,6 +91,10 @@ def test_a_spec_that_does_not_fit_the_model_is_refused_before_anything_is_writte
 def test_unknown_settings_are_refused() -> None:
     with pytest.raises(SpecError, match="vision_precision is 'int2'; choose one of fp32, fp16, int8"):
         ExportSettings(vision_precision="int2")
+    with pytest.raises(SpecError, match="block_size is 48; choose one of 16, 32, 64, 128, 256"):
+        ExportSettings(language_precision="int4", block_size=48)
+    with pytest.raises(SpecError, match="fp32 has none; drop it, or choose a language_precision of int8 or int4"):
+        ExportSettings(block_size=64)
     with pytest.raises(SpecError, match="encoder graph"):
         ExportSettings(graph="encoder", is_pruned=False)
 

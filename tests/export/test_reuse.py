@@ -86,6 +86,19 @@ def test_a_decoder_of_another_checkpoint_or_precision_is_refused(
     assert "--language-precision fp32" in refusal(tiny_checkpoint, tmp_path, settings)
 
 
+def test_a_decoder_rounded_in_other_blocks_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coarse = export_bundle(
+        tiny_checkpoint, tmp_path / "a", ExportSettings(language_precision="int4", block_size=64), is_quiet=True
+    )
+    assert coarse.manifest.language is not None
+    assert coarse.manifest.language.block_size == 64
+    monkeypatch.setattr(exporter, "build_vision_graph", None)
+    settings = ExportSettings(decoder_from=coarse.folder, language_precision="int4")
+    assert "in blocks of 64, and 32 is asked for; say --block-size 64" in refusal(tiny_checkpoint, tmp_path, settings)
+
+
 def test_an_altered_or_missing_source_is_refused(tiny_checkpoint: Path, pruned_bundle: Path, tmp_path: Path) -> None:
     assert "hivtp-export wrote" in refusal(tiny_checkpoint, tmp_path, ExportSettings(decoder_from=tmp_path / "none"))
     altered = tmp_path / "altered"
