@@ -96,12 +96,12 @@ class Picture:
     Args:
         image: RGB, SIDE x SIDE.
         questions: one of each kind, in the order of KINDS.
-        foreground: bool [144], raster order: the patches that show a part of a shape or of a digit.
+        foreground: bool [144], raster order: the patches that show any pixel of a shape or of a digit.
         shapes: what is on it.
         number: the number on it, 10 to 99.
         number_at: row and column of the number's top left pixel.
         owners: int [144], raster order: what a patch shows most of: an index into `shapes`; len(shapes) for
-            the number's first digit, one more for its second; -1 for the ground.
+            the number's first digit, one more for its second; -1 for the ground, and for next to nothing of a thing.
     """
 
     image: Image.Image
@@ -126,7 +126,7 @@ def draw(seed: int) -> Picture:
     return Picture(
         image=Image.fromarray(pixels),
         questions=_ask(random, shapes, number),
-        foreground=owners >= 0,
+        foreground=_patches(owner >= 0).any(axis=1),
         shapes=shapes,
         number=number,
         number_at=number_at,
@@ -230,8 +230,13 @@ def _distance(shape: str, y: NDArray[Any], x: NDArray[Any], radius: float) -> ND
     return np.maximum(y - 0.8 * radius, (np.abs(x) * 1.8 - (y + radius)) * 0.5)
 
 
+def _patches(pixels: NDArray[Any]) -> NDArray[Any]:
+    """The pixels [SIDE, SIDE] by patch: [144, PATCH * PATCH]."""
+    return pixels.reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID * GRID, PATCH * PATCH)
+
+
 def _patch_owners(owner: NDArray[np.int64], num_things: int) -> NDArray[np.int64]:
-    patches = owner.reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID * GRID, PATCH * PATCH)
+    patches = _patches(owner)
     covered = np.stack([(patches == thing).sum(axis=1) for thing in range(num_things)])
     return np.where(covered.max(axis=0) >= _MIN_PIXELS, covered.argmax(axis=0), -1)
 

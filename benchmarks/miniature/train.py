@@ -32,39 +32,47 @@ LOG_STEPS, STATE_STEPS = 100, 250
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How the miniature is trained.
+    """How the miniature is trained: first the tower, then the projector and the language model behind it.
 
     Args:
-        num_steps: in all.
-        num_patch_steps: the first of them, in which the tower alone learns what each patch shows. Without
-            them the answers stay at their most frequent values for long.
+        num_tower_steps: the first steps, in which the tower learns what each patch shows.
+        num_language_steps: the others, in which the tower stays as it is, as LLaVA's does, and the rest learns to
+            answer. A tower that learnt from answers behind few patches would write what it sees into all of them,
+            and no choice of patches would be worse than another.
         batch: pictures in a step, each with all its questions.
-        learning_rate: constant between a warm-up and a straight way down to zero. Runs of different length are
-            thus the same until the shorter one goes down, and the length may still be chosen while one runs.
-        decay: the last share of the steps, in which it goes down.
-        warm_up: steps, for the tower from the first step on, for the language model from its own first.
-        patch_weight: of the losses on patches and on the class token once questions are learnt too.
+        learning_rate: in both parts constant between a warm-up and a straight way down to zero.
+        decay: the last share of the steps of a part, in which it goes down.
+        warm_up: the first steps of a part.
+        evenness_weight: of the loss that keeps the ground's patches alike, beside the others of the tower.
+        drops_patches: whether the language model learns from fewer patches in every other step.
         num_processes: each of one thread, with its share of the batch.
         seed: of the first weights and of the dropped tokens.
     """
 
-    num_steps: int = 4000
-    num_patch_steps: int = 800
+    num_tower_steps: int = 1600
+    num_language_steps: int = 3200
     batch: int = 32
     learning_rate: float = 1.5e-3
     decay: float = 0.25
     warm_up: int = 100
     weight_decay: float = 0.02
-    patch_weight: float = 0.3
+    evenness_weight: float = 5.0
+    drops_patches: bool = True
     num_processes: int = 2
     seed: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        """In all."""
+        return self.num_tower_steps + self.num_language_steps
 
 
 class Heads(nn.Module):
     """What the tower is asked about patches and the whole while it trains; no part of the checkpoint.
 
     A patch tells what it shows and where that thing's centre is; the class token tells what is there at all,
-    so that its attention means something.
+    so that its attention means something. Patches of the ground are to be all alike: one that tells of the things
+    around it would answer in their place.
     """
 
     def __init__(self) -> None:
@@ -77,17 +85,26 @@ class Heads(nn.Module):
 
     def forward(self, states: torch.Tensor, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The losses, by name; `states` is [pictures, 1 + patches, WIDTH]."""
-        states = self.norm(states)
-        things, patches = batch["things"], states[:, 1:]
+        things = batch["things"]
         is_foreground = things != GROUND
-        shown, ground = patches[is_foreground], patches[~is_foreground]
+        shown, ground = (self.norm(states[:, 1:][mask]) for mask in (is_foreground, ~is_foreground))
         return {
             "thing": functional.cross_entropy(self.thing(shown), things[is_foreground]),
             "ground": functional.cross_entropy(self.thing(ground), things[~is_foreground]),
             "place": functional.cross_entropy(self.place(shown), batch["places"][is_foreground]),
             "centre": functional.mse_loss(self.centre(shown), batch["centres"][is_foreground]),
-            "presence": functional.binary_cross_entropy_with_logits(self.presence(states[:, 0]), batch["presence"]),
+            "presence": functional.binary_cross_entropy_with_logits(
+                self.presence(self.norm(states[:, 0])), batch["presence"]
+            ),
+            "unevenness": unevenness(states[:, 1:], is_foreground),
         }
+
+
+def unevenness(patches: torch.Tensor, is_foreground: torch.Tensor) -> torch.Tensor:
+    """How far the ground's patches lie from their mean, as a share of how far those that show something do."""
+    ground = patches[~is_foreground]
+    mean = ground.mean(dim=0)
+    return (ground - mean).square().mean() / (patches[is_foreground] - mean).square().mean().detach()
 
 
 def make_batch(tokenizer: Any, seeds: range) -> dict[str, torch.Tensor]:
@@ -128,6 +145,7 @@ def patch_targets(picture: Picture) -> dict[str, Any]:
     presence[things] = 1
     # An owner of -1, the ground, takes the last entry.
     return {
+        "owners": picture.owners,
         "things": np.array([*things, GROUND])[picture.owners],
         "places": np.array([*places, 0])[picture.owners],
         "centres": (np.array([*centres, (0, 0)], np.float32) / SIDE * 2 - 1)[picture.owners],
@@ -135,26 +153,28 @@ def patch_targets(picture: Picture) -> dict[str, Any]:
     }
 
 
-def drop_patches(patches: torch.Tensor, is_foreground: torch.Tensor, seed: tuple[int, int], rank: int) -> torch.Tensor:
-    """In every other step, keep only some of the patches: at random, or rather those that show something.
+def drop_patches(patches: torch.Tensor, owners: torch.Tensor, seed: tuple[int, int], rank: int) -> torch.Tensor:
+    """Keep some of the patches: at random, or rather those that show something.
 
     A language model that never saw fewer tokens counts shapes by the share of their tokens, which no rule
-    that keeps the right ones survives.
+    that keeps the right ones survives. Each thing keeps a patch at least: from pictures that lack what they are
+    asked about, only guessing can be learnt.
 
     Args:
         patches: [pictures, patches, WIDTH].
-        is_foreground: bool [pictures, patches].
+        owners: [pictures, patches], as in Picture.
         seed: of the training, and the step: all processes drop as many.
         rank: of the process: each drops others.
     """
     step = seed[1]
-    if step % 2 == 0:
-        return patches
     num_patches = patches.shape[1]
     num_kept = round(float(np.exp(np.random.default_rng(seed).uniform(np.log(MIN_KEPT), np.log(num_patches)))))
-    scores = torch.from_numpy(np.random.default_rng((*seed, rank)).random(is_foreground.shape))
+    scores = torch.from_numpy(np.random.default_rng((*seed, rank)).random(owners.shape))
     if step % 4 == 1:
-        scores += 0.6 * is_foreground
+        scores += 0.6 * (owners >= 0)
+    for owner in range(int(owners.max()) + 1):
+        best = scores.masked_fill(owners != owner, 0).argmax(dim=1, keepdim=True)
+        scores.scatter_add_(1, best, 2 * (owners.gather(1, best) == owner).to(scores.dtype))
     kept = scores.topk(num_kept, dim=1).indices.sort(dim=1).values
     return patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[2]))
 
@@ -176,13 +196,15 @@ def check(model: Any, opening: torch.Tensor, batch: dict[str, torch.Tensor]) -> 
 
 def learning_rates(settings: TrainingSettings, step: int) -> tuple[float, float]:
     """Of the tower and of the language model."""
-    left = (settings.num_steps - step) / settings.num_steps
-    rate = settings.learning_rate * min(1.0, left / settings.decay)
-    language_step = step - settings.num_patch_steps
-    return (
-        rate * min(1.0, (step + 1) / settings.warm_up),
-        rate * min(1.0, max(0.0, (language_step + 1) / settings.warm_up)),
-    )
+    language_step = step - settings.num_tower_steps
+    if language_step < 0:
+        return _rate(settings, step, settings.num_tower_steps), 0.0
+    return 0.0, _rate(settings, language_step, settings.num_language_steps)
+
+
+def _rate(settings: TrainingSettings, step: int, num_steps: int) -> float:
+    left = (num_steps - step) / num_steps
+    return settings.learning_rate * min(1.0, left / settings.decay, (step + 1) / settings.warm_up)
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
@@ -240,13 +262,18 @@ def train(rank: int, settings: TrainingSettings, output: Path) -> None:
             group["lr"] = rate
         start = step * settings.batch + rank * share
         batch = make_batch(tokenizer, TRAINING[start : start + share])
-        states = vision_states(model, normalise(batch["pixels"]))
-        losses = heads(states, batch)
-        loss = sum(losses.values(), torch.zeros(()))
-        if step >= settings.num_patch_steps:
-            patches = drop_patches(states[:, 1:], batch["things"] != GROUND, (settings.seed, step), rank)
-            losses["answer"] = answer_loss(answer_logits(model, patches, opening, batch["ids"]), batch["targets"])
-            loss = settings.patch_weight * loss + losses["answer"]
+        is_tower_step = step < settings.num_tower_steps
+        with torch.set_grad_enabled(is_tower_step):
+            states = vision_states(model, normalise(batch["pixels"]))
+        if is_tower_step:
+            losses = heads(states, batch)
+        else:
+            patches = states[:, 1:]
+            if settings.drops_patches and step % 2:
+                patches = drop_patches(patches, batch["owners"], (settings.seed, step), rank)
+            losses = {"answer": answer_loss(answer_logits(model, patches, opening, batch["ids"]), batch["targets"])}
+        weights = {"unevenness": settings.evenness_weight}
+        loss = sum((weights.get(name, 1.0) * value for name, value in losses.items()), torch.zeros(()))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients([*vision, *language])
@@ -263,7 +290,8 @@ def train(rank: int, settings: TrainingSettings, output: Path) -> None:
             print(f"{time.strftime('%H:%M:%S')} step {done}: {means} | {speed:.0f} pictures/s", flush=True)
             sums = {}
         if done % STATE_STEPS == 0 or done == settings.num_steps:
-            print(check(model, opening, held_out), flush=True)
+            if not is_tower_step:
+                print(check(model, opening, held_out), flush=True)
             state = {"step": done, "model": model.state_dict(), "heads": heads.state_dict()}
             torch.save(state | {"optimiser": optimiser.state_dict()}, state_file.with_suffix(".new"))
             state_file.with_suffix(".new").rename(state_file)
@@ -275,9 +303,15 @@ def main() -> None:
     defaults = TrainingSettings()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("miniature"), help="state and checkpoint")
-    parser.add_argument("--steps", type=int, default=defaults.num_steps)
+    parser.add_argument("--tower-steps", type=int, default=defaults.num_tower_steps)
+    parser.add_argument("--language-steps", type=int, default=defaults.num_language_steps)
+    parser.add_argument("--keep-all", action="store_true", help="never drop patches while the language model learns")
     options = parser.parse_args()
-    settings = TrainingSettings(num_steps=options.steps)
+    settings = TrainingSettings(
+        num_tower_steps=options.tower_steps,
+        num_language_steps=options.language_steps,
+        drops_patches=not options.keep_all,
+    )
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "rendezvous").unlink(missing_ok=True)
     torch.multiprocessing.spawn(train, (settings, options.output), nprocs=settings.num_processes)

@@ -141,7 +141,9 @@ def test_the_foreground_is_where_the_shapes_and_the_number_are(pictures):
 
 def test_owners_tell_what_each_foreground_patch_shows(pictures):
     for picture in pictures:
-        assert np.array_equal(picture.owners >= 0, picture.foreground)
+        assert picture.foreground[picture.owners >= 0].all()
+        # The rest of the foreground are slivers.
+        assert (picture.owners[picture.foreground] >= 0).mean() > 0.7
         for index, thing in enumerate(picture.shapes):
             rows, columns = np.divmod(np.flatnonzero(picture.owners == index), GRID)
             centres = np.hypot((rows + 0.5) * PATCH - thing.row, (columns + 0.5) * PATCH - thing.column)
