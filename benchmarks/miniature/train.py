@@ -50,7 +50,7 @@ class TrainingSettings:
     """
 
     num_tower_steps: int = 1600
-    num_language_steps: int = 3200
+    num_language_steps: int = 4000
     batch: int = 32
     learning_rate: float = 1.5e-3
     decay: float = 0.25
