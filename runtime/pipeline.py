@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Unpack
 
@@ -17,6 +17,7 @@ from hivtp.runtime.chat import Chat
 from hivtp.runtime.embedding_cache import DEFAULT_CACHE_BYTES, EmbeddingCache
 from hivtp.runtime.image_encoder import open_image_encoder
 from hivtp.runtime.language import BackendName, LanguageBackend, LanguageDtype, LanguageSettings, create_language
+from hivtp.runtime.lookahead import answer_each
 from hivtp.runtime.outcome import memory_errors
 from hivtp.runtime.prepared_image import prepare_images
 from hivtp.runtime.prompt import PromptTemplate
@@ -192,6 +193,34 @@ class Pipeline:
         if isinstance(requests, str) or not isinstance(requests, Sequence):
             raise PromptError(f"requests must be a list of Request, not {type(requests).__name__}")
         return answer_batch(self, requests)
+
+    def generate_each(self, requests: Iterable[Request]) -> Generator[Answer | HivtpError]:
+        """Answer requests one after the other, in order; while one is decoded, the pictures of the next are prepared.
+
+        A thread takes the next request from `requests` when the first token of the present one is there, then reads,
+        resizes and encodes its pictures; it is never further ahead. Each answer is the one that its request gives
+        alone. That gains where the two do not want the same cores: with the vision graph or the language model on a
+        GPU, or with `requests` or the pictures coming slowly. On a CPU that both share it gains little or loses
+        (`benchmarks/lookahead.py` measures it): let the language model have fewer cores than there are, or use
+        `generate`.
+
+        preprocess_ms and vision_ms are the times of these stages themselves, although others may have hidden them;
+        ttft_ms counts from where the answer was asked for, or its request taken if that is later: it holds what was
+        left to wait of them.
+
+        Args:
+            requests: what to ask, as it comes; it is iterated in the thread.
+
+        Returns:
+            An iterator over each request's answer, or the error that it alone failed with: what `stream` raises. It
+            raises what iterating `requests` raises, in its place. Closing it waits for the picture in work.
+
+        Raises:
+            PromptError: `requests` cannot be iterated.
+        """
+        if isinstance(requests, str | bytes) or not isinstance(requests, Iterable):
+            raise PromptError(f"requests must be an iterable of Request, not {type(requests).__name__}")
+        return answer_each(self, requests)
 
     def chat(self) -> Chat:
         """Begin a conversation, in which further questions cost their own tokens only."""
