@@ -86,6 +86,7 @@ class Pipeline:
         checkpoint: str | Path | None = LanguageSettings.checkpoint,
         language_device: str = LanguageSettings.device,
         language_dtype: LanguageDtype = LanguageSettings.dtype,
+        language_compile: bool = LanguageSettings.is_compiled,
     ) -> Pipeline:
         """Load a bundle that hivtp-export wrote; needs numpy and onnxruntime, and torch only for transformers.
 
@@ -106,6 +107,8 @@ class Pipeline:
             checkpoint: for "transformers": the Hugging Face folder that the bundle was exported from.
             language_device: for "transformers": where the model runs, as torch names it, such as "cuda".
             language_dtype: for "transformers": float32, bfloat16 or float16.
+            language_compile: for "transformers": compile the model, and on a GPU run it as CUDA graphs. Each length of
+                prompt that is new costs seconds to minutes; see TransformersLanguage.
 
         Raises:
             BundleError: the bundle is incomplete, altered, of another schema, or cannot answer.
@@ -115,7 +118,9 @@ class Pipeline:
             SettingsError: a setting cannot work.
         """
         settings = EngineSettings(num_threads, uses_cuda_graph)
-        language_settings = LanguageSettings(language, settings, checkpoint, language_device, language_dtype)
+        language_settings = LanguageSettings(
+            language, settings, checkpoint, language_device, language_dtype, language_compile
+        )
         bundle = Bundle.open(folder, check_hashes=check_hashes)
         manifest = bundle.manifest
         if manifest.language is None:
