@@ -118,13 +118,13 @@ class CompiledDecoder:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        from torch._dynamo.exc import TorchDynamoException
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         device = self._weight.device
         with torch_errors(device):
             try:
                 yield
-            except TorchDynamoException as error:
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise EngineError(
                     f"torch cannot compile the language model for {device}: {reason}; that needs a C++ compiler, and "

@@ -303,6 +303,18 @@ def test_where_torch_does_not_compile_at_all_loading_says_so(llava: Pair, monkey
         load(llava.bundle, llava.checkpoint, language_compile=True)
 
 
+def test_a_model_that_torch_cannot_compile_is_an_error_that_says_what_to_do(llava: Pair, monkeypatch) -> None:
+    def refuse(*_args: Any) -> Any:
+        raise torch._dynamo.exc.TorchDynamoException("no working C++ compiler found\nand much more")
+
+    expected = list(llava.language.generate(prompt(90), 3, greedy))
+    with monkeypatch.context() as patched:
+        patched.setattr(llava.language._compiled, "_begin", refuse)
+        with pytest.raises(EngineError, match=r"for cpu: no working C\+\+ compiler found; .*without language_compile$"):
+            next(llava.language.generate(prompt(90), 3, greedy))
+    assert list(llava.language.generate(prompt(90), 3, greedy)) == expected
+
+
 def test_the_command_answers_compiled(llava: Pair, photo: Path, capsys) -> None:
     arguments = [str(llava.bundle), "What is it?", "--image", str(photo), "--max-new-tokens", "9", "--json"]
     assert main(arguments) == 0
@@ -351,9 +363,10 @@ def test_compiled_answers_equal_the_uncompiled_ones(
 def test_without_a_compiler_the_error_says_what_to_do(tiny_checkpoint, exact_bundle, tmp_path, monkeypatch) -> None:
     # What was compiled before is not compiled again.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     torch._dynamo.reset()
-    pipeline = load(exact_bundle, tiny_checkpoint, language_compile=True)
+    pipeline: Any = load(exact_bundle, tiny_checkpoint, language_compile=True)
+    # The settings of torch.compile belong to the thread.
+    pipeline.language._compiled.call(setattr, torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     with pytest.raises(EngineError, match=r"cannot compile the language model for cpu: .*without language_compile"):
         pipeline.generate("how many dogs", max_new_tokens=2)
 
