@@ -200,25 +200,22 @@ class Pipeline:
         return answer_batch(self, requests)
 
     def generate_each(self, requests: Iterable[Request]) -> Generator[Answer | HivtpError]:
-        """Answer requests one after the other, in order; while one is decoded, the pictures of the next are prepared.
+        """Answer requests in order; while one is decoded, a thread prepares the pictures of the next.
 
-        A thread takes the next request from `requests` when the first token of the present one is there, then reads,
-        resizes and encodes its pictures; it is never further ahead. Each answer is the one that its request gives
-        alone. That gains where the two do not want the same cores: with the vision graph or the language model on a
-        GPU, or with `requests` or the pictures coming slowly. On a CPU that both share it gains little or loses
-        (`benchmarks/lookahead.py` measures it): let the language model have fewer cores than there are, or use
-        `generate`.
+        The thread takes the next request at the first token of the present one, reads, resizes and encodes its
+        pictures, and goes no further. Each answer is the one that its request gives alone. That gains where the two
+        want different processors, as with a vision graph on a GPU; on a CPU that both share there is little to gain
+        (`benchmarks/lookahead.py` measures it).
 
-        preprocess_ms and vision_ms are the times of these stages themselves, although others may have hidden them;
-        ttft_ms counts from where the answer was asked for, or its request taken if that is later: it holds what was
-        left to wait of them.
+        preprocess_ms and vision_ms are the times of these stages themselves, hidden or not. ttft_ms counts from where
+        the answer was asked for, or its request taken if that is later, so it holds what was left to wait of them.
 
         Args:
             requests: what to ask, as it comes; it is iterated in the thread.
 
         Returns:
-            An iterator over each request's answer, or the error that it alone failed with: what `stream` raises. It
-            raises what iterating `requests` raises, in its place. Closing it waits for the picture in work.
+            Each request's answer, or the error that it alone failed with: what `stream` raises. What iterating
+            `requests` raises is raised in its place. Closing the iterator waits for the picture in work.
 
         Raises:
             PromptError: `requests` cannot be iterated.

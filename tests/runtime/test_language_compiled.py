@@ -150,7 +150,7 @@ def test_conversations_equal_the_uncompiled_ones(pair: Pair, photos: Path) -> No
 
 def test_random_sequences_in_turn_equal_the_uncompiled_ones(llava: Pair) -> None:
     random = np.random.default_rng(3)
-    for round_number in range(4):
+    for round_number in range(2):
         sequences = [(prompt(random.integers(1, 450), seed), int(random.integers(1, 50))) for seed in range(4)]
         streams = [llava.language.generate(embeds, num, greedy) for embeds, num in sequences]
         tokens: list[list[int]] = [[] for _ in streams]
@@ -274,8 +274,8 @@ def test_a_turn_that_fails_leaves_the_chat_as_it_was(llava: Pair, photo: Path, m
 
 def test_several_threads_get_the_answers_of_one(llava: Pair, requests: list[Request]) -> None:
     expected = [alone(llava.compiled, request) for request in requests]
-    with ThreadPoolExecutor(4) as threads:
-        for answers in threads.map(lambda _: [alone(llava.compiled, request) for request in requests], range(4)):
+    with ThreadPoolExecutor(3) as threads:
+        for answers in threads.map(lambda _: [alone(llava.compiled, request) for request in requests], range(3)):
             assert all(same(answer, single) for answer, single in zip(answers, expected, strict=True))
 
 
