@@ -23,6 +23,7 @@ class LanguageSettings:
         checkpoint: of transformers: the Hugging Face folder that the bundle was exported from.
         device: of transformers: where the model runs, as torch names it: "cpu", "cuda", "cuda:1".
         dtype: of transformers: of weights, activations and KV cache.
+        is_compiled: of transformers: whether torch.compile compiles it, over a KV cache of fixed size.
 
     Raises:
         SettingsError: there is no such backend or dtype, or a setting belongs to the other backend, or the
@@ -34,6 +35,7 @@ class LanguageSettings:
     checkpoint: str | Path | None = None
     device: str = "cpu"
     dtype: LanguageDtype = "float32"
+    is_compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.backend not in get_args(BackendName):
@@ -42,11 +44,15 @@ class LanguageSettings:
         if self.dtype not in get_args(LanguageDtype):
             known = ", ".join(get_args(LanguageDtype))
             raise SettingsError(f"the dtype of the language model must be one of {known}, not {self.dtype!r}")
+        if not isinstance(self.is_compiled, bool):
+            raise SettingsError(
+                f"whether the language model is compiled must be True or False, not {self.is_compiled!r}"
+            )
         if self.backend == "transformers":
             self._check_checkpoint()
             return
         defaults = {setting.name: setting.default for setting in fields(self)}
-        for name in ("checkpoint", "device", "dtype"):
+        for name in ("checkpoint", "device", "dtype", "is_compiled"):
             if getattr(self, name) != defaults[name]:
                 raise SettingsError(
                     f"{name} {str(getattr(self, name))!r} belongs to the language backend transformers; "
