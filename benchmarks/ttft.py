@@ -96,13 +96,13 @@ def open_hugging_face(
             inputs = processor(text=prompt, images=[image], return_tensors="pt").to(device, model.dtype)
             clock.stop("preprocess_ms")
             num_prompt_tokens = num_kept = inputs["input_ids"].shape[1]
+            num_image_tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
             if is_papers_way:
                 embeds = way.embed(inputs)
                 num_kept = embeds.shape[1]
                 inputs = {"inputs_embeds": embeds, "attention_mask": torch.ones(embeds.shape[:2], device=device)}
             model.generate(**inputs, max_new_tokens=num_new_tokens, do_sample=False, streamer=tokens)
         times, ttft_ms = clock.take(), (tokens.times[0] - started) * 1e3
-        num_image_tokens = model.config.image_seq_length
         return {
             **times,
             "prefill_ms": ttft_ms - sum(times.values()),
