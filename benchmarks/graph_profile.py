@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,11 +50,11 @@ def open_profiled(num_threads: int, bundle: Path, num_tiles: int) -> Pass:
 
 
 def stage_times(events: Sequence[dict[str, Any]]) -> Sample:
-    """Medians over the profiled runs but the first, from onnxruntime's trace events (times in microseconds)."""
+    """The median run of those after the first, from onnxruntime's trace events (times in microseconds)."""
     runs = [event for event in events if event["name"] == "model_run"][1:]
-    nodes = sorted((event for event in events if event["cat"] == "Node"), key=lambda event: event["ts"])
-    by_run = [_stages(run, [node for node in nodes if 0 <= node["ts"] - run["ts"] < run["dur"]]) for run in runs]
-    return {stage: median(times[stage] for times in by_run) for stage in by_run[0]}
+    run = sorted(runs, key=lambda event: event["dur"])[len(runs) // 2]
+    nodes = [event for event in events if event["cat"] == "Node" and 0 <= event["ts"] - run["ts"] < run["dur"]]
+    return _stages(run, sorted(nodes, key=lambda event: event["ts"]))
 
 
 def _stages(run: dict[str, Any], nodes: Sequence[dict[str, Any]]) -> Sample:

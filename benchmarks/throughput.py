@@ -43,7 +43,10 @@ def open_hugging_face(num_threads: int, checkpoint: Path, device: str, batch_siz
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(checkpoint)
-    processor.tokenizer.padding_side = "left"
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"
+    # Masked, so that any will do where a checkpoint has none.
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = load(checkpoint, num_threads, device)
     end = model.generation_config.eos_token_id
     asked = questions()
@@ -61,7 +64,8 @@ def open_hugging_face(num_threads: int, checkpoint: Path, device: str, batch_siz
             images = [[image] for _, image in batch]
             inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt")
             inputs = inputs.to(device, model.dtype)
-            output = model.generate(**inputs, max_new_tokens=num_new_tokens, do_sample=False)
+            settings = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+            output = model.generate(**inputs, max_new_tokens=num_new_tokens, **settings)
             answers = output[:, inputs["input_ids"].shape[1] :].tolist()
             processor.batch_decode(answers, skip_special_tokens=True)
         # What follows an end is padding.

@@ -38,7 +38,7 @@ def draw_stages(sections: Mapping[str, Mapping[str, Any]], output: Path) -> None
         MissingExtraError: matplotlib is not installed.
     """
     panels = {
-        title if len(found) == 1 else f"{title}: {name}": times
+        f"{title}{name.removeprefix('answers')}, {_length(measured, name)} tokens of answer": times
         for title, measured in sections.items()
         for found in [staged(measured)]
         for name, times in found.items()
@@ -67,6 +67,13 @@ def draw_stages(sections: Mapping[str, Mapping[str, Any]], output: Path) -> None
     names = [STAGES[stage] for stage in drawn]
     figure.legend([handles[stage] for stage in drawn], names, loc="outside upper center", ncols=7, frameon=False)
     figure.savefig(output)
+
+
+def _length(measured: Mapping[str, Any], name: str) -> str:
+    """The tokens of an answer, or their range."""
+    passes = measured["results"][name]["samples"].values()
+    lengths = [int(sample["num_new_tokens"]) for samples in passes for sample in samples]
+    return " to ".join(map(str, dict.fromkeys((min(lengths), max(lengths)))))
 
 
 def _label(name: str, times: Mapping[str, float]) -> str:

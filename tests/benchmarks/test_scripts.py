@@ -21,7 +21,7 @@ def run(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, monkeyp
     monkeypatch.setattr(latency, "BUNDLES", {"fp32, preset 192": latency.BUNDLES["fp32, preset 192"]})
     monkeypatch.setattr(latency, "PROFILED", ("fp32, preset 192",))
     monkeypatch.setattr(ttft, "BUNDLES", {ttft.PRUNED: ttft.BUNDLES[ttft.PRUNED]})
-    monkeypatch.setattr(throughput, "TIMED", (throughput.PRUNED,))
+    monkeypatch.setattr(throughput, "TIMED", (ttft.PRUNED,))
     # One for all tests, so that they share the bundles.
     work_dir = tmp_path_factory.getbasetemp() / "benchmark-scripts"
 
@@ -51,7 +51,8 @@ def test_latency_times_the_vision_stage_and_its_parts(run: Any, capsys: pytest.C
     assert sum(inside[stage] for stage in ("tower_ms", "selection_ms", "projector_ms")) == pytest.approx(
         inside["vision_ms"]
     )
-    assert all(row["ratio"] > 0 and row["peak_memory_bytes"] > 0 for row in written["rows"])
+    assert all(row["ratio"] > 0 for row in written["rows"])
+    assert all(row["peak_memory_bytes"] > 0 for row in written["rows"] if row["table"] == "vision stage, tiles: 2")
     assert {row["verdict"] for row in written["rows"] if row["goal"] is not None} <= {"met", "missed"}
     assert written["environment"]["num_threads"] == 2
     printed = capsys.readouterr().out
@@ -81,14 +82,13 @@ def test_ttft_times_whole_answers_also_the_papers_way(run: Any) -> None:
 
 
 def test_throughput_counts_answers_and_tokens(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    written = run(throughput, "--batch-sizes", "1", "3", "--new-tokens=3")
-    for size in (1, 3):
-        result = written["results"][f"throughput, batch size: {size}"]["samples"]
-        assert set(result) == {throughput.HUGGING_FACE, throughput.PRUNED}
-        for [sample] in result.values():
-            assert size <= sample["num_new_tokens"] <= 3 * size
-            assert sample["answers_per_s"] == pytest.approx(size * 1e3 / sample["batch_ms"])
-            assert sample["tokens_per_s"] == pytest.approx(sample["num_new_tokens"] * 1e3 / sample["batch_ms"])
+    written = run(throughput, "--batch-sizes", "3", "--new-tokens=3")
+    samples = written["results"]["throughput, batch size: 3"]["samples"]
+    assert set(samples) == {ttft.HUGGING_FACE, ttft.PRUNED}
+    for [sample] in samples.values():
+        assert 3 <= sample["num_new_tokens"] <= 9
+        assert sample["answers_per_s"] == pytest.approx(3e3 / sample["batch_ms"])
+        assert sample["tokens_per_s"] == pytest.approx(sample["num_new_tokens"] * 1e3 / sample["batch_ms"])
     assert "output tokens/s, batch of 3" in capsys.readouterr().out
 
 
