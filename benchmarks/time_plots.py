@@ -38,7 +38,7 @@ def draw_stages(sections: Mapping[str, Mapping[str, Any]], output: Path) -> None
         MissingExtraError: matplotlib is not installed.
     """
     panels = {
-        f"{title}{name.removeprefix('answers')}, {_length(measured, name)} tokens of answer": times
+        f"{title}{name.removeprefix('answers')}, answers of {_length(measured, name)} tokens": times
         for title, measured in sections.items()
         for found in [staged(measured)]
         for name, times in found.items()
@@ -64,7 +64,7 @@ def draw_stages(sections: Mapping[str, Mapping[str, Any]], output: Path) -> None
         axes.set_axisbelow(True)
     all_axes[-1].set_xlabel("seconds")
     drawn = [stage for stage in STAGES if stage in handles]
-    names = [STAGES[stage] for stage in drawn]
+    names = [STAGES[stage] if stage != "vision_ms" else "vision, not divided" for stage in drawn]
     figure.legend([handles[stage] for stage in drawn], names, loc="outside upper center", ncols=7, frameon=False)
     figure.savefig(output)
 
