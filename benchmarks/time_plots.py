@@ -65,7 +65,9 @@ def draw_stages(sections: Mapping[str, Mapping[str, Any]], output: Path) -> None
     all_axes[-1].set_xlabel("seconds")
     drawn = [stage for stage in STAGES if stage in handles]
     names = [STAGES[stage] if stage != "vision_ms" else "vision, not divided" for stage in drawn]
-    figure.legend([handles[stage] for stage in drawn], names, loc="outside upper center", ncols=7, frameon=False)
+    figure.legend(
+        [handles[stage] for stage in drawn], names, loc="outside upper center", ncols=7, frameon=False, fontsize=9
+    )
     figure.savefig(output)
 
 
