@@ -1,5 +1,5 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first. `make bench` measures again
-# what docs/benchmarks.md shows, except for the real sizes, and wants a machine with nothing else to do.
+# what docs/benchmarks.md shows, except for the 7 B sizes, and wants a machine with nothing else to do.
 PYTHON ?= python3
 VENV ?= .venv
 # Named on its own, since without a version pip may choose a build with gigabytes of CUDA libraries.
@@ -41,6 +41,9 @@ tests: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.latency --output benchmarks/results/vision-cpu.json
 	$(BIN)/python -m benchmarks.ttft --output benchmarks/results/ttft-cpu.json
+	$(BIN)/python -m benchmarks.throughput --rounds 3 --output benchmarks/results/throughput-cpu.json
+	$(BIN)/python -m benchmarks.accuracy --output benchmarks/results/accuracy.json
+	$(BIN)/python -m benchmarks.parity --output benchmarks/results/parity.json
 	$(MAKE) report
 
 report: $(VENV)/.installed

@@ -23,6 +23,7 @@ from benchmarks.harness import environment
 from benchmarks.intervals import Bootstrap, Goal
 from benchmarks.miniature.model import CHECKPOINT
 from benchmarks.miniature.pictures import CALIBRATION, HELD_OUT
+from benchmarks.record import portable_settings
 from benchmarks.rivals import Hivtp, Rule, all_rules
 from hivtp_ops import PruningSpec
 
@@ -115,7 +116,7 @@ def report(options: argparse.Namespace, exam: Exam, calibration: Calibration, re
     num_questions = exam.question_lengths.numel()
     written: dict[str, Any] = {
         "environment": found,
-        "settings": {key: str(value) for key, value in vars(options).items()},
+        "settings": portable_settings(options),
         "num_pictures": len(exam.pictures),
         "num_questions": num_questions,
         "num_patches": results.num_patches,

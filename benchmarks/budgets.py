@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.harness import LocalSystem, Pass, Row, Sample, Stopwatch, measure_in_turns, report
-from benchmarks.ttft import PROMPT, sample_of, split
+from benchmarks.harness import LocalSystem, Pass, Sample, Stopwatch, measure_in_turns, peak_memory_bytes
+from benchmarks.record import Row, report
+from benchmarks.stages import stages, table, text
+from benchmarks.ttft import PROMPT, sample_of
 from benchmarks.workspace import Workspace, add_options
 from hivtp.export.exporter import ExportSettings
 
@@ -87,19 +88,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = measure_in_turns(systems, options.rounds)
     goals = {"preset 192": GOALS[pipelines[0].bundle.manifest.family]}
     tables = {
-        title: [
-            Row(name, results.values(name, quantity), results.values(UNPRUNED, quantity), limits.get(name))
-            for name in bundles
-        ]
+        title: [Row.of(results, name, quantity, UNPRUNED, limits.get(name)) for name in bundles]
         for title, quantity, limits in (
             ("time to first token", "ttft_ms", goals),
             ("decode per token", "decode_ms_per_token", {}),
         )
     }
     report(options, tables, {"answers": results})
-    print(f"\n{split(results, bundles)}")
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"\nloaded {len(bundles)} bundles in {loading.ms / 1e3:.1f} s; peak memory {peak_bytes / 2**30:.2f} GiB")
+    print(f"\n{text(table(stages(results.samples, {})))}")
+    peak_gib = peak_memory_bytes() / 2**30
+    print(f"\nloaded {len(bundles)} bundles in {loading.ms / 1e3:.1f} s; peak memory {peak_gib:.2f} GiB")
 
 
 if __name__ == "__main__":

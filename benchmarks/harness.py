@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import platform
@@ -11,15 +10,13 @@ import resource
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    import argparse
     from multiprocessing.connection import Connection
 
 
@@ -69,35 +66,6 @@ class Results:
         return [sample[quantity] for sample in self.samples[system]]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of a table.
-
-    Attributes:
-        label: what was timed.
-        values_ms: its times, one per round.
-        baseline_ms: what they are compared with, one per round.
-        goal: the ratio to reach at most; None where there is none.
-    """
-
-    label: str
-    values_ms: Sequence[float]
-    baseline_ms: Sequence[float]
-    goal: float | None = None
-
-    @property
-    def ratio(self) -> float:
-        """The median over the rounds of the time by the baseline's of the same round."""
-        return median(value / base for value, base in zip(self.values_ms, self.baseline_ms, strict=True))
-
-    @property
-    def verdict(self) -> str:
-        """Whether the goal is met; empty where there is none."""
-        if self.goal is None:
-            return ""
-        return "met" if self.ratio <= self.goal else "missed"
-
-
 class Stopwatch:
     """Times a `with` block; `ms` holds the milliseconds when it ends."""
 
@@ -132,7 +100,9 @@ class Worker:
 
     def sample(self) -> tuple[Sample, float]:
         """Do one pass; also the core-seconds of other processes meanwhile."""
-        self._pipe.send("pass")
+        # A process that has ended is named where its answer is missed.
+        with contextlib.suppress(BrokenPipeError):
+            self._pipe.send("pass")
         sample, other_core_s = self._receive()
         return sample, other_core_s
 
@@ -176,13 +146,23 @@ def _serve(pipe: Connection, system: System, num_threads: int) -> None:
             others = _other_cpu_s()
             sample = run()
             others = _other_cpu_s() - others
-            peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            pipe.send(("sample", ({**sample, "peak_memory_bytes": peak_bytes}, others)))
+            pipe.send(("sample", ({**sample, "peak_memory_bytes": peak_memory_bytes()}, others)))
     except EOFError:
         return
     except Exception:  # noqa: BLE001  whatever it is, the parent raises it
         with contextlib.suppress(BrokenPipeError):
             pipe.send(("error", traceback.format_exc()))
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process held at once, files that it mapped included."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        [peak] = (line.split() for line in lines if line.startswith("VmHWM:"))
+    except (OSError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss where it can be helped: it begins with what the parent held when it started this process.
+    return int(peak[1]) * 1024
 
 
 def _other_cpu_s() -> float:
@@ -199,14 +179,31 @@ def measure(systems: Sequence[System], num_rounds: int, num_threads: int) -> Res
     """Time the systems in turns, each in a process of its own; see `measure_in_turns`."""
     workers: list[Worker] = []
     try:
-        print(f"  loading {len(systems)} systems", flush=True)
-        workers = [Worker(system, num_threads) for system in systems]
-        for worker in workers:
-            worker.wait_until_ready()
+        for system in systems:
+            print(f"  loading {system.name}", flush=True)
+            workers.append(Worker(system, num_threads))
+            # One by one: loading takes more memory than what is loaded.
+            workers[-1].wait_until_ready()
         return measure_in_turns(workers, num_rounds)
     finally:
         for worker in workers:
             worker.close()
+
+
+def measure_once(systems: Sequence[System], num_threads: int) -> Results:
+    """One pass of each system, one system after the other: for passes that warm up by themselves.
+
+    Returns:
+        One sample of each system; `other_cores` by system.
+    """
+    rounds = []
+    for system in systems:
+        print(f"  {system.name}", flush=True)
+        with contextlib.closing(Worker(system, num_threads)) as worker:
+            worker.wait_until_ready()
+            rounds.append(_round([worker]))
+    samples = {name: [sample] for _, by_name in rounds for name, sample in by_name.items()}
+    return Results(samples, [other_cores for other_cores, _ in rounds])
 
 
 def measure_in_turns(systems: Sequence[Worker | LocalSystem], num_rounds: int) -> Results:
@@ -248,18 +245,6 @@ def _wait_until_quiet() -> None:
             return
 
 
-def table(title: str, rows: Sequence[Row]) -> str:
-    """Medians, ranges and ratios to the baseline, beside the goals."""
-    width = max(len(text) for text in (title, *(row.label for row in rows)))
-    lines = [f"{title:<{width}}  {'median ms':>10} {'min':>9} {'max':>9} {'ratio':>8} {'goal':>7}"]
-    for row in rows:
-        values = row.values_ms
-        line = f"{row.label:<{width}}  {median(values):10.2f} {min(values):9.2f} {max(values):9.2f} {row.ratio:8.4f}"
-        goal = "" if row.goal is None else f"{row.goal:7.3f}  {row.verdict}"
-        lines.append(f"{line} {goal}".rstrip())
-    return "\n".join(lines)
-
-
 def environment(num_threads: int) -> dict[str, Any]:
     """Where the numbers come from: machine, threads, versions and date."""
     return {
@@ -270,7 +255,15 @@ def environment(num_threads: int) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "packages": {package: version(package) for package in PACKAGES},
+        **_gpu(),
     }
+
+
+def _gpu() -> dict[str, str]:
+    """The GPU that torch sees; nothing where it sees none."""
+    import torch
+
+    return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def _cpu_model() -> str:
@@ -279,27 +272,3 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def report(options: argparse.Namespace, tables: Mapping[str, Sequence[Row]], results: Mapping[str, Results]) -> None:
-    """Print the tables and write everything that was measured."""
-    found = environment(options.threads)
-    print("\n".join(f"{key}: {value}" for key, value in found.items()))
-    most = max(max(result.other_cores) for result in results.values())
-    print(f"cores that other processes took: at most {most:.2f} in a round")
-    for title, rows in tables.items():
-        print(f"\n{table(title, rows)}")
-    written = {
-        "environment": found,
-        # Where things lay on this machine says nothing on another.
-        "settings": {key: str(value) for key, value in vars(options).items() if not isinstance(value, Path)},
-        "rows": [
-            {"table": title, "ratio": row.ratio, "verdict": row.verdict, **asdict(row)}
-            for title, rows in tables.items()
-            for row in rows
-        ],
-        "results": {name: asdict(result) for name, result in results.items()},
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    print(f"\nall samples: {options.output}")

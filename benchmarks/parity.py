@@ -15,6 +15,7 @@ from benchmarks.accuracy import HALF, add_options, prepare
 from benchmarks.exam import MAX_ANSWER
 from benchmarks.harness import environment
 from benchmarks.intervals import Bootstrap, Goal, Score
+from benchmarks.record import portable_settings
 from benchmarks.rivals import Hivtp
 from benchmarks.workspace import Workspace
 from hivtp.export.exporter import ExportSettings
@@ -179,7 +180,7 @@ def report(options: argparse.Namespace, exam: Exam, layers: LayerRange, count: i
     print(f"\n{table(rows)}\n\n" + "\n".join(map(str, reached)))
     written: dict[str, Any] = {
         "environment": found,
-        "settings": {key: str(value) for key, value in vars(options).items()},
+        "settings": portable_settings(options),
         "num_pictures": len(pictures),
         "num_questions": num_questions,
         "num_kept": count,

@@ -6,17 +6,15 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.comparison import UNPRUNED
 from benchmarks.plots import TITLES, draw
-from hivtp_ops.errors import MissingExtraError
+from benchmarks.tables import markdown, parity, staged
+from benchmarks.time_plots import draw_budgets, draw_stages, draw_throughput
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    from matplotlib.axes import Axes
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -26,15 +24,16 @@ HEAD = """\
 Written by `make report` from the raw samples in [benchmarks/results](../benchmarks/results); `make bench` measures
 anew. All systems of a table ran in one session, in turns, round after round; a ratio is the median over the rounds of
 a time by the baseline's of the same round. Rounds in which other processes took more than 0.1 core were dropped where
-there were enough others. Weights are random at real shapes, except for the accuracy of the miniature.
+there were enough others. Weights are random at real shapes, except for the accuracy of the miniature. Peak memory is
+that of a system's own process, weights mapped from files included.
 """
+NO_GPU = "Nothing here ran on a GPU. Where torch sees one, the same commands measure it too, in tables of its own.\n"
 ACCURACY_TEXT = """\
 The trained [miniature](../benchmarks/miniature/README.md), 144 patches, whose language model saw dropped tokens in
 training. Each rival is written from its paper ([rivals.py](../benchmarks/rivals.py)).
 `python -m benchmarks.accuracy`"""
-# The stages of an answer's first token, in their order.
-STAGES = {"preprocess_ms": "preprocess", "vision_ms": "vision", "prefill_ms": "prefill"}
-COLOURS = {"preprocess_ms": "#7f7f7f", "vision_ms": "#d62728", "prefill_ms": "#1f77b4"}
+PARITY_TEXT = """\
+The same miniature, at half of its tokens: bundles against PyTorch. `python -m benchmarks.parity`"""
 
 
 @dataclass(frozen=True)
@@ -53,20 +52,26 @@ class Section:
 
     def load(self, folder: Path) -> Any:
         """What was measured; None where it was not."""
-        file = folder / f"{self.name}.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return _load(folder / f"{self.name}.json")
 
 
 SECTIONS = (
     Section(
         "vision-cpu",
         "The vision stage on a CPU",
-        "CLIP ViT-L/14 at 336 px, one picture. `python -m benchmarks.latency`",
+        "CLIP ViT-L/14 at 336 px. `python -m benchmarks.latency`",
     ),
     Section(
         "ttft-cpu",
         "A whole answer on a CPU",
-        "CLIP ViT-L/14 at 336 px with a Llama of 0.3 B. `python -m benchmarks.ttft`",
+        "CLIP ViT-L/14 at 336 px with a Llama of 0.3 B; bundles by the precision of vision / language. Their vision "
+        "stage is divided as ONNX Runtime's profiler found it. `python -m benchmarks.ttft`",
+    ),
+    Section(
+        "throughput-cpu",
+        "Throughput on a CPU",
+        "The same models; every answer about a picture of its own. The paper's code answers one request at a time. "
+        "`python -m benchmarks.throughput`",
     ),
     Section(
         "budgets-7b-cpu",
@@ -83,118 +88,6 @@ SECTIONS = (
         "`python -m benchmarks.large_checkpoint FOLDER --family llava_next` wrote",
     ),
 )
-
-
-def markdown(measured: Mapping[str, Any]) -> str:
-    """The tables of one file of results, and where they were measured."""
-    found = measured["environment"]
-    packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
-    lines = [f"{found['cpu']}, {found['num_threads']} threads, {found['date'][:10]}; {packages}."]
-    for title in dict.fromkeys(row["table"] for row in measured["rows"]):
-        lines += ["", f"| {title} | median ms | min | max | ratio | goal |", "|---|---|---|---|---|---|"]
-        for row in measured["rows"]:
-            if row["table"] == title:
-                times = " | ".join(_number(value) for value in _spread(row["values_ms"]))
-                goal = "" if row["goal"] is None else f"{row['goal']:g}, {row['verdict']}"
-                lines.append(f"| {row['label']} | {times} | {row['ratio']:.4g} | {goal} |")
-    stages = _stages(measured)
-    if stages:
-        lines += ["", "| where the time goes, median ms | tokens of the image | preprocess | vision | prefill |"]
-        lines += ["|---|---|---|---|---|"]
-        for name, values in stages.items():
-            times = " | ".join(_number(values[stage]) for stage in STAGES)
-            lines.append(f"| {name} | {values['num_kept_tokens']:.0f} | {times} |")
-    memory = _peak_memory(measured)
-    if memory:
-        lines += ["", "| peak memory of the process | GiB |", "|---|---|"]
-        lines += [f"| {name} | {peak_bytes / 2**30:.2f} |" for name, peak_bytes in memory.items()]
-    return "\n".join(lines)
-
-
-def _peak_memory(measured: Mapping[str, Any]) -> dict[str, float]:
-    """Of systems that had a process of their own."""
-    systems = [item for results in measured["results"].values() for item in results["samples"].items()]
-    key = "peak_memory_bytes"
-    return {name: max(sample[key] for sample in samples) for name, samples in systems if key in samples[0]}
-
-
-def _number(value: float) -> str:
-    """Three digits at least, and never an exponent."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _spread(values: Sequence[float]) -> tuple[float, float, float]:
-    return median(values), min(values), max(values)
-
-
-def _stages(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Medians of the stages, for the systems that tell them apart."""
-    found = {}
-    for results in measured["results"].values():
-        for name, samples in results["samples"].items():
-            if all(stage in samples[0] for stage in STAGES):
-                quantities = (*STAGES, "num_kept_tokens", "ttft_ms")
-                found[name] = {key: median(sample[key] for sample in samples) for key in quantities}
-    return found
-
-
-def draw_stages(sections: Mapping[str, Mapping[str, Any]], output: Path) -> None:
-    """Draw where the time to first token goes, one panel per file of results.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    figure, panels = _figure(len(sections), height=4.2)
-    for axes, (title, measured) in zip(panels, sections.items(), strict=True):
-        stages = _stages(measured)
-        bottoms = [0.0] * len(stages)
-        labels = [f"{name}\n{values['num_kept_tokens']:.0f} tokens" for name, values in stages.items()]
-        for stage, label in STAGES.items():
-            heights = [values[stage] / 1e3 for values in stages.values()]
-            axes.bar(labels, heights, bottom=bottoms, label=label, color=COLOURS[stage], width=0.65)
-            bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-        _finish(axes, title, "seconds to the first token")
-        axes.tick_params(axis="x", labelsize=7)
-    panels[0].legend(frameon=False)
-    figure.savefig(output)
-
-
-def draw_budgets(sections: Mapping[str, Mapping[str, Any]], output: Path) -> None:
-    """Draw the time to first token over the tokens of the image, with the range of the rounds."""
-    figure, panels = _figure(len(sections), height=3.6)
-    for axes, (title, measured) in zip(panels, sections.items(), strict=True):
-        [results] = measured["results"].values()
-        points = sorted(
-            (median(sample["num_kept_tokens"] for sample in samples), *_spread([s["ttft_ms"] for s in samples]), name)
-            for name, samples in results["samples"].items()
-        )
-        tokens = [point[0] for point in points]
-        middle = [point[1] / 1e3 for point in points]
-        spread = [[(p[1] - p[2]) / 1e3 for p in points], [(p[3] - p[1]) / 1e3 for p in points]]
-        axes.errorbar(tokens, middle, yerr=spread, marker="o", capsize=3, color=COLOURS["prefill_ms"])
-        for count, seconds, name in zip(tokens, middle, [point[4] for point in points], strict=True):
-            axes.annotate(name, (count, seconds), textcoords="offset points", xytext=(6, -10), fontsize=8)
-        axes.set_xlim(0, max(tokens) * 1.15)
-        _finish(axes, title, "seconds to the first token")
-        axes.set_xlabel("tokens of the image that the language model sees")
-    figure.savefig(output)
-
-
-def _figure(num_panels: int, height: float) -> tuple[Any, list[Axes]]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "bench") from error
-    figure = Figure(figsize=(5.6 * num_panels, height), layout="constrained", dpi=150)
-    return figure, list(figure.subplots(1, num_panels, squeeze=False)[0])
-
-
-def _finish(axes: Axes, title: str, label: str) -> None:
-    axes.set_title(title, fontsize=10)
-    axes.set_ylabel(label)
-    axes.set_ylim(bottom=0)
-    axes.grid(axis="y", alpha=0.25)
-    axes.set_axisbelow(True)
 
 
 def accuracy(measured: Mapping[str, Any]) -> str:
@@ -227,31 +120,41 @@ def write_page(results: Path, page: Path) -> None:
         MissingExtraError: matplotlib is not installed.
     """
     page.parent.mkdir(parents=True, exist_ok=True)
-    parts, staged, budgets = [HEAD], {}, {}
-    for section in SECTIONS:
-        measured = section.load(results)
-        if measured is None:
-            continue
+    found = {section: measured for section in SECTIONS if (measured := section.load(results)) is not None}
+    has_gpu = any("gpu" in measured["environment"] for measured in found.values())
+    parts, answers, budgets = [HEAD, *([] if has_gpu else [NO_GPU])], {}, {}
+    for section, measured in found.items():
         parts.append(f"## {section.title}\n\n{section.text}\n\n{markdown(measured)}\n")
-        if _stages(measured):
-            staged[section.title] = measured
+        if section.name.startswith(("ttft", "budgets")) and staged(measured):
+            answers[section.title] = measured
         if section.name.startswith("budgets"):
             budgets[section.title] = measured
-    file = results / "accuracy.json"
-    if file.exists():
-        measured = json.loads(file.read_text(encoding="utf-8"))
+        if section.name.startswith("throughput"):
+            by_size = [result["samples"] for result in measured["results"].values()]
+            draw_throughput(by_size, section.title, page.parent / f"{section.name}.png")
+            parts.append(f"![Answers per second over the batch size]({section.name}.png)\n")
+    if answers:
+        draw_stages(answers, page.parent / "where-the-time-goes.png")
+        parts.append("## Where the time goes\n\n![Stages of an answer](where-the-time-goes.png)\n")
+    if budgets:
+        draw_budgets(budgets, page.parent / "ttft-over-tokens.png")
+        parts.append("## First token over tokens\n\n![Time to first token by budget](ttft-over-tokens.png)\n")
+    measured = _load(results / "accuracy.json")
+    if measured is not None:
         parts.append(f"## Accuracy over tokens\n\n{ACCURACY_TEXT}\n\n{accuracy(measured)}\n")
         for kind, title in TITLES.items():
             name = f"accuracy-{kind}.png"
             draw(measured, kind, page.parent / name)
             parts.append(f"![{title}]({name})\n")
-    if staged:
-        draw_stages(staged, page.parent / "where-the-time-goes.png")
-        parts.append("## Where the time goes\n\n![Preprocessing, vision and prefill](where-the-time-goes.png)\n")
-    if budgets:
-        draw_budgets(budgets, page.parent / "ttft-over-tokens.png")
-        parts.append("## First token over tokens\n\n![Time to first token by budget](ttft-over-tokens.png)\n")
+    measured = _load(results / "parity.json")
+    if measured is not None:
+        parts.append(f"## Bundles and PyTorch\n\n{PARITY_TEXT}\n\n{parity(measured)}\n")
     page.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _load(file: Path) -> Any:
+    """What was measured; None where it was not."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

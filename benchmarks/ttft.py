@@ -1,40 +1,50 @@
-"""Time to first token and decode per token of our bundles against Hugging Face: `python -m benchmarks.ttft`."""
+"""First token, time per token and whole answer of our bundles against Hugging Face: `python -m benchmarks.ttft`."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import time
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.harness import Pass, Results, Row, Sample, Stopwatch, System, measure, report
-from benchmarks.workspace import Workspace, add_options
+from benchmarks.graph_profile import open_profiled
+from benchmarks.harness import Pass, Results, Sample, Stopwatch, System, measure, measure_once
+from benchmarks.hugging_face import DTYPES, PapersWay, StageClock, devices, load, place
+from benchmarks.record import Row, report
+from benchmarks.stages import by_profile, stages, table, text
+from benchmarks.workspace import Workspace, add_options, engines
 from hivtp.export.exporter import ExportSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from PIL import Image
 
     from hivtp import Answer
 
-HUGGING_FACE = "Hugging Face sdpa fp32, unpruned"
+HUGGING_FACE = "Hugging Face sdpa, unpruned"
+PAPERS_WAY = "Hugging Face eager, the paper's way"
 UNPRUNED = "fp32 / fp32, unpruned"
 PRUNED = "fp32 / fp32, preset 192"
+QUANTIZED_UNPRUNED = "int8 / int4, unpruned"
 QUANTIZED = "int8 / int4, preset 192"
+# By the precision of vision / language.
 BUNDLES = {
     UNPRUNED: ExportSettings(is_pruned=False),
     PRUNED: ExportSettings(preset="192"),
+    "fp16 / fp32, preset 192": ExportSettings(preset="192", vision_precision="fp16"),
+    "int8 / int8, preset 192": ExportSettings(preset="192", vision_precision="int8", language_precision="int8"),
+    QUANTIZED_UNPRUNED: ExportSettings(is_pruned=False, vision_precision="int8", language_precision="int4"),
     QUANTIZED: ExportSettings(preset="192", vision_precision="int8", language_precision="int4"),
 }
 TTFT_GOALS = {PRUNED: 0.30, QUANTIZED: 0.17}
 DECODE_GOALS = {QUANTIZED: 0.15}
 # About 40 tokens with the chat template around it.
 PROMPT = "What is in the picture on the left of the house, and how many people are there in the small red car above it?"
+TITLE = "answers"
 
 
 def photos() -> Iterator[Image.Image]:
@@ -63,45 +73,64 @@ class TokenClock:
         """Nothing is left to do."""
 
 
-def open_hugging_face(num_threads: int, checkpoint: Path, num_new_tokens: int) -> Pass:
-    """The checkpoint's own processor and `generate`, greedy."""
+def open_hugging_face(
+    num_threads: int, checkpoint: Path, device: str, num_new_tokens: int, is_papers_way: bool = False
+) -> Pass:
+    """The checkpoint's own processor and `generate`, greedy; or `generate` on what is left the paper's way."""
     import torch
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoProcessor
 
-    torch.set_num_threads(num_threads)
     processor = AutoProcessor.from_pretrained(checkpoint)
-    model = LlavaForConditionalGeneration.from_pretrained(
-        checkpoint, dtype=torch.float32, attn_implementation="sdpa"
-    ).eval()
+    model = load(checkpoint, num_threads, device, tower_attention="eager" if is_papers_way else "sdpa")
+    clock = StageClock(device, model)
+    way = PapersWay(model, clock)
     images = photos()
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}]
 
     def run() -> Sample:
-        image, clock = next(images), TokenClock()
+        image, tokens = next(images), TokenClock()
         with torch.inference_mode(), Stopwatch() as total:
             started = time.perf_counter()
-            text = processor.apply_chat_template(messages, add_generation_prompt=True)
-            inputs = processor(text=text, images=[image], return_tensors="pt")
-            preprocessed = time.perf_counter()
-            model.generate(**inputs, max_new_tokens=num_new_tokens, do_sample=False, streamer=clock)
-        num_steps = len(clock.times) - 1
+            clock.start("preprocess_ms")
+            prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+            inputs = processor(text=prompt, images=[image], return_tensors="pt").to(device, model.dtype)
+            clock.stop("preprocess_ms")
+            num_prompt_tokens = num_kept = inputs["input_ids"].shape[1]
+            num_image_tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
+            if is_papers_way:
+                embeds = way.embed(inputs)
+                num_kept = embeds.shape[1]
+                inputs = {"inputs_embeds": embeds, "attention_mask": torch.ones(embeds.shape[:2], device=device)}
+            model.generate(**inputs, max_new_tokens=num_new_tokens, do_sample=False, streamer=tokens)
+        times, ttft_ms = clock.take(), (tokens.times[0] - started) * 1e3
         return {
-            "preprocess_ms": (preprocessed - started) * 1e3,
-            "ttft_ms": (clock.times[0] - started) * 1e3,
-            "decode_ms_per_token": (clock.times[-1] - clock.times[0]) * 1e3 / num_steps,
+            **times,
+            "prefill_ms": ttft_ms - sum(times.values()),
+            "ttft_ms": ttft_ms,
+            "decode_ms_per_token": (tokens.times[-1] - tokens.times[0]) * 1e3 / (len(tokens.times) - 1),
             "answer_ms": total.ms,
-            "num_prompt_tokens": inputs["input_ids"].shape[1],
-            "num_new_tokens": len(clock.times),
+            "num_text_tokens": num_prompt_tokens - num_image_tokens,
+            "num_image_tokens": num_image_tokens,
+            "num_kept_tokens": num_image_tokens - (num_prompt_tokens - num_kept),
+            "num_new_tokens": len(tokens.times),
         }
 
     return run
 
 
-def open_bundle(num_threads: int, bundle: Path, num_new_tokens: int) -> Pass:
+def load_settings(checkpoint: Path, device: str, engine: str) -> dict[str, Any]:
+    """How a pipeline runs on a device; off the CPU, the language model runs in transformers."""
+    if device == "cpu":
+        return {"engine": engine}
+    language = {"language": "transformers", "checkpoint": checkpoint, "language_device": device}
+    return {"engine": engine, **language, "language_dtype": DTYPES[device]}
+
+
+def open_bundle(num_threads: int, bundle: Path, settings: Mapping[str, Any], num_new_tokens: int) -> Pass:
     """The pipeline, greedy."""
     from hivtp import Pipeline
 
-    pipeline = Pipeline.load(bundle, num_threads=num_threads)
+    pipeline = Pipeline.load(bundle, num_threads=num_threads, **settings)
     images = photos()
 
     def run() -> Sample:
@@ -130,22 +159,25 @@ def sample_of(answer: Answer, answer_ms: float) -> Sample:
     }
 
 
+def bundle_systems(
+    checkpoint: Path, bundles: Mapping[str, Path], device: str, open_system: Any, arguments: Mapping[str, Any]
+) -> list[System]:
+    """Every bundle in every engine of a device."""
+    found = []
+    for name, bundle in bundles.items():
+        for engine in engines(bundle, device):
+            label = name
+            if device != "cpu":
+                precision, _, budget = name.partition(", ")
+                label = f"{precision.partition(' ')[0]} {engine} / {DTYPES[device]} transformers, {budget}"
+            settings = load_settings(checkpoint, device, engine)
+            found.append(System(label, open_system, {"bundle": bundle, "settings": settings, **arguments}))
+    return found
+
+
 def rows(results: Results, quantity: str, goals: Mapping[str, float]) -> list[Row]:
     """One quantity of every system by that of the unpruned Hugging Face model."""
-    baseline = results.values(HUGGING_FACE, quantity)
-    return [Row(name, results.values(name, quantity), baseline, goals.get(name)) for name in results.samples]
-
-
-def split(results: Results, names: Iterable[str]) -> str:
-    """Where the time to first token goes in these bundles: medians."""
-    lines = [f"{'median ms':<24} {'image tokens':>12} {'preprocess':>11} {'vision':>9} {'prefill':>9}"]
-    for name in names:
-        kept, *times = (
-            median(results.values(name, quantity))
-            for quantity in ("num_kept_tokens", "preprocess_ms", "vision_ms", "prefill_ms")
-        )
-        lines.append(f"{name:<24} {kept:12.0f} {times[0]:11.1f} {times[1]:9.1f} {times[2]:9.1f}")
-    return "\n".join(lines)
+    return [Row.of(results, name, quantity, HUGGING_FACE, goals.get(name)) for name in results.samples]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -156,25 +188,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.new_tokens < 2:
         parser.error("--new-tokens must be 2 or more, to time the decoding")
-    workspace = Workspace.open(options, "ttft")
+    workspace = Workspace.open(options, "answers")
+    bundles = workspace.bundles(BUNDLES)
     length = {"num_new_tokens": options.new_tokens}
-    systems = [System(HUGGING_FACE, open_hugging_face, {"checkpoint": workspace.checkpoint, **length})]
-    systems += [
-        System(name, open_bundle, {"bundle": workspace.bundle(name, settings), **length})
-        for name, settings in BUNDLES.items()
-    ]
-    results = measure(systems, options.rounds, options.threads)
-    num_image_tokens = results.values(UNPRUNED, "num_image_tokens")[0]
-    num_text_tokens = results.values(HUGGING_FACE, "num_prompt_tokens")[0] - num_image_tokens
-    tables = {
-        "time to first token": rows(results, "ttft_ms", TTFT_GOALS),
-        "decode per token": rows(results, "decode_ms_per_token", DECODE_GOALS),
-        "whole answer": rows(results, "answer_ms", {}),
-    }
-    report(options, tables, {"answers": results})
-    lengths = {name: int(results.values(name, "num_new_tokens")[0]) for name in results.samples}
-    print(f"\n{split(results, BUNDLES)}")
-    print(f"\nprompt: {num_image_tokens:.0f} image and {num_text_tokens:.0f} text tokens; new tokens: {lengths}")
+    tables, results = {}, {}
+    for device in devices():
+        model = {"checkpoint": workspace.checkpoint, "device": device, **length}
+        systems = [
+            System(HUGGING_FACE, open_hugging_face, model),
+            System(PAPERS_WAY, open_hugging_face, {**model, "is_papers_way": True}),
+            *bundle_systems(workspace.checkpoint, bundles, device, open_bundle, length),
+        ]
+        where = place(device)
+        found = results[TITLE + where] = measure(systems, options.rounds, options.threads)
+        tables[f"time to first token{where}"] = rows(found, "ttft_ms", TTFT_GOALS)
+        tables[f"decode per token{where}"] = rows(found, "decode_ms_per_token", DECODE_GOALS)
+        tables[f"whole answer{where}, {options.new_tokens} tokens"] = rows(found, "answer_ms", {})
+    print(by_profile(TITLE))
+    profiled = [System(name, open_profiled, {"bundle": bundle, "num_tiles": 1}) for name, bundle in bundles.items()]
+    profiles = results[by_profile(TITLE)] = measure_once(profiled, options.threads)
+    report(options, tables, results)
+    answers = results[TITLE]
+    [first, *_] = answers.samples[HUGGING_FACE]
+    lengths = {name: int(answers.values(name, "num_new_tokens")[0]) for name in answers.samples}
+    print(f"\n{text(table(stages(answers.samples, profiles.samples)))}")
+    print(f"\nprompt: {first['num_image_tokens']:.0f} image and {first['num_text_tokens']:.0f} text tokens")
+    print(f"new tokens: {lengths}")
 
 
 if __name__ == "__main__":

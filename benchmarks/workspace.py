@@ -6,15 +6,18 @@ import re
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from benchmarks.checkpoints import SHAPES, make_checkpoint
 from hivtp.engines.bundle import MANIFEST_NAME
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Mapping
 
     from hivtp.export.exporter import ExportSettings
+
+GpuEngine = Literal["onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 
 
 def add_options(parser: argparse.ArgumentParser, output: str) -> None:
@@ -70,6 +73,43 @@ class Workspace:
             print(f"  exporting {name}", flush=True)
             export_bundle(self.checkpoint, folder, replace(settings, overwrite=True), is_quiet=True)
         return folder
+
+    def bundles(self, settings: Mapping[str, ExportSettings]) -> dict[str, Path]:
+        """The bundles of these names; those of one language precision share one decoder."""
+        folders: dict[str, Path] = {}
+        decoders: dict[str, Path] = {}
+        for name, wanted in settings.items():
+            source = decoders.get(wanted.language_precision)
+            folders[name] = self.bundle(name, replace(wanted, decoder_from=source))
+            decoders.setdefault(wanted.language_precision, folders[name])
+        return folders
+
+
+def engines(bundle: Path, device: str) -> list[str]:
+    """The engines that run the vision graph of a bundle on a device; what is left out is named with its reason.
+
+    A TensorRT that is installed builds a plan first, where the bundle has none.
+    """
+    if device == "cpu":
+        return ["onnxruntime"]
+    from hivtp.engines import open_vision_engine
+    from hivtp.engines.bundle import Bundle
+    from hivtp.engines.tensorrt.plan import has_plans
+    from hivtp.export.plan import PlanSettings, export_plan
+    from hivtp_ops.errors import HivtpError
+
+    opened, found = Bundle.open(bundle), []
+    # The operators of an int8 graph are made for the CPU.
+    for name in get_args(GpuEngine) if opened.manifest.vision.precision != "int8" else ():
+        try:
+            if name != "onnxruntime-cuda" and not has_plans(opened, name):
+                export_plan(bundle, PlanSettings(name), is_quiet=True)
+            open_vision_engine(opened, name)
+        except HivtpError as error:
+            print(f"  {name} is left out for {bundle.name}: {error}", flush=True)
+        else:
+            found.append(name)
+    return found
 
 
 def _last_change() -> float:

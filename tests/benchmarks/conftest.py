@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks import harness
 from benchmarks.exam import Exam
 from benchmarks.miniature.model import make_model, make_tokenizer, save
 from benchmarks.miniature.pictures import HELD_OUT
@@ -37,3 +38,10 @@ def untrained_miniature(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exam(untrained_miniature: Path) -> Exam:
     return Exam.open(untrained_miniature, HELD_OUT[:NUM_PICTURES])
+
+
+@pytest.fixture
+def never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tests run on machines with other work to do.
+    monkeypatch.setattr(harness, "MAX_WAIT_S", 0.0)
+    monkeypatch.setattr(harness, "MAX_OTHER_CORES", float("inf"))

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from benchmarks import budgets, latency, throughput, ttft
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import ModuleType
+
+pytestmark = pytest.mark.usefixtures("never_waits")
+
+
+@pytest.fixture
+def run(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a script on the tiny checkpoint with one round; returns what it wrote."""
+    # The other bundles take the same lines, and time.
+    monkeypatch.setattr(latency, "BUNDLES", {"fp32, preset 192": latency.BUNDLES["fp32, preset 192"]})
+    monkeypatch.setattr(latency, "PROFILED", ("fp32, preset 192",))
+    monkeypatch.setattr(ttft, "BUNDLES", {ttft.PRUNED: ttft.BUNDLES[ttft.PRUNED]})
+    monkeypatch.setattr(throughput, "TIMED", (ttft.PRUNED,))
+    # One for all tests, so that they share the bundles.
+    work_dir = tmp_path_factory.getbasetemp() / "benchmark-scripts"
+
+    def run_script(script: ModuleType, *options: str) -> dict[str, Any]:
+        output = work_dir / "results.json"
+        shared = [f"--checkpoint={tiny_checkpoint}", f"--work-dir={work_dir}", "--rounds=1", f"--output={output}"]
+        script.main([*shared, *options])
+        written: dict[str, Any] = json.loads(output.read_text())
+        assert str(work_dir) not in output.read_text()
+        return written
+
+    return run_script
+
+
+def labels(written: dict[str, Any], table: str) -> set[str]:
+    return {row["label"] for row in written["rows"] if row["table"] == table}
+
+
+def test_latency_times_the_vision_stage_and_its_parts(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    written = run(latency, "--tiles", "2")
+    bundle = "fp32, preset 192"
+    assert labels(written, "vision stage, tiles: 2") == {latency.HUGGING_FACE, latency.PAPERS_WAY, bundle}
+    samples = written["results"]["vision stage, tiles: 2"]["samples"]
+    assert set(samples[latency.PAPERS_WAY][0]) >= {"vision_ms", "tower_ms", "selection_ms", "projector_ms"}
+    [inside] = written["results"]["vision stage, tiles: 2, by profile"]["samples"][bundle]
+    assert inside["selection_ms"] > 0
+    assert sum(inside[stage] for stage in ("tower_ms", "selection_ms", "projector_ms")) == pytest.approx(
+        inside["vision_ms"]
+    )
+    assert all(row["ratio"] > 0 for row in written["rows"])
+    assert all(row["peak_memory_bytes"] > 0 for row in written["rows"] if row["table"] == "vision stage, tiles: 2")
+    assert {row["verdict"] for row in written["rows"] if row["goal"] is not None} <= {"met", "missed"}
+    assert written["environment"]["num_threads"] == 2
+    printed = capsys.readouterr().out
+    assert all(row["label"] in printed for row in written["rows"])
+    assert "projector" in printed
+
+
+def test_ttft_times_whole_answers_also_the_papers_way(run: Any) -> None:
+    written = run(ttft, "--new-tokens=3")
+    systems = {ttft.HUGGING_FACE, ttft.PAPERS_WAY, ttft.PRUNED}
+    for title in ("time to first token", "decode per token", "whole answer, 3 tokens"):
+        assert labels(written, title) == systems
+    samples = {name: passes[0] for name, passes in written["results"]["answers"]["samples"].items()}
+    # Of the 8 x 8 patches the paper's counts keep 28 to 32.
+    kept = {name: sample["num_kept_tokens"] for name, sample in samples.items()}
+    assert (kept[ttft.HUGGING_FACE], kept[ttft.PRUNED]) == (64, 21)
+    assert 28 <= kept[ttft.PAPERS_WAY] <= 32
+    for name in (ttft.HUGGING_FACE, ttft.PAPERS_WAY):
+        sample = samples[name]
+        assert sample["num_image_tokens"] == 64
+        assert sample["num_text_tokens"] > 30
+        assert ("selection_ms" in sample) == (name == ttft.PAPERS_WAY)
+        parts = ("preprocess_ms", "tower_ms", "selection_ms", "projector_ms", "prefill_ms")
+        assert sum(sample.get(stage, 0) for stage in parts) == pytest.approx(sample["ttft_ms"])
+        assert sample["prefill_ms"] > 0
+    assert all(1 < sample["num_new_tokens"] <= 3 for sample in samples.values())
+
+
+def test_throughput_counts_answers_and_tokens(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    written = run(throughput, "--batch-sizes", "3", "--new-tokens=3")
+    samples = written["results"]["throughput, batch size: 3"]["samples"]
+    assert set(samples) == {ttft.HUGGING_FACE, ttft.PRUNED}
+    for [sample] in samples.values():
+        assert 3 <= sample["num_new_tokens"] <= 9
+        assert sample["answers_per_s"] == pytest.approx(3e3 / sample["batch_ms"])
+        assert sample["tokens_per_s"] == pytest.approx(sample["num_new_tokens"] * 1e3 / sample["batch_ms"])
+    assert "output tokens/s, batch of 3" in capsys.readouterr().out
+
+
+def test_budgets_share_one_decoder(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "results.json"
+    options = [f"--checkpoint={tiny_checkpoint}", f"--work-dir={tmp_path}", "--rounds=1", f"--output={output}"]
+    budgets.main([*options, "--presets", "192", "--new-tokens=3"])
+    report = json.loads(output.read_text())
+    [unpruned], [pruned] = (report["results"]["answers"]["samples"][name] for name in ("unpruned", "preset 192"))
+    assert (unpruned["num_kept_tokens"], pruned["num_kept_tokens"]) == (64, 21)
+    goals = {row["label"]: row["goal"] for row in report["rows"] if row["table"] == "time to first token"}
+    assert goals == {"unpruned": None, "preset 192": 0.45}
+    assert "peak memory" in capsys.readouterr().out
+    decoders = [file.stat().st_ino for file in tmp_path.rglob("decoder.onnx.data")]
+    assert len(decoders) == 2
+    assert len(set(decoders)) == 1

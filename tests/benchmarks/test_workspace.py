@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from benchmarks.workspace import Workspace, engines
+from hivtp.export.exporter import ExportSettings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def workspace(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("work"), tiny_checkpoint)
+
+
+def test_bundles_of_one_language_precision_share_a_decoder(workspace: Workspace) -> None:
+    settings = {"a": ExportSettings(preset="192"), "b": ExportSettings(is_pruned=False, vision_precision="int8")}
+    folders = workspace.bundles(settings)
+    decoders = {(folder / "language" / "decoder.onnx.data").stat().st_ino for folder in folders.values()}
+    assert list(folders) == ["a", "b"]
+    assert len(decoders) == 1
+
+
+def test_a_bundle_is_written_once(workspace: Workspace) -> None:
+    settings = ExportSettings(preset="192")
+    written = (workspace.bundle("a", settings) / "manifest.json").stat().st_mtime_ns
+    assert (workspace.bundle("a", settings) / "manifest.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_engines_that_cannot_run_here_are_named_with_their_reason(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = workspace.bundle("a", ExportSettings(preset="192"))
+    assert engines(folder, "cpu") == ["onnxruntime"]
+    assert engines(folder, "cuda") == []
+    printed = capsys.readouterr().out
+    for name in ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx"):
+        assert f"{name} is left out for a: " in printed
