@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.harness import Pass, Row, Sample, Stopwatch, System, measure, report
+from benchmarks.harness import Pass, Sample, Stopwatch, System, measure
+from benchmarks.record import Row, report
 from benchmarks.ttft import PROMPT
 from benchmarks.workspace import Workspace, add_options
 from hivtp.export.exporter import ExportSettings
@@ -65,16 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_options(parser, "lookahead.json")
     parser.add_argument("--new-tokens", type=int, default=16, help="length of the answers (default: %(default)s)")
     options = parser.parse_args(arguments)
-    bundle = Workspace.open(options, "ttft").bundle("fp32 / fp32, preset 192", ExportSettings(preset="192"))
+    bundle = Workspace.open(options, "answers").bundle("fp32 / fp32, preset 192", ExportSettings(preset="192"))
     tables, found = {}, {}
     for title, size in SIDES.items():
         settings = {"bundle": bundle, "size": size, "num_new_tokens": options.new_tokens}
         systems = [System(name, open_bundle, {**settings, "is_ahead": name == AHEAD}) for name in (ONE_BY_ONE, AHEAD)]
         found[title] = measure(systems, options.rounds, options.threads)
         for quantity, label in (("answer_ms", "ms per answer"), ("ttft_ms", "time to first token")):
-            baseline = found[title].values(ONE_BY_ONE, quantity)
             tables[f"{title}, {label}"] = [
-                Row(name, found[title].values(name, quantity), baseline) for name in (ONE_BY_ONE, AHEAD)
+                Row.of(found[title], name, quantity, ONE_BY_ONE) for name in (ONE_BY_ONE, AHEAD)
             ]
     report(options, tables, found)
 

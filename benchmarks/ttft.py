@@ -31,6 +31,7 @@ UNPRUNED = "fp32 / fp32, unpruned"
 PRUNED = "fp32 / fp32, preset 192"
 QUANTIZED_UNPRUNED = "int8 / int4, unpruned"
 QUANTIZED = "int8 / int4, preset 192"
+COARSE = "int8 / int4 in blocks of 128, preset 192"
 # By the precision of vision / language.
 BUNDLES = {
     UNPRUNED: ExportSettings(is_pruned=False),
@@ -39,6 +40,7 @@ BUNDLES = {
     "int8 / int8, preset 192": ExportSettings(preset="192", vision_precision="int8", language_precision="int8"),
     QUANTIZED_UNPRUNED: ExportSettings(is_pruned=False, vision_precision="int8", language_precision="int4"),
     QUANTIZED: ExportSettings(preset="192", vision_precision="int8", language_precision="int4"),
+    COARSE: ExportSettings(preset="192", vision_precision="int8", language_precision="int4", block_size=128),
 }
 TTFT_GOALS = {PRUNED: 0.30, QUANTIZED: 0.17}
 DECODE_GOALS = {QUANTIZED: 0.15}

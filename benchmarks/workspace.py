@@ -75,13 +75,14 @@ class Workspace:
         return folder
 
     def bundles(self, settings: Mapping[str, ExportSettings]) -> dict[str, Path]:
-        """The bundles of these names; those of one language precision share one decoder."""
+        """The bundles of these names; those whose language model is rounded alike share one decoder."""
         folders: dict[str, Path] = {}
-        decoders: dict[str, Path] = {}
+        decoders: dict[object, Path] = {}
         for name, wanted in settings.items():
-            source = decoders.get(wanted.language_precision)
+            rounding = (wanted.language_precision, wanted.resolved_block_size)
+            source = decoders.get(rounding)
             folders[name] = self.bundle(name, replace(wanted, decoder_from=source))
-            decoders.setdefault(wanted.language_precision, folders[name])
+            decoders.setdefault(rounding, folders[name])
         return folders
 
 

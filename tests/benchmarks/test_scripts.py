@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks import budgets, latency, throughput, ttft
+from benchmarks import budgets, latency, lookahead, throughput, ttft
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,6 +90,13 @@ def test_throughput_counts_answers_and_tokens(run: Any, capsys: pytest.CaptureFi
         assert sample["answers_per_s"] == pytest.approx(3e3 / sample["batch_ms"])
         assert sample["tokens_per_s"] == pytest.approx(sample["num_new_tokens"] * 1e3 / sample["batch_ms"])
     assert "output tokens/s, batch of 3" in capsys.readouterr().out
+
+
+def test_lookahead_is_compared_with_one_request_after_the_other(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookahead, "SIDES", {"small": (64, 48)})
+    written = run(lookahead, "--new-tokens=2")
+    assert labels(written, "small, time to first token") == {lookahead.ONE_BY_ONE, lookahead.AHEAD}
+    assert all(row["ratio"] > 0 for row in written["rows"])
 
 
 def test_budgets_share_one_decoder(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
