@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from hivtp.export.decoder import LanguagePrecision
+from hivtp.export.decoder import NUM_BITS, LanguagePrecision
 from hivtp.export.exporter import ExportSettings, NewlineRule, export_bundle
 from hivtp.export.graph import VisionPrecision
 from hivtp.export.layer_choice import choose_layers
@@ -119,7 +119,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--language-precision",
         choices=get_args(LanguagePrecision),
         default=defaults.language_precision,
-        help="bits of the decoder's weights (default: %(default)s)",
+        help="what the decoder computes in: fp32, int8 and int4 are for a CPU, fp16 and int4-fp16 for a GPU "
+        "(default: %(default)s)",
     )
     precision.add_argument(
         "--decoder-from",
@@ -231,7 +232,7 @@ def summary(bundle: Bundle) -> str:
 
     def describe(part: str, folder: str, precision: str, checks: Sequence[str]) -> None:
         size = sum(record.num_bytes for path, record in manifest.files.items() if path.startswith(folder))
-        lines.append(f"  {part:<9} {precision:<5} {size / 1e6:9.1f} MB   {', '.join(checks)}")
+        lines.append(f"  {part:<9} {precision:<9} {size / 1e6:9.1f} MB   {', '.join(checks)}")
 
     found = manifest.verification["vision"]
     checks = [f"relative error {found['relative_error']:.1e} (allowed {found['tolerance']['relative_error']:.0e})"]
@@ -243,7 +244,7 @@ def summary(bundle: Bundle) -> str:
     if language is not None:
         found = manifest.verification["language"]
         checks = [f"relative error {found['relative_error']:.1e} (allowed {found['tolerance']['relative_error']:.0e})"]
-        if language.precision != "fp32":
+        if language.precision in NUM_BITS:
             checks.append(f"quantisation error {found['quantization_error']:.1e}")
         checks.append(f"same greedy token {found['argmax_agreement']:.0%}")
         describe("language", "language/", language.precision, checks)
