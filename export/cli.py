@@ -40,6 +40,8 @@ examples:
   hivtp-export llava-1.5-7b-hf bundle --window 3 --keep 150      a rule of your own
   hivtp-export llava-1.5-7b-hf bundle --vision-precision fp16 \\
       --engine tensorrt                                          with a TensorRT plan for this GPU
+  hivtp-export llava-1.5-7b-hf bundle --vision-precision fp16 \\
+      --language-precision fp16                                  all of it on a GPU
   hivtp-export engine bundle --engine tensorrt                   the same for a bundle that is there already
   hivtp-export llava-1.5-7b-hf --preset 192 --choose-layers *.jpg
                                                                  which layers should score your pictures
