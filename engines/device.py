@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hivtp.engines.onnxruntime_cuda import open_bound_session
+from hivtp.engines.onnxruntime_cuda import open_bound_session, view_of
+from hivtp.engines.view import View
 from hivtp_ops.errors import EngineError, HivtpError, OutOfMemoryError
 
 if TYPE_CHECKING:
@@ -19,44 +20,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike, NDArray
 
-    from hivtp.engines.base import EngineSettings
-    from hivtp.engines.onnxruntime_cuda import Device
+    from hivtp.engines.base import Device, EngineSettings
 
 # What onnxruntime says where memory ran out: its arena, its arena under gpu_mem_limit, CUDA.
 _MEMORY_RAN_OUT = ("failed to allocate memory", "is smaller than requested bytes", "out of memory")
-
-
-class View:
-    """Memory of a device as an array, or a range of whole rows of it.
-
-    Args:
-        owner: an `onnxruntime.OrtValue`, which lives as long as a view of it.
-        shape, dtype: how its memory is read.
-        address: where it begins.
-    """
-
-    def __init__(self, owner: Any, shape: Sequence[int], dtype: DTypeLike, address: int) -> None:
-        self.owner = owner
-        self.shape = tuple(shape)
-        self.dtype = np.dtype(dtype)
-        self.address = address
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it spans."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
-
-    def rows(self, start: int, stop: int) -> View:
-        """A range of the first dimension."""
-        row_bytes = self.nbytes // self.shape[0]
-        return View(self.owner, (stop - start, *self.shape[1:]), self.dtype, self.address + start * row_bytes)
-
-    def reshape(self, *shape: int) -> View:
-        """The same memory in another shape, of which one length may be -1."""
-        num = int(np.prod(self.shape))
-        known = int(np.prod([length for length in shape if length != -1]))
-        lengths = [num // known if length == -1 else length for length in shape]
-        return View(self.owner, lengths, self.dtype, self.address)
 
 
 class DeviceContext:
@@ -109,7 +76,7 @@ class DeviceContext:
                 values = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values), self.device, 0)
             elif not isinstance(values, OrtValue):
                 values = OrtValue.from_dlpack(values)
-        return View(values, values.shape(), _dtype(values.data_type()), values.data_ptr())
+        return view_of(values)
 
     def run(
         self,
@@ -214,9 +181,3 @@ def _new_stream() -> int | None:
 
 
 _streams: list[Any] = []
-
-
-def _dtype(name: str) -> np.dtype[Any]:
-    """The dtype of what onnxruntime calls "tensor(float16)" and the like."""
-    kind = name.removeprefix("tensor(").removesuffix(")")
-    return np.dtype({"float": "float32", "double": "float64"}.get(kind, kind))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hivtp.engines.base import Arrays, EngineSettings
+from hivtp.engines.base import Arrays, Device, EngineSettings
 from hivtp.engines.onnxruntime import open_session
+from hivtp.engines.view import View
 from hivtp_ops.errors import EngineError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 PROVIDER = "CUDAExecutionProvider"
 INSTALL = "pip uninstall onnxruntime onnxruntime-gpu; pip install 'hivtp[cuda]'"
-Device = Literal["cuda", "cpu"]
 
 
 class OnnxRuntimeCudaEngine:
@@ -47,6 +47,8 @@ class OnnxRuntimeCudaEngine:
     ) -> None:
         settings = settings or EngineSettings()
         self.device = device
+        # A recorded run writes to its own buffers again and again.
+        self.view_device = None if settings.uses_cuda_graph and device == "cuda" else device
         self.uses_cuda_graph = settings.uses_cuda_graph and device == "cuda"
         self.session = open_bound_session(
             file, settings, device, stream, uses_cuda_graph=self.uses_cuda_graph, stops_spinning=True
@@ -94,6 +96,12 @@ class OnnxRuntimeCudaEngine:
             return dict(zip(self.output_names, binding.get_outputs(), strict=True))
         except Exception as error:
             raise EngineError(f"onnxruntime failed: {error}") from error
+
+    def run_keeping(self, inputs: Arrays, kept: str) -> tuple[View, dict[str, np.ndarray[Any, Any]]]:
+        """See DeviceEngine.run_keeping."""
+        outputs = self.run_on_device(inputs)
+        view = view_of(outputs.pop(kept))
+        return view, {name: value.numpy() for name, value in outputs.items()}
 
     def _to_device(self, value: Any) -> Any:
         from onnxruntime import OrtValue
@@ -166,6 +174,12 @@ def open_bound_session(
             "are missing; check nvidia-smi, and install with: pip install 'hivtp[cuda]'"
         )
     return session
+
+
+def view_of(value: Any) -> View:
+    """The memory of an `onnxruntime.OrtValue`."""
+    kind = value.data_type().removeprefix("tensor(").removesuffix(")")
+    return View(value, value.shape(), {"float": "float32", "double": "float64"}.get(kind, kind), value.data_ptr())
 
 
 def has_cuda_provider() -> bool:

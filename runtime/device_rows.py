@@ -22,7 +22,7 @@ class DeviceRows:
     Cutting, joining and picking rows change indices on the host, and touch no memory of the device.
 
     Args:
-        sources: memory [..., hidden] that rows come from: `engines.device.View`, an `OrtValue`, anything with
+        sources: memory [..., hidden] that rows come from: `engines.view.View`, an `OrtValue`, anything with
             `__dlpack__`, or a float32 array of the host.
         source_of: [length] int64, where each row comes from: an index into `sources`, or TOKENS.
         row_of: [length] int64, which row of its source, all but the last dimension taken as one; of TOKENS the id.

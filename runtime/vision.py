@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hivtp.engines import open_vision_engine
-from hivtp.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
+from hivtp.engines.base import DeviceEngine
 from hivtp.runtime.device_rows import DeviceRows
 from hivtp_ops.errors import ScoreError, SettingsError
 
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hivtp.engines import Engine, EngineSettings
-    from hivtp.engines.base import Arrays
+    from hivtp.engines.base import Arrays, Device
     from hivtp.engines.bundle import Bundle, VisionManifest
-    from hivtp.engines.onnxruntime_cuda import Device
     from hivtp.runtime.device_rows import Embeddings
 
 
@@ -87,12 +86,9 @@ class VisionStage:
         most = 1 if manifest.precision == "int8" else max_tiles_per_run
         self.max_tiles_per_run = most if engine.max_tiles is None else min(most, engine.max_tiles)
         self.is_pruned = "kept_indices" in engine.output_names
-        # A recorded run writes to its own buffers again and again.
-        self._bound_engine = (
-            engine
-            if isinstance(engine, OnnxRuntimeCudaEngine) and engine.device == rows_device and not engine.uses_cuda_graph
-            else None
-        )
+        self._rows_engine: DeviceEngine | None = None
+        if isinstance(engine, DeviceEngine) and rows_device is not None and engine.view_device == rows_device:
+            self._rows_engine = engine
 
     @classmethod
     def open(
@@ -171,15 +167,12 @@ class VisionStage:
 
     def _outputs(self, inputs: Arrays) -> Mapping[str, Any]:
         """The outputs of a run; `image_embeds` has one item for each tile."""
-        if self._bound_engine is None:
+        if self._rows_engine is None:
             return self.engine.run(inputs)
-        values = self._bound_engine.run_on_device(inputs)
-        embeds = values.pop("image_embeds")
-        num_tiles, num_rows, _ = embeds.shape()
-        # The counts, indices and scores are small, and the host needs them.
-        return {name: value.numpy() for name, value in values.items()} | {
-            "image_embeds": [DeviceRows.of_source(embeds, num_rows, tile * num_rows) for tile in range(num_tiles)]
-        }
+        embeds, outputs = self._rows_engine.run_keeping(inputs, "image_embeds")
+        num_tiles, num_rows, _ = embeds.shape
+        rows = [DeviceRows.of_source(embeds, num_rows, tile * num_rows) for tile in range(num_tiles)]
+        return {**outputs, "image_embeds": rows}
 
 
 def _own(part: Any) -> Any:

@@ -13,8 +13,8 @@ from hivtp_ops.errors import EngineWarning, HivtpError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from hivtp.engines.base import Device
     from hivtp.engines.bundle import Bundle
-    from hivtp.engines.onnxruntime_cuda import Device
 
 __all__ = ["BackendName", "LanguageBackend", "LanguageDtype", "LanguageSettings", "create_language", "rows_device"]
 

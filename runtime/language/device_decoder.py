@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hivtp.engines.bundle import LanguageManifest
-    from hivtp.engines.device import DeviceContext, Run, View
+    from hivtp.engines.device import DeviceContext, Run
+    from hivtp.engines.view import View
 
 
 class DeviceDecoder:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from hivtp.engines.base import EngineSettings
     from hivtp.engines.bundle import LanguageManifest
-    from hivtp.engines.device import View
+    from hivtp.engines.view import View
     from hivtp.runtime.device_rows import Embeddings
 
 

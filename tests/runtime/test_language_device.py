@@ -316,13 +316,18 @@ def test_a_device_that_the_decoder_cannot_run_on_is_refused():
         LanguageSettings(device="cuda:1")
 
 
-def test_recorded_runs_hand_their_embeddings_over_by_the_host(bundle, monkeypatch):
+def test_embeddings_stay_where_engine_and_decoder_share_a_device(bundle, monkeypatch):
     engine = OnnxRuntimeCudaEngine(bundle.vision_file, SETTINGS, device="cpu")
-    monkeypatch.setattr(engine, "uses_cuda_graph", True)
-    assert VisionStage(engine, bundle.manifest.vision, rows_device="cpu")._bound_engine is None
-    monkeypatch.setattr(engine, "uses_cuda_graph", False)
-    assert VisionStage(engine, bundle.manifest.vision, rows_device="cuda")._bound_engine is None
-    assert VisionStage(engine, bundle.manifest.vision, rows_device="cpu")._bound_engine is engine
+
+    def stays(device: str | None) -> bool:
+        pixels = np.zeros((1, 3, 64, 64), np.float32)
+        [tile] = VisionStage(engine, bundle.manifest.vision).leaving_rows_on(device).encode(pixels)
+        return isinstance(tile.embeds, DeviceRows)
+
+    assert [stays(device) for device in ("cpu", "cuda", None)] == [True, False, False]
+    # As of an engine that records its runs.
+    monkeypatch.setattr(engine, "view_device", None)
+    assert [stays(device) for device in ("cpu", "cuda", None)] == [False] * 3
 
 
 @pytest.fixture(scope="module")
@@ -395,7 +400,7 @@ def test_from_image_to_tokens_the_embeddings_never_leave_the_gpu(bundle, gpu, ph
     stream = pipeline.stream("what", [photo], max_new_tokens=1)
     list(stream)
     [image] = stream.images
-    assert image.embeds.sources[0].device_name() == "cuda"
+    assert image.embeds.sources[0].owner.device_name() == "cuda"
     assert gpu.num_waits - before == (1 if gpu.has_stream else 3)
     by_host = bound_pipeline(bundle, gpu, is_bound=False)
     found, expected = (some.generate("what", [photo], max_new_tokens=8) for some in (pipeline, by_host))
