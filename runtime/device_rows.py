@@ -23,7 +23,7 @@ class DeviceRows:
 
     Args:
         sources: memory [..., hidden] that rows come from: `engines.view.View`, an `OrtValue`, anything with
-            `__dlpack__`, or a float32 array of the host.
+            `__dlpack__`, or a float32 array of the host. What computes it must be over.
         source_of: [length] int64, where each row comes from: an index into `sources`, or TOKENS.
         row_of: [length] int64, which row of its source, all but the last dimension taken as one; of TOKENS the id.
     """
