@@ -10,7 +10,9 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Timings:
-    """Where the time of one request went, in milliseconds; `Pipeline.generate_batch` says what they are in a batch.
+    """Where the time of one request went, in milliseconds.
+
+    `Pipeline.generate_batch` and `Pipeline.generate_each` say what they are where requests share the time.
 
     Attributes:
         preprocess_ms: reading and resizing the images, and tokenising the prompt.

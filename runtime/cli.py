@@ -107,6 +107,11 @@ def make_parser() -> argparse.ArgumentParser:
         default=LanguageSettings.dtype,
         help="for transformers (default: %(default)s)",
     )
+    parser.add_argument(
+        "--language-compile",
+        action="store_true",
+        help="for transformers: run the model compiled, which takes up to minutes to begin with",
+    )
     parser.add_argument("--overlay", type=Path, metavar="PNG", help="write a picture of the kept tokens")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
@@ -155,6 +160,7 @@ def _run(options: argparse.Namespace) -> None:
         checkpoint=options.checkpoint,
         language_device=options.language_device,
         language_dtype=options.language_dtype,
+        language_compile=options.language_compile,
     )
     stream = pipeline.stream(
         options.prompt,

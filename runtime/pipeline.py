@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Unpack
 
@@ -23,6 +23,7 @@ from hivtp.runtime.language import (
     create_language,
     rows_device,
 )
+from hivtp.runtime.lookahead import answer_each
 from hivtp.runtime.outcome import memory_errors
 from hivtp.runtime.prepared_image import prepare_images
 from hivtp.runtime.prompt import PromptTemplate
@@ -90,6 +91,7 @@ class Pipeline:
         checkpoint: str | Path | None = LanguageSettings.checkpoint,
         language_device: str = LanguageSettings.device,
         language_dtype: LanguageDtype = LanguageSettings.dtype,
+        language_compile: bool = LanguageSettings.is_compiled,
     ) -> Pipeline:
         """Load a bundle that hivtp-export wrote; needs numpy and onnxruntime, and torch only for transformers.
 
@@ -111,6 +113,8 @@ class Pipeline:
             language_device: where answers are decoded. For "onnxruntime" "cpu" or "cuda"; "auto" takes a GPU where the
                 decoder is float16 and CUDA works. For "transformers" as torch names it; "auto" is the CPU.
             language_dtype: for "transformers": float32, bfloat16 or float16.
+            language_compile: for "transformers": compile the model, and on a GPU run it as CUDA graphs. Each length of
+                prompt that is new costs seconds to minutes; see TransformersLanguage.
 
         Raises:
             BundleError: the bundle is incomplete, altered, of another schema, or cannot answer.
@@ -120,7 +124,9 @@ class Pipeline:
             SettingsError: a setting cannot work.
         """
         settings = EngineSettings(num_threads, uses_cuda_graph)
-        language_settings = LanguageSettings(language, settings, checkpoint, language_device, language_dtype)
+        language_settings = LanguageSettings(
+            language, settings, checkpoint, language_device, language_dtype, language_compile
+        )
         bundle = Bundle.open(folder, check_hashes=check_hashes)
         manifest = bundle.manifest
         if manifest.language is None:
@@ -200,6 +206,31 @@ class Pipeline:
         if isinstance(requests, str) or not isinstance(requests, Sequence):
             raise PromptError(f"requests must be a list of Request, not {type(requests).__name__}")
         return answer_batch(self, requests)
+
+    def generate_each(self, requests: Iterable[Request]) -> Generator[Answer | HivtpError]:
+        """Answer requests in order; while one is decoded, a thread prepares the pictures of the next.
+
+        The thread takes the next request at the first token of the present one, reads, resizes and encodes its
+        pictures, and goes no further. Each answer is the one that its request gives alone. That gains where the two
+        want different processors, as with a vision graph on a GPU; on a CPU that both share there is little to gain
+        (`benchmarks/lookahead.py` measures it).
+
+        preprocess_ms and vision_ms are the times of these stages themselves, hidden or not. ttft_ms counts from where
+        the answer was asked for, or its request taken if that is later, so it holds what was left to wait of them.
+
+        Args:
+            requests: what to ask, as it comes; it is iterated in the thread.
+
+        Returns:
+            Each request's answer, or the error that it alone failed with: what `stream` raises. What iterating
+            `requests` raises is raised in its place. Closing the iterator waits for the picture in work.
+
+        Raises:
+            PromptError: `requests` cannot be iterated.
+        """
+        if isinstance(requests, str | bytes) or not isinstance(requests, Iterable):
+            raise PromptError(f"requests must be an iterable of Request, not {type(requests).__name__}")
+        return answer_each(self, requests)
 
     def chat(self) -> Chat:
         """Begin a conversation, in which further questions cost their own tokens only."""

@@ -42,9 +42,11 @@ class Decoder:
 
         with torch.inference_mode():
             embeds = self._table(torch.tensor(token_ids, device=self.device))
-        return _to_numpy(embeds)
+        return to_numpy(embeds)
 
-    def run(self, embeds: NDArray[np.float32], cache: Any, padding: Sequence[int] | None = None) -> NDArray[np.float32]:
+    def run(
+        self, embeds: NDArray[np.float32] | torch.Tensor, cache: Any, padding: Sequence[int] | None = None
+    ) -> NDArray[np.float32]:
         """Run the model on new positions.
 
         Args:
@@ -69,13 +71,13 @@ class Decoder:
             masks["position_ids"] = positions[:, -embeds.shape[1] :].to(self.device)
         with torch_errors(self.device), torch.inference_mode():
             outputs = self._model(
-                inputs_embeds=torch.from_numpy(embeds).to(self.device, self._table.weight.dtype),
+                inputs_embeds=to_tensor(embeds).to(self.device, self._table.weight.dtype),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
                 **masks,
             )
-            return _to_numpy(outputs.logits[:, -1])
+            return to_numpy(outputs.logits[:, -1])
 
 
 class CachedSequence:
@@ -96,8 +98,8 @@ class CachedSequence:
         """Keys and values of each layer."""
         return _layers_of(self._cache)
 
-    def append(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """See DecoderSequence.append."""
+    def append(self, embeds: NDArray[np.float32] | torch.Tensor) -> NDArray[np.float32]:
+        """See DecoderSequence.append; also of a tensor."""
         try:
             logits: NDArray[np.float32] = self._decoder.run(embeds[None], self._cache)[0]
             self.length += len(embeds)
@@ -219,6 +221,14 @@ def _cut(cache: Any, length: int) -> None:
         layer.crop(min(0, length - layer.get_seq_length()))
 
 
-def _to_numpy(tensor: torch.Tensor) -> NDArray[np.float32]:
+def to_tensor(embeds: NDArray[np.float32] | torch.Tensor) -> torch.Tensor:
+    """Embeddings as a tensor where they lie; no copy."""
+    import torch
+
+    return embeds if isinstance(embeds, torch.Tensor) else torch.from_numpy(embeds)
+
+
+def to_numpy(tensor: torch.Tensor) -> NDArray[np.float32]:
+    """Logits or embeddings as an array."""
     array: NDArray[np.float32] = tensor.float().cpu().numpy()
     return array

@@ -25,6 +25,7 @@ class LanguageSettings:
         device: where the model runs. Of onnxruntime "cpu" or "cuda"; "auto" takes a GPU where the decoder is float16
             and CUDA works. Of transformers as torch names it: "cpu", "cuda", "cuda:1"; "auto" is the CPU.
         dtype: of transformers: of weights, activations and KV cache.
+        is_compiled: of transformers: whether torch.compile compiles it, over a KV cache of fixed size.
 
     Raises:
         SettingsError: there is no such backend or dtype, or a setting belongs to the other backend, or the
@@ -36,6 +37,7 @@ class LanguageSettings:
     checkpoint: str | Path | None = None
     device: str = "auto"
     dtype: LanguageDtype = "float32"
+    is_compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.backend not in get_args(BackendName):
@@ -44,6 +46,10 @@ class LanguageSettings:
         if self.dtype not in get_args(LanguageDtype):
             known = ", ".join(get_args(LanguageDtype))
             raise SettingsError(f"the dtype of the language model must be one of {known}, not {self.dtype!r}")
+        if not isinstance(self.is_compiled, bool):
+            raise SettingsError(
+                f"whether the language model is compiled must be True or False, not {self.is_compiled!r}"
+            )
         if self.backend == "transformers":
             self._check_checkpoint()
             return
@@ -51,7 +57,7 @@ class LanguageSettings:
             known = ", ".join(ONNXRUNTIME_DEVICES)
             raise SettingsError(f"the bundle's decoder runs on one of {known}, not on {self.device!r}")
         defaults = {setting.name: setting.default for setting in fields(self)}
-        for name in ("checkpoint", "dtype"):
+        for name in ("checkpoint", "dtype", "is_compiled"):
             if getattr(self, name) != defaults[name]:
                 raise SettingsError(
                     f"{name} {str(getattr(self, name))!r} belongs to the language backend transformers; "

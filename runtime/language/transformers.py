@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hivtp.engines.weights import CheckpointWeights, locate_weights
+from hivtp.runtime.language.compiled import CompiledDecoder
 from hivtp.runtime.language.decoding import decode, decode_batch
 from hivtp.runtime.language.dynamic_cache import CachedBatch, CachedSequence, Decoder
+from hivtp.runtime.language.static_cache import StaticSequence
 from hivtp.runtime.language.torch_errors import torch_errors
 from hivtp_ops.errors import CheckpointError, MissingExtraError, SettingsError
 
@@ -29,13 +31,17 @@ class TransformersLanguage:
 
     Only the language part is read, weight by weight, each once and straight to its device and dtype.
 
+    Compiled, it gives the tokens of the same arithmetic, fused: in float32 those that it gives uncompiled. The first
+    runs of each shape take from seconds to minutes, so ask what will be asked once before it counts; CompiledDecoder
+    says which shapes there are. `generate_batch` is not compiled: its sequences have caches that grow.
+
     Args:
         manifest: of the bundle.
         settings: the checkpoint, and how to run it.
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged, or not the one that the bundle was exported from.
-        EngineError: torch cannot load it.
+        EngineError: torch cannot load it, or cannot compile here.
         MissingExtraError: torch, transformers or safetensors is not installed.
         OutOfMemoryError: it does not fit into the memory of the device.
         SettingsError: torch has no such device.
@@ -52,7 +58,11 @@ class TransformersLanguage:
         self.manifest = manifest.language
         self.context_length = manifest.language.context_length
         weights = _open_source(Path(settings.checkpoint), manifest)
-        self._decoder = Decoder(_load(weights, settings))
+        model = _load(weights, settings)
+        self._decoder = Decoder(model)
+        self._compiled: CompiledDecoder | None = None
+        if settings.is_compiled:
+            self._compiled = CompiledDecoder(model, self.context_length, _has_exact_counts(manifest))
 
     def embed(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """See LanguageBackend.embed."""
@@ -62,26 +72,33 @@ class TransformersLanguage:
         """See LanguageBackend.is_end."""
         return token_id in self.manifest.eos_token_ids
 
-    def new_cache(self) -> CachedSequence:
+    def new_cache(self) -> CachedSequence | StaticSequence:
         """See LanguageBackend.new_cache."""
-        return CachedSequence(self._decoder)
+        return CachedSequence(self._decoder) if self._compiled is None else StaticSequence(self._compiled)
 
     def generate(
         self,
-        inputs_embeds: NDArray[np.float32],
+        inputs_embeds: Any,
         max_new_tokens: int,
         choose_token: ChooseToken,
         cache: SequenceCache | None = None,
     ) -> Iterator[int]:
-        """See LanguageBackend.generate."""
+        """See LanguageBackend.generate; `inputs_embeds` may also be a tensor, best one on the model's device."""
         sequence = self.new_cache() if cache is None else cache
-        assert isinstance(sequence, CachedSequence), "a cache belongs to the backend that made it"
+        assert isinstance(sequence, CachedSequence | StaticSequence), "a cache belongs to the backend that made it"
         num_tokens = min(max_new_tokens, self.context_length - sequence.length - len(inputs_embeds))
+        if isinstance(sequence, StaticSequence):
+            sequence.reserve(sequence.length + len(inputs_embeds) + num_tokens)
         yield from decode(self, sequence, inputs_embeds, num_tokens, choose_token)
 
     def generate_batch(self, requests: Sequence[DecodeRequest]) -> Iterator[dict[int, int | HivtpError]]:
         """See LanguageBackend.generate_batch."""
         yield from decode_batch(self, CachedBatch(self._decoder), requests)
+
+
+def _has_exact_counts(manifest: Manifest) -> bool:
+    """Whether every picture becomes as many tokens."""
+    return manifest.tiling is None and (manifest.pruning is None or manifest.pruning.keep is not None)
 
 
 def _open_source(folder: Path, manifest: Manifest) -> CheckpointWeights:
