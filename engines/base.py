@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from hivtp_ops.errors import EngineError
+
+if TYPE_CHECKING:
+    from hivtp.engines.view import View
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -31,6 +34,9 @@ class EngineSettings:
             raise EngineError(f"num_threads must be at least 1, not {self.num_threads}")
 
 
+Device = Literal["cuda", "cpu"]
+
+
 class Engine(Protocol):
     """Runs one graph. Several threads may call `run` at once."""
 
@@ -50,6 +56,29 @@ class Engine(Protocol):
 
         Returns:
             Every output by name.
+
+        Raises:
+            EngineError: the inputs do not fit, or the engine failed.
+        """
+
+
+@runtime_checkable
+class DeviceEngine(Engine, Protocol):
+    """An engine that can leave an output where it was computed."""
+
+    @property
+    def view_device(self) -> Device | None:
+        """The device in whose memory it can leave an output; "cpu" stands in for one; None where it cannot."""
+
+    def run_keeping(self, inputs: Arrays, kept: str) -> tuple[View, dict[str, np.ndarray[Any, Any]]]:
+        """Run the graph, and wait for it.
+
+        Args:
+            inputs: as in Engine.run.
+            kept: an output that stays on the device. It is the caller's: no further run changes it.
+
+        Returns:
+            That output, and all others by name.
 
         Raises:
             EngineError: the inputs do not fit, or the engine failed.

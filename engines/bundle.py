@@ -75,8 +75,11 @@ class LanguageManifest:
     Attributes:
         file: the decoder, `inputs_embeds` and a KV cache in, logits of the last position out.
         embeddings: the token embedding table, [vocab, hidden] in a .npy file.
-        precision: fp32, int8 or int4.
+        precision: fp32, int8, int4, fp16 or int4-fp16.
         block_size: weights that share a scale; None where they are not rounded.
+        dtype: what the decoder takes and gives and its KV cache holds, float32 or float16.
+        embed_file: token ids to rows of the table, as a graph; None where the decoder is not made for a GPU.
+        insert_file: rows put into such rows, as a graph; likewise.
         num_layers, num_kv_heads, head_size, hidden_size, vocab_size: sizes of the model.
         context_length: most positions, prompt and answer together.
         image_token_id: the placeholder that an image's tokens replace.
@@ -87,6 +90,9 @@ class LanguageManifest:
     embeddings: str
     precision: str
     block_size: int | None
+    dtype: str
+    embed_file: str | None
+    insert_file: str | None
     num_layers: int
     num_kv_heads: int
     head_size: int

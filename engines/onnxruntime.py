@@ -45,7 +45,7 @@ class OnnxRuntimeEngine:
 
 def open_session(
     file: Path,
-    settings: EngineSettings,
+    settings: EngineSettings | None = None,
     *,
     stops_spinning: bool = False,
     providers: Sequence[str | tuple[str, dict[str, str]]] = ("CPUExecutionProvider",),
@@ -68,7 +68,7 @@ def open_session(
         raise MissingExtraError("onnxruntime", "cpu") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if settings.num_threads is not None:
+    if settings is not None and settings.num_threads is not None:
         options.intra_op_num_threads = settings.num_threads
     if stops_spinning:
         options.add_session_config_entry("session.force_spinning_stop", "1")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hivtp.engines.base import Arrays, EngineSettings
+from hivtp.engines.base import Arrays, Device, EngineSettings
 from hivtp.engines.onnxruntime import open_session
+from hivtp.engines.view import View
 from hivtp_ops.errors import EngineError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 PROVIDER = "CUDAExecutionProvider"
 INSTALL = "pip uninstall onnxruntime onnxruntime-gpu; pip install 'hivtp[cuda]'"
-Device = Literal["cuda", "cpu"]
 
 
 class OnnxRuntimeCudaEngine:
@@ -46,19 +46,13 @@ class OnnxRuntimeCudaEngine:
         stream: int | None = None,
     ) -> None:
         settings = settings or EngineSettings()
-        self._device = device
-        self._uses_cuda_graph = settings.uses_cuda_graph and device == "cuda"
-        providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
-        if device == "cuda":
-            check_cuda_package()
-            providers.insert(0, (PROVIDER, _provider_options(self._uses_cuda_graph, stream)))
-        self.session = open_session(file, settings, stops_spinning=True, providers=providers)
-        # Where CUDA does not start, onnxruntime takes the CPU and goes on.
-        if device == "cuda" and PROVIDER not in self.session.get_providers():
-            raise EngineError(
-                f"onnxruntime could not start CUDA for {file}: there is no usable GPU or driver, or libraries of CUDA "
-                "are missing; check nvidia-smi, and install with: pip install 'hivtp[cuda]'"
-            )
+        self.device = device
+        # A recorded run writes to its own buffers again and again.
+        self.view_device = None if settings.uses_cuda_graph and device == "cuda" else device
+        self.uses_cuda_graph = settings.uses_cuda_graph and device == "cuda"
+        self.session = open_bound_session(
+            file, settings, device, stream, uses_cuda_graph=self.uses_cuda_graph, stops_spinning=True
+        )
         self.output_names = tuple(output.name for output in self.session.get_outputs())
         self._fixed: dict[int, _FixedRun] = {}
         # Fixed buffers serve one run at a time.
@@ -66,7 +60,7 @@ class OnnxRuntimeCudaEngine:
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """See Engine.run."""
-        if not self._uses_cuda_graph:
+        if not self.uses_cuda_graph:
             return {name: value.numpy() for name, value in self.run_on_device(inputs).items()}
         num_tiles = len(next(iter(inputs.values()), ()))
         with self._lock:
@@ -96,18 +90,24 @@ class OnnxRuntimeCudaEngine:
             for name, value in inputs.items():
                 binding.bind_ortvalue_input(name, self._to_device(value))
             for name in self.output_names:
-                binding.bind_output(name, self._device)
+                binding.bind_output(name, self.device)
             self.session.run_with_iobinding(binding)
             binding.synchronize_outputs()
             return dict(zip(self.output_names, binding.get_outputs(), strict=True))
         except Exception as error:
             raise EngineError(f"onnxruntime failed: {error}") from error
 
+    def run_keeping(self, inputs: Arrays, kept: str) -> tuple[View, dict[str, np.ndarray[Any, Any]]]:
+        """See DeviceEngine.run_keeping."""
+        outputs = self.run_on_device(inputs)
+        view = view_of(outputs.pop(kept))
+        return view, {name: value.numpy() for name, value in outputs.items()}
+
     def _to_device(self, value: Any) -> Any:
         from onnxruntime import OrtValue
 
         if isinstance(value, np.ndarray):
-            return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self._device, 0)
+            return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self.device, 0)
         return value if isinstance(value, OrtValue) else OrtValue.from_dlpack(value)
 
 
@@ -137,6 +137,49 @@ class _FixedRun:
             self._inputs[name].update_inplace(array)
         self._session.run_with_iobinding(self._binding, self._options)
         return {name: value.numpy() for name, value in self._outputs.items()}
+
+
+def open_bound_session(
+    file: Path,
+    settings: EngineSettings | None,
+    device: Device,
+    stream: int | None = None,
+    *,
+    uses_cuda_graph: bool = False,
+    stops_spinning: bool = False,
+) -> Any:
+    """Open an `onnxruntime.InferenceSession` whose inputs and outputs are bound to the memory of a device.
+
+    Args:
+        file: the .onnx file.
+        settings: how to run it.
+        device: see OnnxRuntimeCudaEngine.
+        stream: likewise.
+        uses_cuda_graph: record runs and replay them.
+        stops_spinning: see open_session.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        EngineError: the installed onnxruntime has no CUDA, or CUDA does not start, or it cannot load the file.
+    """
+    providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
+    if device == "cuda":
+        check_cuda_package()
+        providers.insert(0, (PROVIDER, _provider_options(uses_cuda_graph, stream)))
+    session = open_session(file, settings, stops_spinning=stops_spinning, providers=providers)
+    # Where CUDA does not start, onnxruntime takes the CPU and goes on.
+    if device == "cuda" and PROVIDER not in session.get_providers():
+        raise EngineError(
+            f"onnxruntime could not start CUDA for {file}: there is no usable GPU or driver, or libraries of CUDA "
+            "are missing; check nvidia-smi, and install with: pip install 'hivtp[cuda]'"
+        )
+    return session
+
+
+def view_of(value: Any) -> View:
+    """The memory of an `onnxruntime.OrtValue`."""
+    kind = value.data_type().removeprefix("tensor(").removesuffix(")")
+    return View(value, value.shape(), {"float": "float32", "double": "float64"}.get(kind, kind), value.data_ptr())
 
 
 def has_cuda_provider() -> bool:

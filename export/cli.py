@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from hivtp.export.decoder import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, LanguagePrecision
+from hivtp.export.decoder import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, NUM_BITS, LanguagePrecision
 from hivtp.export.exporter import ExportSettings, NewlineRule, export_bundle
 from hivtp.export.graph import VisionPrecision
 from hivtp.export.layer_choice import choose_layers
@@ -40,6 +40,8 @@ examples:
   hivtp-export llava-1.5-7b-hf bundle --window 3 --keep 150      a rule of your own
   hivtp-export llava-1.5-7b-hf bundle --vision-precision fp16 \\
       --engine tensorrt                                          with a TensorRT plan for this GPU
+  hivtp-export llava-1.5-7b-hf bundle --vision-precision fp16 \\
+      --language-precision fp16                                  all of it on a GPU
   hivtp-export engine bundle --engine tensorrt                   the same for a bundle that is there already
   hivtp-export llava-1.5-7b-hf --preset 192 --choose-layers *.jpg
                                                                  which layers should score your pictures
@@ -119,7 +121,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--language-precision",
         choices=get_args(LanguagePrecision),
         default=defaults.language_precision,
-        help="bits of the decoder's weights (default: %(default)s)",
+        help="what the decoder computes in: fp32, int8 and int4 are for a CPU, fp16 and int4-fp16 for a GPU "
+        "(default: %(default)s)",
     )
     precision.add_argument(
         "--block-size",
@@ -239,7 +242,7 @@ def summary(bundle: Bundle) -> str:
 
     def describe(part: str, folder: str, precision: str, checks: Sequence[str]) -> None:
         size = sum(record.num_bytes for path, record in manifest.files.items() if path.startswith(folder))
-        lines.append(f"  {part:<9} {precision:<5} {size / 1e6:9.1f} MB   {', '.join(checks)}")
+        lines.append(f"  {part:<9} {precision:<9} {size / 1e6:9.1f} MB   {', '.join(checks)}")
 
     found = manifest.verification["vision"]
     checks = [f"relative error {found['relative_error']:.1e} (allowed {found['tolerance']['relative_error']:.0e})"]
@@ -251,7 +254,7 @@ def summary(bundle: Bundle) -> str:
     if language is not None:
         found = manifest.verification["language"]
         checks = [f"relative error {found['relative_error']:.1e} (allowed {found['tolerance']['relative_error']:.0e})"]
-        if language.precision != "fp32":
+        if language.precision in NUM_BITS:
             checks.append(f"quantisation error {found['quantization_error']:.1e}")
         checks.append(f"same greedy token {found['argmax_agreement']:.0%}")
         describe("language", "language/", language.precision, checks)

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
     from hivtp.export.checkpoint import Checkpoint
 
-LanguagePrecision = Literal["fp32", "int8", "int4"]
-NUM_BITS = {"int8": 8, "int4": 4}
+LanguagePrecision = Literal["fp32", "int8", "int4", "fp16", "int4-fp16"]
+NUM_BITS = {"int8": 8, "int4": 4, "int4-fp16": 4}
+# Made for a GPU: ONNX Runtime's attention there computes in half precision only.
+HALF_PRECISIONS = ("fp16", "int4-fp16")
 # Weights that share a scale. Larger blocks round more coarsely, and leave the kernels less to do besides multiplying.
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 DEFAULT_BLOCK_SIZE = 32
@@ -55,7 +57,9 @@ def write_decoder(
     Args:
         checkpoint: an open checkpoint; only its language weights are read.
         folder: where to write; made if absent.
-        precision: "fp32", or weights of 8 or 4 bits in blocks (activations become int8 in the kernels).
+        precision: for a CPU "fp32", or "int8" or "int4": weights of 8 or 4 bits in blocks (activations become
+            int8 in the kernels), all else in float32. For a GPU "fp16", or "int4-fp16": weights of 4 bits, all else
+            in float16: inputs, outputs, KV cache.
         on_weight: called with (weights done, all weights).
         block_size: weights in a block, one of BLOCK_SIZES; None for DEFAULT_BLOCK_SIZE.
 
@@ -68,10 +72,12 @@ def write_decoder(
 
     folder.mkdir(parents=True, exist_ok=True)
     config = _builder_config(checkpoint)
+    is_half = precision in HALF_PRECISIONS
+    dtype, provider = (ir.DataType.FLOAT16, "cuda") if is_half else (ir.DataType.FLOAT, "cpu")
     try:
         with tempfile.TemporaryDirectory() as cache, _silenced():
-            # Built in float32 and quantised by us afterwards: the builder would hold all weights in memory.
-            decoder = builder(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", cache, dict(BUILDER_OPTIONS))
+            # Built without rounding and quantised by us afterwards: the builder would hold all weights in memory.
+            decoder = builder(config, dtype, dtype, provider, cache, dict(BUILDER_OPTIONS))
             decoder.loaded_model = load_language_model(checkpoint)
             decoder.make_model("")
             del decoder.loaded_model
@@ -81,23 +87,43 @@ def write_decoder(
         ) from error
     cut_to_last_position(decoder.model)
     decoder.model.graph.sort()
-    if precision == "fp32":
+    if precision not in NUM_BITS:
         save_model(decoder.model, folder / DECODER_NAME, on_weight)
     else:
         with _silenced():
-            settings = WeightOnlySettings(NUM_BITS[precision], block_size or DEFAULT_BLOCK_SIZE)
+            settings = WeightOnlySettings(
+                NUM_BITS[precision], block_size or DEFAULT_BLOCK_SIZE, accuracy_level=0 if is_half else 4
+            )
             quantize_weights(decoder.model, settings, on_weight)
         save_model(decoder.model, folder / DECODER_NAME)
     return folder / DECODER_NAME
 
 
-def write_embeddings(checkpoint: Checkpoint, folder: Path) -> Path:
-    """Write the token embeddings [vocab, hidden] as .npy: float16 where the checkpoint is float16, else float32."""
+def decoder_dtype(precision: str) -> Literal["float32", "float16"]:
+    """What a decoder takes and gives, and what its KV cache holds."""
+    return "float16" if precision in HALF_PRECISIONS else "float32"
+
+
+def write_embeddings(checkpoint: Checkpoint, folder: Path, precision: LanguagePrecision = "fp32") -> Path:
+    """Write the token embeddings [vocab, hidden] as .npy, for a decoder of some precision.
+
+    They are float16 where the checkpoint or the decoder is, else float32.
+
+    Raises:
+        CheckpointError: they are beyond the range of float16.
+    """
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
     table = checkpoint.tensor("language.model.embed_tokens.weight")
-    if table.dtype != torch.float16:
+    if decoder_dtype(precision) == "float16":
+        table = table.half()
+        if not table.isfinite().all():
+            raise CheckpointError(
+                f"the token embeddings of {checkpoint.folder} are beyond the range of float16; choose a "
+                "language precision for a CPU"
+            )
+    elif table.dtype != torch.float16:
         # numpy has no bfloat16, and float16 has not its range.
         table = table.float()
     file = folder / EMBEDDINGS_NAME

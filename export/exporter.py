@@ -29,9 +29,11 @@ from hivtp.export.decoder import (
     EMBEDDINGS_NAME,
     NUM_BITS,
     LanguagePrecision,
+    decoder_dtype,
     write_decoder,
     write_embeddings,
 )
+from hivtp.export.embedding_graphs import EMBED_NAME, INSERT_NAME, write_embedding_graphs
 from hivtp.export.graph import VisionPrecision, save_model
 from hivtp.export.processor import Processor, end_token_ids
 from hivtp.export.progress import Progress
@@ -63,8 +65,8 @@ class ExportSettings:
         num_layers: number of scoring layers; None leaves it to the spec.
         is_pruned: False exports the unpruned model.
         vision_precision: fp32, fp16 or int8.
-        language_precision: fp32, int8 or int4.
-        block_size: weights of an int8 or int4 decoder that share a scale; None for DEFAULT_BLOCK_SIZE.
+        language_precision: fp32, int8 or int4 for a CPU; fp16 or int4-fp16 for a GPU.
+        block_size: weights of a decoder of int8 or int4 that share a scale; None for DEFAULT_BLOCK_SIZE.
         newline: which picture rows of LLaVA-NeXT end with a newline token.
         keep_total: one budget over all tiles of a LLaVA-NeXT picture; None keeps per tile what the spec says.
         graph: "vision" for a bundle that answers; "encoder" for the graph that emits the features and the
@@ -247,12 +249,15 @@ def _export_language(
     verification: dict[str, Any],
 ) -> LanguageManifest:
     config, precision = checkpoint.config.text_config, settings.language_precision
+    is_half = decoder_dtype(precision) == "float16"
     if decoder_source is not None:
         with progress.step(f"Decoder of {decoder_source.folder}"):
             verification["language"] = take_decoder(decoder_source, folder)
     else:
         with progress.step("Token embeddings"):
-            write_embeddings(checkpoint, folder / LANGUAGE_FOLDER)
+            embeddings = write_embeddings(checkpoint, folder / LANGUAGE_FOLDER, precision)
+            if is_half:
+                write_embedding_graphs(embeddings)
         with progress.step(f"Decoder, {precision}"):
             decoder = write_decoder(
                 checkpoint, folder / LANGUAGE_FOLDER, precision, progress.update, block_size=settings.block_size
@@ -264,6 +269,9 @@ def _export_language(
         embeddings=f"{LANGUAGE_FOLDER}/{EMBEDDINGS_NAME}",
         precision=precision,
         block_size=settings.resolved_block_size,
+        dtype=decoder_dtype(precision),
+        embed_file=f"{LANGUAGE_FOLDER}/{EMBED_NAME}" if is_half else None,
+        insert_file=f"{LANGUAGE_FOLDER}/{INSERT_NAME}" if is_half else None,
         num_layers=config.num_hidden_layers,
         num_kv_heads=config.num_key_value_heads,
         head_size=config.head_dim,

@@ -19,7 +19,7 @@ class WeightOnlySettings:
         bits: 4 or 8.
         block_size: weights that share a scale.
         is_symmetric: no zero points.
-        accuracy_level: 4 lets the kernels round activations to int8.
+        accuracy_level: 4 lets the kernels of a CPU round activations to int8; 0 leaves them as they are.
     """
 
     bits: int
@@ -66,16 +66,17 @@ def quantize_weights(
 def _quantized_alone(node: Any, settings: WeightOnlySettings) -> ir.Model:
     """The node as a whole model, quantised."""
     import onnx_ir as ir
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import helper, numpy_helper
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     weight = node.inputs[1]
+    dtype = int(weight.const_value.dtype)
     proto = helper.make_model(
         helper.make_graph(
             [helper.make_node("MatMul", ["input", weight.name], ["output"], name=node.name)],
             "linear",
-            [helper.make_tensor_value_info("input", TensorProto.FLOAT, None)],
-            [helper.make_tensor_value_info("output", TensorProto.FLOAT, None)],
+            [helper.make_tensor_value_info("input", dtype, None)],
+            [helper.make_tensor_value_info("output", dtype, None)],
             [numpy_helper.from_array(weight.const_value.numpy(), weight.name)],
         )
     )

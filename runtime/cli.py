@@ -98,7 +98,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--language-device",
         default=LanguageSettings.device,
         metavar="DEVICE",
-        help="for transformers: cpu, cuda, ... (default: %(default)s)",
+        help="where the answer is decoded: cpu, cuda, ...; auto takes a GPU where the decoder is made for one and CUDA "
+        "works (default: %(default)s)",
     )
     parser.add_argument(
         "--language-dtype",

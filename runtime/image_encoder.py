@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from hivtp.engines.bundle import Bundle, TilingManifest
+    from hivtp.runtime.device_rows import Embeddings
     from hivtp.runtime.embedding_cache import EmbeddingCache
     from hivtp.runtime.tiling import TileLayout
     from hivtp.runtime.vision import EncodedTile, KeptPatches, VisionStage
@@ -33,23 +34,23 @@ class EncodedImage:
     """What the language model sees of a picture.
 
     Attributes:
-        embeds: [num_tokens, hidden] float32, newline tokens included.
+        embeds: [num_tokens, hidden] float32, newline tokens included: an array, or DeviceRows.
         tiles: which patches each tile kept.
         num_unpruned_tokens: tokens that the unpruned model would see.
     """
 
-    embeds: NDArray[np.float32]
+    embeds: Embeddings
     tiles: tuple[KeptPatches, ...]
     num_unpruned_tokens: int
 
     @property
     def num_bytes(self) -> int:
-        """Memory that it holds."""
+        """Memory that it holds; on a device all that its vision run wrote, be it shared with other images."""
         return sum(array.nbytes for array in self.arrays)
 
     @property
-    def arrays(self) -> list[NDArray[Any]]:
-        """All that it holds."""
+    def arrays(self) -> list[Any]:
+        """All that it holds: arrays, and embeddings that may be DeviceRows."""
         scores = [tile.importance for tile in self.tiles if tile.importance is not None]
         return [self.embeds, *scores, *(tile.kept_indices for tile in self.tiles)]
 
@@ -193,7 +194,8 @@ class CachedEncoder:
             found[key] = encoded
             # Later answers come from the same arrays.
             for array in encoded.arrays:
-                array.flags.writeable = False
+                if isinstance(array, np.ndarray):
+                    array.flags.writeable = False
             self._cache.put(key, encoded)
         return [found[key] for key in keys]
 

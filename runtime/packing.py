@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 
+from hivtp.runtime.device_rows import concatenate
 from hivtp.runtime.vision import EncodedTile
 from hivtp_ops import select
 from hivtp_ops.errors import BundleError, ScoreError, SpecError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from hivtp.runtime.device_rows import Embeddings
     from hivtp.runtime.tiling import TileLayout
     from hivtp_ops import PruningSpec
 
@@ -42,7 +44,7 @@ def pack_tiles(
     tiles: Sequence[EncodedTile],
     newline: NDArray[np.float32],
     rule: NewlineRule,
-) -> NDArray[np.float32]:
+) -> Embeddings:
     """Put the kept tokens of a picture's tiles into the order in which the unpruned model has them.
 
     First those of the base tile in raster order, then those of the tile grid in raster order of the whole
@@ -58,7 +60,7 @@ def pack_tiles(
         rule: which rows of the unpadded picture a newline follows: those that kept a token, all, or none.
 
     Returns:
-        [num_tokens, hidden] float32.
+        [num_tokens, hidden] float32: an array, or DeviceRows where those of the tiles are.
     """
     assert len(tiles) == layout.num_tiles, "one encoded tile for each tile of the layout"
     for tile, is_picture in zip(tiles, layout.patch_mask(grid), strict=True):
@@ -78,9 +80,9 @@ def pack_tiles(
     cols.append(np.full(len(newline_rows), layout.tile_cols * grid[1]))
 
     newlines = np.broadcast_to(newline, (len(newline_rows), len(newline)))
-    picture = np.concatenate([*(tile.embeds for tile in rest), newlines])
+    picture = concatenate([*(tile.embeds for tile in rest), newlines])
     order = np.lexsort((np.concatenate(cols), np.concatenate(rows)))
-    return np.concatenate([base.embeds, picture[order]])
+    return concatenate([base.embeds, picture[order]])
 
 
 def _newline_rows(

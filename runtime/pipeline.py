@@ -7,16 +7,22 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Unpack
 
-import numpy as np
-
 from hivtp.engines import EngineSettings
 from hivtp.engines.bundle import Bundle
 from hivtp.runtime.answer_stream import AnswerStream, milliseconds_since
 from hivtp.runtime.batch import answer_batch
 from hivtp.runtime.chat import Chat
+from hivtp.runtime.device_rows import concatenate
 from hivtp.runtime.embedding_cache import DEFAULT_CACHE_BYTES, EmbeddingCache
 from hivtp.runtime.image_encoder import open_image_encoder
-from hivtp.runtime.language import BackendName, LanguageBackend, LanguageDtype, LanguageSettings, create_language
+from hivtp.runtime.language import (
+    BackendName,
+    LanguageBackend,
+    LanguageDtype,
+    LanguageSettings,
+    create_language,
+    rows_device,
+)
 from hivtp.runtime.lookahead import answer_each
 from hivtp.runtime.outcome import memory_errors
 from hivtp.runtime.prepared_image import prepare_images
@@ -31,9 +37,8 @@ from hivtp_ops.errors import BundleError, HivtpError, PromptError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
     from hivtp.runtime.answer import Answer
+    from hivtp.runtime.device_rows import Embeddings
     from hivtp.runtime.image_encoder import EncodedImage, ImageEncoder
     from hivtp.runtime.images import ImageSource
     from hivtp.runtime.prepared_image import PreparedImage
@@ -105,7 +110,8 @@ class Pipeline:
             language: what decodes the answers: "onnxruntime" the bundle's decoder; "transformers" the language
                 model of `checkpoint`. The vision graph runs in `engine` either way.
             checkpoint: for "transformers": the Hugging Face folder that the bundle was exported from.
-            language_device: for "transformers": where the model runs, as torch names it, such as "cuda".
+            language_device: where answers are decoded. For "onnxruntime" "cpu" or "cuda"; "auto" takes a GPU where the
+                decoder is float16 and CUDA works. For "transformers" as torch names it; "auto" is the CPU.
             language_dtype: for "transformers": float32, bfloat16 or float16.
             language_compile: for "transformers": compile the model, and on a GPU run it as CUDA graphs. Each length of
                 prompt that is new costs seconds to minutes; see TransformersLanguage.
@@ -128,17 +134,19 @@ class Pipeline:
                 f"{folder} holds the {manifest.vision.graph} graph alone and cannot answer; "
                 "export it with --graph vision"
             )
+        vision = VisionStage.open(bundle, settings, max_tiles_per_run, engine)
+        decoder = create_language(bundle, language_settings)
         return cls(
             bundle,
             open_image_encoder(
                 bundle,
-                VisionStage.open(bundle, settings, max_tiles_per_run, engine),
+                vision.leaving_rows_on(rows_device(decoder)),
                 EmbeddingCache(image_cache_bytes),
                 max_tiles,
             ),
             _read_template(bundle),
             Tokenizer.load(bundle.processor_folder),
-            create_language(bundle, language_settings),
+            decoder,
         )
 
     def generate(
@@ -249,7 +257,7 @@ class Pipeline:
             prepared = prepare_images(self.images, images)
         return PreparedPrompt(token_ids, prepared, len(history), milliseconds_since(started))
 
-    def embed(self, prompt: PreparedPrompt, images: Sequence[EncodedImage]) -> NDArray[np.float32]:
+    def embed(self, prompt: PreparedPrompt, images: Sequence[EncodedImage]) -> Embeddings:
         """The prompt's embeddings [length, hidden], with each image's tokens in place of its placeholder.
 
         Args:
@@ -263,13 +271,13 @@ class Pipeline:
         embeds = self.language.embed(token_ids)
         if not images:
             return embeds
-        pieces: list[NDArray[np.float32]] = []
+        pieces: list[Embeddings] = []
         start = 0
         positions = [position for position, token_id in enumerate(token_ids) if token_id == self.image_token_id]
         for position, image in zip(positions, images, strict=True):
             pieces += [embeds[start:position], image.embeds]
             start = position + 1
-        embeds = np.concatenate([*pieces, embeds[start:]])
+        embeds = concatenate([*pieces, embeds[start:]])
         self._check_length(len(embeds), prompt.num_earlier_turns)
         return embeds
 

@@ -61,6 +61,14 @@ def varying_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
+def half_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `pruned_bundle`, with a decoder for a GPU."""
+    folder = tmp_path_factory.mktemp("half") / "bundle"
+    settings = ExportSettings(preset="paper", language_precision="fp16")
+    return export_bundle(tiny_checkpoint, folder, settings, is_quiet=True).folder
+
+
+@pytest.fixture(scope="session")
 def photos() -> Path:
     """Folder of the real photographs that scikit-image ships."""
     spec = importlib.util.find_spec("skimage")

@@ -14,10 +14,11 @@ from hivtp.engines.gpu import find_gpu
 from hivtp.engines.tensorrt.library import Library, LibraryName, load_library
 from hivtp.engines.tensorrt.plan import PlanRecord, read_plan
 from hivtp.engines.tensorrt.profile import find_profile, most_tiles
+from hivtp.engines.view import View
 from hivtp_ops.errors import EngineError, MissingExtraError
 
 if TYPE_CHECKING:
-    from hivtp.engines.base import Arrays, EngineSettings
+    from hivtp.engines.base import Arrays, Device, EngineSettings
     from hivtp.engines.bundle import Bundle
 
 
@@ -34,6 +35,8 @@ class TensorRtEngine:
         MissingExtraError: cuda-core is not installed.
         EngineError: the library refuses the plan.
     """
+
+    view_device: Device | None = "cuda"
 
     def __init__(self, library: Library, content: bytes, record: PlanRecord, settings: EngineSettings) -> None:
         try:
@@ -57,7 +60,8 @@ class TensorRtEngine:
             raise library.failure("cannot load the plan")
         self._context = self._new_context()
         self._tensors = [_describe(trt, self._engine, index) for index in range(self._engine.num_io_tensors)]
-        self._runs: dict[int, _Run] = {}
+        # By the number of tiles, and the output that stays on the GPU.
+        self._runs: dict[tuple[int, str | None], _Run] = {}
         self.output_names = tuple(tensor.name for tensor in self._tensors if not tensor.is_input)
         self.max_tiles: int | None = most_tiles(self._profiles)
 
@@ -75,14 +79,23 @@ class TensorRtEngine:
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """See Engine.run."""
+        return self._run(inputs, None)[1]
+
+    def run_keeping(self, inputs: Arrays, kept: str) -> tuple[View, dict[str, np.ndarray[Any, Any]]]:
+        """See DeviceEngine.run_keeping."""
+        view, outputs = self._run(inputs, kept)
+        assert view is not None, "it was kept"
+        return view, outputs
+
+    def _run(self, inputs: Arrays, kept: str | None) -> tuple[View | None, dict[str, np.ndarray[Any, Any]]]:
         num_tiles = self._check(inputs)
         with self._lock:
             try:
                 # CUDA knows the current device per thread.
                 self._device.set_current()
-                if num_tiles not in self._runs:
-                    self._runs[num_tiles] = self._new_run(num_tiles)
-                return self._runs[num_tiles](inputs)
+                if (num_tiles, kept) not in self._runs:
+                    self._runs[num_tiles, kept] = self._new_run(num_tiles, kept)
+                return self._runs[num_tiles, kept](inputs)
             except EngineError:
                 raise
             except Exception as error:
@@ -115,12 +128,14 @@ class TensorRtEngine:
             raise self._library.failure("cannot make an execution context")
         return context
 
-    def _new_run(self, num_tiles: int) -> _Run:
+    def _new_run(self, num_tiles: int, kept: str | None) -> _Run:
         profile = find_profile(self._profiles, num_tiles)
         assert profile is not None, "inputs are checked first"
         # A captured graph holds for as long as its context is left as it was, so each gets its own.
         context = self._new_context() if self._uses_cuda_graph else self._context
-        return _Run(self._library, self._stream, context, self._tensors, num_tiles, profile, self._uses_cuda_graph)
+        return _Run(
+            self._library, self._stream, context, self._tensors, num_tiles, profile, self._uses_cuda_graph, kept
+        )
 
 
 @dataclass(frozen=True)
@@ -145,12 +160,14 @@ class _Run:
         num_tiles: int,
         profile: int,
         uses_cuda_graph: bool,
+        kept: str | None,
     ) -> None:
         from cuda.core import LegacyPinnedMemoryResource
 
         self._library, self._stream, self._context = library, stream, context
         self._tensors, self._num_tiles, self._profile = tensors, num_tiles, profile
         self._uses_cuda_graph = uses_cuda_graph
+        self._kept = kept
         self._graph: Any = None
         self._on_gpu: dict[str, Any] = {}
         self._pinned: dict[str, Any] = {}
@@ -158,11 +175,13 @@ class _Run:
         for tensor in tensors:
             num_bytes = num_tiles * math.prod(tensor.tail) * tensor.dtype.itemsize
             self._on_gpu[tensor.name] = stream.device.allocate(num_bytes, stream=stream)
+            if tensor.name == kept:
+                continue
             pinned = self._pinned[tensor.name] = LegacyPinnedMemoryResource().allocate(num_bytes)
             memory = memoryview((ctypes.c_byte * num_bytes).from_address(int(pinned.handle)))
             self._arrays[tensor.name] = np.frombuffer(memory, tensor.dtype).reshape(num_tiles, *tensor.tail)
 
-    def __call__(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+    def __call__(self, inputs: Arrays) -> tuple[View | None, dict[str, np.ndarray[Any, Any]]]:
         for name, array in inputs.items():
             np.copyto(self._arrays[name], array)
         if self._graph is not None:
@@ -170,11 +189,28 @@ class _Run:
         else:
             self._prepare_context()
             self._enqueue(self._stream)
+        view = self._copy_kept()
         self._stream.sync()
         # What TensorRT put off until the first run must not be captured, so the second is.
         if self._uses_cuda_graph and self._graph is None:
             self._graph = self._capture()
-        return {tensor.name: self._arrays[tensor.name].copy() for tensor in self._tensors if not tensor.is_input}
+        arrays = {name: self._arrays[name].copy() for name in self._outputs}
+        return view, arrays
+
+    @property
+    def _outputs(self) -> list[str]:
+        """Names of the outputs that come to the host."""
+        return [tensor.name for tensor in self._tensors if not tensor.is_input and tensor.name != self._kept]
+
+    def _copy_kept(self) -> View | None:
+        """The kept output in memory of its own, since the next run writes to the same buffers."""
+        for tensor in self._tensors:
+            if tensor.name == self._kept:
+                source = self._on_gpu[tensor.name]
+                copy = self._stream.device.allocate(source.size, stream=self._stream)
+                copy.copy_from(source, stream=self._stream)
+                return View(copy, (self._num_tiles, *tensor.tail), tensor.dtype, int(copy.handle))
+        return None
 
     def _prepare_context(self) -> None:
         context = self._context
@@ -191,9 +227,8 @@ class _Run:
             if tensor.is_input:
                 self._on_gpu[tensor.name].copy_from(self._pinned[tensor.name], stream=stream)
         self._demand(self._context.execute_async_v3(handle))
-        for tensor in self._tensors:
-            if not tensor.is_input:
-                self._on_gpu[tensor.name].copy_to(self._pinned[tensor.name], stream=stream)
+        for name in self._outputs:
+            self._on_gpu[name].copy_to(self._pinned[name], stream=stream)
 
     def _capture(self) -> Any:
         builder = self._stream.create_graph_builder().begin_building()

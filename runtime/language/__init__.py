@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hivtp.runtime.language.base import LanguageBackend
 from hivtp.runtime.language.settings import BackendName, LanguageDtype, LanguageSettings
+from hivtp_ops.errors import EngineWarning, HivtpError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from hivtp.engines.base import Device
     from hivtp.engines.bundle import Bundle
 
-__all__ = ["BackendName", "LanguageBackend", "LanguageDtype", "LanguageSettings", "create_language"]
+__all__ = ["BackendName", "LanguageBackend", "LanguageDtype", "LanguageSettings", "create_language", "rows_device"]
 
 
 def create_language(bundle: Bundle, settings: LanguageSettings | None = None) -> LanguageBackend:
@@ -25,25 +29,50 @@ def create_language(bundle: Bundle, settings: LanguageSettings | None = None) ->
     Raises:
         BundleError: the embeddings are damaged.
         CheckpointError: the checkpoint is damaged, or is not the one that the bundle was exported from.
-        EngineError: the backend cannot load the decoder.
+        EngineError: the backend cannot load the decoder, or run it on that device.
         MissingExtraError: a package of the backend is not installed.
+        OutOfMemoryError: it does not fit into the memory of the device.
         SettingsError: there is no such device.
     """
     settings = settings or LanguageSettings()
     return _CREATORS[settings.backend](bundle, settings)
 
 
-def _create_onnxruntime(bundle: Bundle, settings: LanguageSettings) -> LanguageBackend:
-    from hivtp.runtime.language.onnxruntime import OnnxRuntimeLanguage
+def rows_device(language: LanguageBackend) -> Device | None:
+    """The device whose memory a backend takes embeddings from, as DeviceRows; None where it takes arrays alone."""
+    from hivtp.runtime.language.onnxruntime_device import OnnxRuntimeDeviceLanguage
 
-    assert bundle.manifest.language is not None, "an encoder bundle has no decoder"
-    return OnnxRuntimeLanguage(bundle.folder, bundle.manifest.language, settings.engine)
+    return language.device.device if isinstance(language, OnnxRuntimeDeviceLanguage) else None
+
+
+def _create_onnxruntime(bundle: Bundle, settings: LanguageSettings) -> LanguageBackend:
+    from hivtp.engines.device import DeviceContext
+    from hivtp.engines.onnxruntime_cuda import has_cuda_provider
+    from hivtp.runtime.language.onnxruntime import OnnxRuntimeLanguage
+    from hivtp.runtime.language.onnxruntime_device import OnnxRuntimeDeviceLanguage
+
+    manifest = bundle.manifest.language
+    assert manifest is not None, "an encoder bundle has no decoder"
+    is_half = manifest.dtype == "float16"
+    if settings.device == "cuda":
+        return OnnxRuntimeDeviceLanguage(bundle.folder, manifest, settings.engine)
+    if settings.device == "auto" and is_half and has_cuda_provider():
+        try:
+            return OnnxRuntimeDeviceLanguage(bundle.folder, manifest, settings.engine)
+        except HivtpError as error:
+            message = f"the decoder of {bundle.folder} cannot run on a GPU, taking the CPU: {error}"
+            warnings.warn(message, EngineWarning, stacklevel=2)
+    if is_half:
+        return OnnxRuntimeDeviceLanguage(bundle.folder, manifest, settings.engine, DeviceContext("cpu"))
+    return OnnxRuntimeLanguage(bundle.folder, manifest, settings.engine)
 
 
 def _create_transformers(bundle: Bundle, settings: LanguageSettings) -> LanguageBackend:
     from hivtp.runtime.language.transformers import TransformersLanguage
 
-    return TransformersLanguage(bundle.manifest, settings)
+    return TransformersLanguage(
+        bundle.manifest, replace(settings, device="cpu") if settings.device == "auto" else settings
+    )
 
 
 _CREATORS: Mapping[BackendName, Callable[[Bundle, LanguageSettings], LanguageBackend]] = {

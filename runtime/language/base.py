@@ -14,6 +14,7 @@ from hivtp_ops.errors import BundleError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hivtp.runtime.device_rows import Embeddings
     from hivtp_ops.errors import HivtpError
 
 # From the logits [vocab] float32 of one position to a token id.
@@ -36,12 +37,12 @@ class DecodeRequest:
     """One sequence of a batch: the arguments of `LanguageBackend.generate`.
 
     Args:
-        inputs_embeds: [length, hidden] float32, 0 < length < context_length.
+        inputs_embeds: [length, hidden], 0 < length < context_length, of the kind that the backend's `embed` gives.
         max_new_tokens: at least 1.
         choose_token: picks a token from the logits.
     """
 
-    inputs_embeds: NDArray[np.float32]
+    inputs_embeds: Embeddings
     max_new_tokens: int
     choose_token: ChooseToken
 
@@ -51,15 +52,15 @@ class LanguageBackend(Protocol):
 
     context_length: int
 
-    def embed(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Look up token embeddings: [num_tokens, hidden] float32."""
+    def embed(self, token_ids: Sequence[int]) -> Embeddings:
+        """Look up token embeddings: [num_tokens, hidden], a float32 array, or DeviceRows of a decoder on a device."""
 
     def new_cache(self) -> SequenceCache:
         """An empty cache for `generate` of this backend. One thread at a time uses it."""
 
     def generate(
         self,
-        inputs_embeds: NDArray[np.float32],
+        inputs_embeds: Embeddings,
         max_new_tokens: int,
         choose_token: ChooseToken,
         cache: SequenceCache | None = None,
@@ -70,7 +71,7 @@ class LanguageBackend(Protocol):
         yields, or after `max_new_tokens`, or where the context is full.
 
         Args:
-            inputs_embeds: [length, hidden] float32, 0 < length < context_length.
+            inputs_embeds: [length, hidden] as `embed` gives them, 0 < length < context_length.
             max_new_tokens: at least 1.
             choose_token: picks a token from the logits.
             cache: what comes before `inputs_embeds`; the context must hold both. It grows by every position

@@ -15,23 +15,24 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from hivtp.runtime.device_rows import Embeddings
     from hivtp.runtime.language.base import ChooseToken, DecodeRequest, LanguageBackend
 
 
 class DecoderSequence(SequenceCache, Protocol):
     """One sequence in a decoder. A run that fails leaves it as it was."""
 
-    def append(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+    def append(self, embeds: Embeddings) -> NDArray[np.float32]:
         """Run the decoder on [num, hidden] new positions; the logits [vocab] of the last, valid until the next call."""
 
 
 class DecoderBatch(Protocol):
     """Sequences in a decoder, each in a slot; those in use are the first ones."""
 
-    def append(self, slot: int, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+    def append(self, slot: int, embeds: Embeddings) -> NDArray[np.float32]:
         """Begin the sequence of the first free slot with [num, hidden] positions; the logits [vocab] of the last."""
 
-    def step(self, embeds: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | HivtpError]:
+    def step(self, embeds: Embeddings) -> Sequence[NDArray[np.float32] | HivtpError]:
         """Run one position [slots, hidden] of each sequence; the logits [vocab] of each, or why it failed."""
 
     def drop(self, slot: int, last: int) -> None:
@@ -41,7 +42,7 @@ class DecoderBatch(Protocol):
 def decode(
     language: LanguageBackend,
     sequence: DecoderSequence,
-    inputs_embeds: NDArray[np.float32],
+    inputs_embeds: Embeddings,
     num_tokens: int,
     choose_token: ChooseToken,
 ) -> Iterator[int]:
@@ -50,7 +51,7 @@ def decode(
     Args:
         language: the backend.
         sequence: what comes before `inputs_embeds`.
-        inputs_embeds: [length, hidden] float32.
+        inputs_embeds: [length, hidden] as the backend's `embed` gives them.
         num_tokens: the most tokens that the context has room for.
         choose_token: picks a token from the logits.
     """

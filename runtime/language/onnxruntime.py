@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
 from hivtp.engines.onnxruntime import open_session
 from hivtp.runtime.language.base import ChooseToken, DecodeRequest, SequenceCache, embedding_table
-from hivtp.runtime.language.decoding import decode, decode_batch, num_new_tokens
+from hivtp.runtime.language.decoding import DecoderSequence, decode, decode_batch, num_new_tokens
 from hivtp.runtime.language.kv_cache import BoundRows, allocate_cache
 from hivtp.runtime.outcome import attempt
 from hivtp_ops.errors import HivtpError
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from hivtp.engines.base import EngineSettings
     from hivtp.engines.bundle import LanguageManifest
+    from hivtp.runtime.device_rows import Embeddings
+    from hivtp.runtime.language.decoding import DecoderBatch
 
 
 class OnnxRuntimeLanguage:
@@ -43,7 +45,7 @@ class OnnxRuntimeLanguage:
         self._session = open_session(folder / manifest.file, settings)
         self._embeddings = embedding_table(folder / manifest.embeddings, (manifest.vocab_size, manifest.hidden_size))
 
-    def embed(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+    def embed(self, token_ids: Sequence[int]) -> Embeddings:
         """See LanguageBackend.embed."""
         return self._embeddings[np.asarray(token_ids, dtype=np.int64)].astype(np.float32, copy=False)
 
@@ -51,13 +53,13 @@ class OnnxRuntimeLanguage:
         """See LanguageBackend.is_end."""
         return token_id in self.manifest.eos_token_ids
 
-    def new_cache(self) -> _Sequence:
+    def new_cache(self) -> GrowingSequence:
         """See LanguageBackend.new_cache."""
-        return _Sequence(self._session, self.manifest, capacity=1)
+        return self._new_sequence(capacity=1)
 
     def generate(
         self,
-        inputs_embeds: NDArray[np.float32],
+        inputs_embeds: Embeddings,
         max_new_tokens: int,
         choose_token: ChooseToken,
         cache: SequenceCache | None = None,
@@ -65,8 +67,7 @@ class OnnxRuntimeLanguage:
         """See LanguageBackend.generate."""
         length = len(inputs_embeds) + (0 if cache is None else cache.length)
         num_tokens = min(max_new_tokens, self.context_length - length)
-        sequence = _Sequence(self._session, self.manifest, length + num_tokens) if cache is None else cache
-        assert isinstance(sequence, _Sequence), "a cache belongs to the backend that made it"
+        sequence = self._new_sequence(length + num_tokens) if cache is None else cast("GrowingSequence", cache)
         sequence.reserve(length + num_tokens)
         yield from decode(self, sequence, inputs_embeds, num_tokens, choose_token)
 
@@ -79,11 +80,17 @@ class OnnxRuntimeLanguage:
         if not requests:
             return
         capacity = max(len(request.inputs_embeds) + num_new_tokens(self, request) for request in requests)
-        batch = attempt(_Batch, self._session, self.manifest, len(requests), capacity)
+        batch = attempt(self._new_batch, len(requests), capacity)
         if isinstance(batch, HivtpError):
             yield from self._generate_halves(requests, batch)
             return
         yield from decode_batch(self, batch, requests)
+
+    def _new_sequence(self, capacity: int) -> GrowingSequence:
+        return _Sequence(self._session, self.manifest, capacity)
+
+    def _new_batch(self, num_rows: int, capacity: int) -> DecoderBatch:
+        return _Batch(self._session, self.manifest, num_rows, capacity)
 
     def _generate_halves(
         self, requests: Sequence[DecodeRequest], error: HivtpError
@@ -95,6 +102,13 @@ class OnnxRuntimeLanguage:
         for start, half in ((0, requests[:middle]), (middle, requests[middle:])):
             for step in self.generate_batch(half):
                 yield {start + index: outcome for index, outcome in step.items()}
+
+
+class GrowingSequence(DecoderSequence, Protocol):
+    """A sequence whose memory can grow."""
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for so many positions; at least twice the room there was, so that turns rarely copy."""
 
 
 class _Sequence:
@@ -118,7 +132,7 @@ class _Sequence:
         self.length = length
 
     def reserve(self, capacity: int) -> None:
-        """Make room for so many positions; at least twice the room there was, so that turns rarely copy."""
+        """See GrowingSequence.reserve."""
         if capacity <= self._rows.capacity:
             return
         capacity = max(capacity, min(2 * self._rows.capacity, self._manifest.context_length))

@@ -11,6 +11,7 @@ from hivtp_ops.errors import SettingsError
 
 BackendName = Literal["onnxruntime", "transformers"]
 LanguageDtype = Literal["float32", "bfloat16", "float16"]
+ONNXRUNTIME_DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class LanguageSettings:
         backend: "onnxruntime" runs the bundle's decoder; "transformers" the language model of a checkpoint.
         engine: of onnxruntime: how it runs the decoder.
         checkpoint: of transformers: the Hugging Face folder that the bundle was exported from.
-        device: of transformers: where the model runs, as torch names it: "cpu", "cuda", "cuda:1".
+        device: where the model runs. Of onnxruntime "cpu" or "cuda"; "auto" takes a GPU where the decoder is float16
+            and CUDA works. Of transformers as torch names it: "cpu", "cuda", "cuda:1"; "auto" is the CPU.
         dtype: of transformers: of weights, activations and KV cache.
         is_compiled: of transformers: whether torch.compile compiles it, over a KV cache of fixed size.
 
@@ -33,7 +35,7 @@ class LanguageSettings:
     backend: BackendName = "onnxruntime"
     engine: EngineSettings = field(default_factory=EngineSettings)
     checkpoint: str | Path | None = None
-    device: str = "cpu"
+    device: str = "auto"
     dtype: LanguageDtype = "float32"
     is_compiled: bool = False
 
@@ -51,8 +53,11 @@ class LanguageSettings:
         if self.backend == "transformers":
             self._check_checkpoint()
             return
+        if self.device not in ONNXRUNTIME_DEVICES:
+            known = ", ".join(ONNXRUNTIME_DEVICES)
+            raise SettingsError(f"the bundle's decoder runs on one of {known}, not on {self.device!r}")
         defaults = {setting.name: setting.default for setting in fields(self)}
-        for name in ("checkpoint", "device", "dtype", "is_compiled"):
+        for name in ("checkpoint", "dtype", "is_compiled"):
             if getattr(self, name) != defaults[name]:
                 raise SettingsError(
                     f"{name} {str(getattr(self, name))!r} belongs to the language backend transformers; "

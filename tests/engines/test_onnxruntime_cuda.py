@@ -61,6 +61,18 @@ def test_outputs_leave_by_dlpack_without_a_copy(engine, reference, pixels):
     np.testing.assert_array_equal(embeds.numpy(), expected)
 
 
+def test_an_output_that_is_kept_stays_on_the_device_and_the_others_come_to_the_host(engine, reference, pixels):
+    expected = reference.run({"pixel_values": pixels})
+    view, outputs = engine.run_keeping({"pixel_values": pixels}, "image_embeds")
+    assert (view.shape, view.dtype) == (expected["image_embeds"].shape, np.float32)
+    assert view.address == view.owner.data_ptr()
+    engine.run_keeping({"pixel_values": -pixels}, "image_embeds")
+    np.testing.assert_array_equal(view.owner.numpy(), expected.pop("image_embeds"))
+    assert outputs.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(outputs[name], array)
+
+
 def test_inputs_come_by_dlpack(engine, reference, pixels):
     expected = reference.run({"pixel_values": pixels})["image_embeds"]
     tensor = torch.from_numpy(pixels)

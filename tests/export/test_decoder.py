@@ -124,6 +124,26 @@ def test_the_decoder_takes_embeddings_and_prunes_its_head(tiny_checkpoint: Path,
     assert logits.type.tensor_type.shape.dim[1].dim_value == 1
 
 
+@pytest.mark.parametrize("language", ["llama", "mistral"])
+@pytest.mark.parametrize("precision", ["fp16", "int4-fp16"])
+def test_a_decoder_for_a_gpu_takes_keeps_and_gives_float16(tmp_path: Path, precision: str, language: str) -> None:
+    text = {"sliding_window": 7} if language == "mistral" else {}
+    folder = make_checkpoint(tmp_path / "checkpoint", language=language, text=text)
+    checkpoint = Checkpoint.open(folder)
+    file = write_decoder(checkpoint, tmp_path, precision)
+    graph = onnx.load(file).graph
+    dtypes = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
+    assert dtypes.pop("attention_mask") == onnx.TensorProto.INT64
+    assert set(dtypes.values()) == {onnx.TensorProto.FLOAT16}
+    assert onnx.TensorProto.FLOAT not in {item.data_type for item in graph.initializer}
+    kinds = {node.op_type for node in graph.node}
+    assert "GroupQueryAttention" in kinds
+    assert ("MatMulNBits" in kinds) == (precision == "int4-fp16")
+    report = verify_language(checkpoint, file, precision)
+    assert report["relative_error"] < 5e-3
+    assert precision == "int4-fp16" or report["argmax_agreement"] >= 0.7
+
+
 def test_a_tied_head_decodes(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "tied", text={"tie_word_embeddings": True}, tie_word_embeddings=True)
     checkpoint = Checkpoint.open(folder)
@@ -143,17 +163,17 @@ def test_progress_is_announced_and_nothing_printed(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", ["int8", "int4", "int4-fp16"])
 def test_weights_are_rounded_as_the_model_builder_rounds_them(
     tiny_checkpoint: Path, tmp_path: Path, precision: str
 ) -> None:
     import onnx_ir as ir
 
     checkpoint = Checkpoint.open(tiny_checkpoint)
-    dtype = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4}[precision]
-    builder = _builder_class("llama")(
-        _builder_config(checkpoint), ir.DataType.FLOAT, dtype, "cpu", "", dict(BUILDER_OPTIONS)
-    )
+    bits, _, is_half = precision.partition("-")
+    dtype = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4}[bits]
+    io_dtype, provider = (ir.DataType.FLOAT16, "cuda") if is_half else (ir.DataType.FLOAT, "cpu")
+    builder = _builder_class("llama")(_builder_config(checkpoint), io_dtype, dtype, provider, "", dict(BUILDER_OPTIONS))
     builder.loaded_model = load_language_model(checkpoint)
     builder.make_model("")
     cut_to_last_position(builder.model)

@@ -282,7 +282,7 @@ def test_a_tied_head_is_one_weight(tmp_path: Path) -> None:
         ),
         ({"language": "transformers", "language_device": "abacus"}, "the device 'abacus' cannot be used"),
         ({"checkpoint": "folder"}, "checkpoint 'folder' belongs to the language backend transformers"),
-        ({"language_device": "cuda"}, "device 'cuda' belongs to the language backend transformers"),
+        ({"language_device": "meta"}, "the bundle.s decoder runs on one of auto, cpu, cuda, not on .meta."),
         ({"language_dtype": "float16"}, "dtype 'float16' belongs to the language backend transformers"),
     ],
 )

@@ -12,9 +12,16 @@ from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp import Pipeline
+from hivtp.engines import EngineSettings
+from hivtp.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
 from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.runtime.device_rows import DeviceRows
+from hivtp.runtime.embedding_cache import EmbeddingCache
+from hivtp.runtime.image_encoder import open_image_encoder
 from hivtp.runtime.images import load_image
+from hivtp.runtime.language import rows_device
 from hivtp.runtime.tiling import Tiler
+from hivtp.runtime.vision import VisionStage
 from hivtp_ops import PruningSpec, select
 from hivtp_ops.errors import CheckpointError, SpecError
 
@@ -209,3 +216,23 @@ def test_corrupt_pinpoints_are_refused_by_value(tmp_path: Path, pinpoints: Any) 
         (folder / name).write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="pinpoints"):
         export_bundle(folder, tmp_path / "bundle", ExportSettings(), is_quiet=True)
+
+
+def test_tiles_that_stay_on_the_device_give_the_tokens_of_those_that_come_to_the_host(
+    checkpoint: Path, tmp_path: Path, photos: Path
+) -> None:
+    settings = ExportSettings(keep_total=40, language_precision="fp16")
+    bundle = export_bundle(checkpoint, tmp_path / "bundle", settings, is_quiet=True)
+    by_host = Pipeline.load(bundle.folder, num_threads=1, language_device="cpu")
+    engine = OnnxRuntimeCudaEngine(bundle.vision_file, EngineSettings(num_threads=1), device="cpu")
+    # Two tiles in a run, so that a picture comes from several.
+    stage = VisionStage(engine, bundle.manifest.vision, 2, rows_device(by_host.language))
+    images = open_image_encoder(bundle, stage, EmbeddingCache())
+    on_device = Pipeline(bundle, images, by_host.template, by_host.tokenizer, by_host.language)
+    for size in SIZES[:2]:
+        image = picture(photos, size)
+        expected, found = (some.generate(PROMPT, [image], max_new_tokens=NUM_TOKENS) for some in (by_host, on_device))
+        assert (found.token_ids, found.kept_indices) == (expected.token_ids, expected.kept_indices)
+        assert found.num_kept_tokens == expected.num_kept_tokens
+    encoded = images.encode(on_device.prepare(PROMPT, [picture(photos, SIZES[0])]).images)
+    assert isinstance(encoded[0].embeds, DeviceRows)
