@@ -26,6 +26,7 @@ class VisionManifest:
         file: the graph, relative to the bundle.
         graph: "vision" (pruned embeddings) or "encoder" (features and attention).
         precision: fp32, fp16 or int8.
+        num_layers: layers of the vision tower, those that do not run included.
         grid: rows and columns of patches in one tile.
         image_size: side of a tile in pixels.
         num_prefix_tokens: tokens in front of the patches (1 where the CLS is a feature).
@@ -36,6 +37,7 @@ class VisionManifest:
     file: str
     graph: str
     precision: str
+    num_layers: int
     grid: tuple[int, int]
     image_size: int
     num_prefix_tokens: int

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -18,7 +19,7 @@ from hivtp.export.plan import Builder, export_plan
 from hivtp.export.plan_cli import add_plan_options, make_engine_parser, plan_settings_from, plan_summary
 from hivtp.export.vision import GraphKind
 from hivtp_ops.errors import EngineError, HivtpError, SpecError
-from hivtp_ops.spec import PRESETS, PruningSpec
+from hivtp_ops.spec import PAPER_LAYERS, PRESETS, PruningSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -259,9 +260,18 @@ def summary(bundle: Bundle) -> str:
         checks.append(f"same greedy token {found['argmax_agreement']:.0%}")
         describe("language", "language/", language.precision, checks)
     lines.append(f"  tokens    {_tokens(manifest)}")
+    if manifest.pruning is not None and _has_scaled_layers(manifest.pruning, vision.num_layers):
+        lines.append(
+            f"  layers    those are the paper's for a tower of {PAPER_LAYERS} layers, scaled to one of "
+            f"{vision.num_layers}; others may see better: rank them with --choose-layers (docs/choosing-layers.md)"
+        )
     if language is not None:
         lines.append(f"\nask it: hivtp-run {bundle.folder} --image PHOTO 'What is in the picture?'")
     return "\n".join(lines)
+
+
+def _has_scaled_layers(spec: PruningSpec, num_layers: int) -> bool:
+    return num_layers != PAPER_LAYERS and spec == replace(spec, first_layer=None, num_layers=None).resolve(num_layers)
 
 
 def _tokens(manifest: Manifest) -> str:

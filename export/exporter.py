@@ -311,6 +311,7 @@ def _vision_manifest(shape: VisionShape, spec: PruningSpec | None, settings: Exp
         file=VISION_FILE,
         graph=settings.graph,
         precision=settings.vision_precision,
+        num_layers=shape.num_layers,
         grid=shape.grid,
         image_size=shape.image_size,
         num_prefix_tokens=shape.num_prefix_tokens,

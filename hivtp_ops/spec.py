@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+# Of CLIP ViT-L/14 at 336 pixels, whose layers the paper chose.
 PAPER_GRID = (24, 24)
+PAPER_LAYERS = 24
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,9 @@ class PruningSpec:
         _check_int("num_encoder_layers", num_encoder_layers, least=1)
         first, count = self.first_layer, self.num_layers
         if first is None:
-            first = round(6 * num_encoder_layers / 24)
+            first = round(6 * num_encoder_layers / PAPER_LAYERS)
         if count is None:
-            count = max(1, round(3 * num_encoder_layers / 24))
+            count = max(1, round(3 * num_encoder_layers / PAPER_LAYERS))
         if first + count > num_encoder_layers:
             raise SpecError(
                 f"scoring layers {first} to {first + count - 1} lie outside the encoder, whose layers are "

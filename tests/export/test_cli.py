@@ -45,6 +45,17 @@ def test_the_summary_says_what_was_written_and_how_close_it_is(
     assert "[7/7] Manifest and hashes: done" in progress
 
 
+def test_the_summary_says_where_layers_were_scaled_from_another_tower(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = ["--graph", "encoder", "--quiet"]
+    hint = "the paper's for a tower of 24 layers, scaled to one of 6; others may see better: rank them with"
+    assert main([str(tiny_checkpoint), str(tmp_path / "scaled"), *encoder]) == 0
+    assert hint in capsys.readouterr().out
+    assert main([str(tiny_checkpoint), str(tmp_path / "chosen"), "--first-layer", "1", *encoder]) == 0
+    assert hint not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

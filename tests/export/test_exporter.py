@@ -135,7 +135,11 @@ def test_a_failed_replacement_keeps_the_old_bundle(
 ) -> None:
     destination = tmp_path / "bundle"
     export_bundle(tiny_checkpoint, destination, ExportSettings(graph="encoder"), is_quiet=True)
-    monkeypatch.setattr(exporter, "write_decoder", lambda *_, **_options: (_ for _ in ()).throw(OSError(28, "No space left")))
+
+    def fill_the_disk(*_arguments: object, **_options: object) -> None:
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr(exporter, "write_decoder", fill_the_disk)
     with pytest.raises(BundleError, match="the disk is full"):
         export_bundle(tiny_checkpoint, destination, ExportSettings(overwrite=True), is_quiet=True)
     assert Bundle.open(destination, check_hashes=True).manifest.vision.graph == "encoder"

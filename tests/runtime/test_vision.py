@@ -23,6 +23,7 @@ MANIFEST = VisionManifest(
     file="model.onnx",
     graph="vision",
     precision="fp32",
+    num_layers=6,
     grid=(2, 2),
     image_size=4,
     num_prefix_tokens=0,
