@@ -336,6 +336,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Pair]]:
 
 def test_torch_can_follow_the_model_as_one_graph_for_each_shape(traced, tiny_checkpoint, varying_bundle) -> None:
     pair = traced(varying_bundle, tiny_checkpoint)
+    torch._dynamo.utils.counters.clear()
     num_graphs = []
     for seed, length in enumerate((100, 128, 70, 140)):
         expected = list(pair.plain.language.generate(prompt(length, seed), 5, greedy))
