@@ -106,10 +106,6 @@ class Worker:
         sample, other_core_s = self._receive()
         return sample, other_core_s
 
-    def warm_up(self) -> None:
-        """Do one pass that does not count: the turns of others leave memory cold that a service in use has warm."""
-        self.sample()
-
     def close(self) -> None:
         """End the process."""
         self._pipe.close()
@@ -132,19 +128,12 @@ class LocalSystem:
     def __init__(self, name: str, run: Pass) -> None:
         self.name = name
         self._run = run
-        self._is_warm = False
 
     def sample(self) -> tuple[Sample, float]:
         """Do one pass; also the core-seconds of other processes meanwhile."""
         others = _other_cpu_s()
         sample = self._run()
         return sample, _other_cpu_s() - others
-
-    def warm_up(self) -> None:
-        """Do one pass that does not count, before the first: what all systems share, their turns keep warm."""
-        if not self._is_warm:
-            self._run()
-            self._is_warm = True
 
 
 def _serve(pipe: Connection, system: System, num_threads: int) -> None:
@@ -220,12 +209,13 @@ def measure_once(systems: Sequence[System], num_threads: int) -> Results:
 def measure_in_turns(systems: Sequence[Worker | LocalSystem], num_rounds: int) -> Results:
     """Time the systems in turns: A B C, A B C, and so on.
 
-    Each turn warms up first. On a machine that is not quiet, up to twice as many rounds run and the quietest
-    count: chosen by what other processes took meanwhile, never by the times themselves.
+    The first round warms up and is dropped. On a machine that is not quiet, up to twice as many rounds
+    run and the quietest count: chosen by what other processes took meanwhile, never by the times themselves.
     """
     rounds: list[tuple[float, dict[str, Sample]]] = []
+    _round(systems)
     while len(rounds) < 2 * num_rounds:
-        rounds.append(_round(systems, warms_up=True))
+        rounds.append(_round(systems))
         num_quiet = sum(other_cores <= MAX_OTHER_CORES for other_cores, _samples in rounds)
         print(f"  round {len(rounds)}: others took {rounds[-1][0]:.2f} cores", flush=True)
         if num_quiet == num_rounds:
@@ -235,11 +225,9 @@ def measure_in_turns(systems: Sequence[Worker | LocalSystem], num_rounds: int) -
     return Results(samples, [other_cores for other_cores, _ in rounds])
 
 
-def _round(systems: Sequence[Worker | LocalSystem], *, warms_up: bool = False) -> tuple[float, dict[str, Sample]]:
+def _round(systems: Sequence[Worker | LocalSystem]) -> tuple[float, dict[str, Sample]]:
     samples, other_core_s, seconds = {}, 0.0, 0.0
     for system in systems:
-        if warms_up:
-            system.warm_up()
         _wait_until_quiet()
         started = time.perf_counter()
         samples[system.name], others = system.sample()

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.comparison import UNPRUNED
 from benchmarks.plots import TITLES, draw
-from benchmarks.tables import markdown, parity, staged
+from benchmarks.tables import ablation, accuracy, goals, markdown, parity, staged
 from benchmarks.time_plots import draw_budgets, draw_stages, draw_throughput
 
 if TYPE_CHECKING:
@@ -30,8 +29,8 @@ that of a system's own process, weights mapped from files included.
 NO_GPU = "Nothing here ran on a GPU. Where torch sees one, the same commands measure it too, in tables of its own.\n"
 ACCURACY_TEXT = """\
 The trained [miniature](../benchmarks/miniature/README.md), 144 patches, whose language model saw dropped tokens in
-training. Each rival is written from its paper ([rivals.py](../benchmarks/rivals.py)).
-`python -m benchmarks.accuracy`"""
+training. Each rival is written from its paper ([rivals.py](../benchmarks/rivals.py)); [accuracy.md](accuracy.md) says
+what the numbers mean. `python -m benchmarks.accuracy --ablation`"""
 PARITY_TEXT = """\
 The same miniature, at half of its tokens: bundles against PyTorch. `python -m benchmarks.parity`"""
 
@@ -62,6 +61,11 @@ SECTIONS = (
         "CLIP ViT-L/14 at 336 px. `python -m benchmarks.latency`",
     ),
     Section(
+        "vision-5-tiles-cpu",
+        "The vision stage of five tiles on a CPU",
+        "The same, for a picture of LLaVA-NeXT. `python -m benchmarks.latency --tiles 5`",
+    ),
+    Section(
         "ttft-cpu",
         "A whole answer on a CPU",
         "CLIP ViT-L/14 at 336 px with a Llama of 0.3 B; bundles by the precision of vision / language. Their vision "
@@ -72,6 +76,13 @@ SECTIONS = (
         "Throughput on a CPU",
         "The same models; every answer about a picture of its own. The paper's code answers one request at a time. "
         "`python -m benchmarks.throughput`",
+    ),
+    Section(
+        "lookahead-cpu",
+        "Preparing the next request's pictures",
+        "The miniature, six requests in a row, each with a picture of its own: `generate_each`, which prepares the next "
+        "one's while the present one is decoded, against `generate`. On a CPU both share the cores. "
+        "`python -m benchmarks.lookahead --checkpoint benchmarks/miniature/checkpoint`",
     ),
     Section(
         "budgets-7b-cpu",
@@ -88,29 +99,6 @@ SECTIONS = (
         "`python -m benchmarks.large_checkpoint FOLDER --family llava_next` wrote",
     ),
 )
-
-
-def accuracy(measured: Mapping[str, Any]) -> str:
-    """Accuracy of every rule by count, all questions, with half of its 95 % interval."""
-    found: dict[str, dict[int, Mapping[str, float]]] = {}
-    for result in measured["results"]:
-        found.setdefault(result["rule"], {})[result["count"]] = result["accuracy"]["all"]
-    [whole] = found.pop(UNPRUNED).values()
-    counts = sorted({count for scores in found.values() for count in scores}, reverse=True)
-    asked = f"{measured['num_questions']:,} questions on {measured['num_pictures']:,} held-out pictures; percent right."
-    lines = [
-        f"{asked} Unpruned, {measured['num_patches']} tokens: {whole['value']:.1f}.",
-        "",
-        f"| rule, tokens kept | {' | '.join(map(str, counts))} |",
-        "|---|" + "---|" * len(counts),
-    ]
-    for rule, scores in found.items():
-        cells = [
-            f"{score['value']:.1f} ± {(score['high'] - score['low']) / 2:.1f}"
-            for score in (scores[count] for count in counts)
-        ]
-        lines.append(f"| {rule} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def write_page(results: Path, page: Path) -> None:
@@ -146,9 +134,12 @@ def write_page(results: Path, page: Path) -> None:
             name = f"accuracy-{kind}.png"
             draw(measured, kind, page.parent / name)
             parts.append(f"![{title}]({name})\n")
+        parts.append(f"{goals(measured)}\n")
+        if "ablation" in measured:
+            parts.append(f"### Each setting by itself\n\n{ablation(measured)}\n")
     measured = _load(results / "parity.json")
     if measured is not None:
-        parts.append(f"## Bundles and PyTorch\n\n{PARITY_TEXT}\n\n{parity(measured)}\n")
+        parts.append(f"## Bundles and PyTorch\n\n{PARITY_TEXT}\n\n{parity(measured)}\n\n{goals(measured)}\n")
     page.write_text("\n".join(parts), encoding="utf-8")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.comparison import UNPRUNED
 from benchmarks.stages import by_profile, number, stages, table
 from benchmarks.throughput import rates
 
@@ -34,6 +35,63 @@ def staged(measured: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]
             profiles = results.get(by_profile(title), {"samples": {}})
             found[title] = stages(result["samples"], profiles["samples"])
     return found
+
+
+def accuracy(measured: Mapping[str, Any]) -> str:
+    """Accuracy of every rule by count, all questions, with half of its 95 % interval."""
+    found: dict[str, dict[int, Mapping[str, float]]] = {}
+    for result in measured["results"]:
+        found.setdefault(result["rule"], {})[result["count"]] = result["accuracy"]["all"]
+    [whole] = found.pop(UNPRUNED).values()
+    counts = sorted({count for scores in found.values() for count in scores}, reverse=True)
+    asked = f"{measured['num_questions']:,} questions on {measured['num_pictures']:,} held-out pictures; percent right."
+    lines = [
+        f"{asked} Unpruned, {measured['num_patches']} tokens: {whole['value']:.1f}.",
+        "",
+        f"| rule, tokens kept | {' | '.join(map(str, counts))} |",
+        "|---|" + "---|" * len(counts),
+    ]
+    for rule, scores in found.items():
+        cells = [
+            f"{score['value']:.1f} ± {(score['high'] - score['low']) / 2:.1f}"
+            for score in (scores[count] for count in counts)
+        ]
+        lines.append(f"| {rule} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def goals(measured: Mapping[str, Any]) -> str:
+    """What was to be reached, and whether it is."""
+    rows = [["goal", "found", ""]]
+    for goal in measured["goals"]:
+        score = goal["score"]
+        found = f"{score['value']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
+        asked = f"{goal['text']}: {goal['sense']} {goal['bound']:g}"
+        rows.append([asked, found, "reached" if goal["is_reached"] else "missed"])
+    return _grid(rows)
+
+
+def ablation(measured: Mapping[str, Any]) -> str:
+    """Accuracy by value and count, for each setting of HIVTP; bold where the value is the one in use."""
+    tables = []
+    tried = measured["ablation"]
+    counts = list(dict.fromkeys(row["count"] for row in tried))
+    for setting in dict.fromkeys(row["setting"] for row in tried):
+        found = {(row["value"], row["count"]): row for row in tried if row["setting"] == setting}
+        rows = [[f"{setting}, tokens kept", *map(str, counts)]]
+        for value in dict.fromkeys(value for value, _ in found):
+            cells = [_ablated(found.get((value, count))) for count in counts]
+            rows.append([value if isinstance(value, str) else f"{value:.3g}", *cells])
+        tables.append(_grid(rows))
+    return "\n\n".join(tables)
+
+
+def _ablated(row: Mapping[str, Any] | None) -> str:
+    # A share in use differs by count, and is tried at its own only.
+    if row is None:
+        return ""
+    text = f"{row['accuracy']['value']:.1f}"
+    return f"**{text}**" if row["is_default"] else text
 
 
 def parity(measured: Mapping[str, Any]) -> str:

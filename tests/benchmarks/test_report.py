@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from benchmarks.report import RESULTS, write_page
-from benchmarks.tables import markdown
+from benchmarks.tables import ablation, goals, markdown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,6 +95,34 @@ def test_the_lengths_of_prompt_and_answers_are_stated(measured: dict[str, Any]) 
     passes[1] |= {"num_new_tokens": 9}
     text = "Prompts: 576 tokens of the image before pruning, and of text 42. Answers: 9 to 16 tokens."
     assert markdown(measured).splitlines()[2] == text
+
+
+def test_goals_say_what_was_found_and_whether_that_is_enough() -> None:
+    score = {"value": 0.8, "low": 0.55, "high": 1.01}
+    goal = {"text": "points lost", "score": score, "sense": "at most", "bound": 1.5, "is_reached": True}
+    lines = goals({"goals": [goal, goal | {"bound": 0.5, "is_reached": False}]}).splitlines()
+    assert lines[2:] == [
+        "| points lost: at most 1.5 | 0.8 [0.6, 1.0] | reached |",
+        "| points lost: at most 0.5 | 0.8 [0.6, 1.0] | missed |",
+    ]
+
+
+def test_the_ablation_has_a_table_for_each_setting_with_the_value_in_use_in_bold() -> None:
+    def row(setting: str, value: float | str, count: int, right: float, is_default: bool = False) -> dict[str, Any]:
+        accuracy = {"value": right, "low": right - 1, "high": right + 1}
+        return {"setting": setting, "value": value, "count": count, "accuracy": accuracy, "is_default": is_default}
+
+    tried = [
+        row("layers", "layer 1", 36, 61.0),
+        row("layers", "layer 2", 36, 92.04, is_default=True),
+        row("layers", "layer 1", 9, 40.0),
+        row("layers", "layer 2", 9, 80.0, is_default=True),
+        row("global_ratio", 0.125, 36, 92.0, is_default=True),
+    ]
+    layers, ratio = ablation({"ablation": tried}).split("\n\n")
+    assert layers.splitlines()[0] == "| layers, tokens kept | 36 | 9 |"
+    assert layers.splitlines()[2:] == ["| layer 1 | 61.0 | 40.0 |", "| layer 2 | **92.0** | **80.0** |"]
+    assert ratio.splitlines()[2:] == ["| 0.125 | **92.0** |  |"]
 
 
 def test_the_page_holds_what_was_measured_and_its_plots(measured: dict[str, Any], tmp_path: Path) -> None:
