@@ -39,10 +39,13 @@ tests: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.latency --output benchmarks/results/vision-cpu.json
+	$(BIN)/python -m benchmarks.latency --tiles 1 --output benchmarks/results/vision-cpu.json
+	$(BIN)/python -m benchmarks.latency --tiles 5 --rounds 3 --output benchmarks/results/vision-5-tiles-cpu.json
 	$(BIN)/python -m benchmarks.ttft --output benchmarks/results/ttft-cpu.json
 	$(BIN)/python -m benchmarks.throughput --rounds 3 --output benchmarks/results/throughput-cpu.json
-	$(BIN)/python -m benchmarks.accuracy --output benchmarks/results/accuracy.json
+	$(BIN)/python -m benchmarks.lookahead --checkpoint benchmarks/miniature/checkpoint \
+		--output benchmarks/results/lookahead-cpu.json
+	$(BIN)/python -m benchmarks.accuracy --ablation --output benchmarks/results/accuracy.json
 	$(BIN)/python -m benchmarks.parity --output benchmarks/results/parity.json
 	$(MAKE) report
 

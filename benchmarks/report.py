@@ -13,7 +13,7 @@ from benchmarks.tables import ablation, accuracy, goals, markdown, parity, stage
 from benchmarks.time_plots import draw_budgets, draw_stages, draw_throughput
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -80,8 +80,8 @@ SECTIONS = (
     Section(
         "lookahead-cpu",
         "Preparing the next request's pictures",
-        "The miniature, six requests in a row, each with a picture of its own: `generate_each`, which prepares the next "
-        "one's while the present one is decoded, against `generate`. On a CPU both share the cores. "
+        "The miniature, six requests in a row, each with a picture of its own: `generate_each`, which prepares the "
+        "next one's while the present one is decoded, against `generate`. On a CPU both share the cores. "
         "`python -m benchmarks.lookahead --checkpoint benchmarks/miniature/checkpoint`",
     ),
     Section(

@@ -45,7 +45,8 @@ def test_one_weight_at_a_time_is_in_memory() -> None:
     model = stack_of_linears(reads)
     grown: list[int] = []
     before = anonymous_bytes()
-    quantize_weights(model, WeightOnlySettings(bits=4, block_size=32), lambda *_progress: grown.append(anonymous_bytes() - before))
+    settings = WeightOnlySettings(bits=4, block_size=32)
+    quantize_weights(model, settings, lambda *_progress: grown.append(anonymous_bytes() - before))
     assert {node.op_type for node in model.graph} == {"MatMulNBits"}
     assert set(reads) == set(range(NUM_LAYERS))
     # Four bits and a float32 scale per block of 32 stay: 5 of 32 bits, 0.16 of a weight each.
