@@ -212,8 +212,8 @@ class Pipeline:
 
         The thread takes the next request at the first token of the present one, reads, resizes and encodes its
         pictures, and goes no further. Each answer is the one that its request gives alone. That gains where the two
-        want different processors, as with a vision graph on a GPU; on a CPU that both share there is little to gain
-        (`benchmarks/lookahead.py` measures it).
+        want different processors, as with a vision graph on a GPU; on a CPU that both share it cost a tenth with the
+        miniature (`benchmarks/lookahead.py` measures it).
 
         preprocess_ms and vision_ms are the times of these stages themselves, hidden or not. ttft_ms counts from where
         the answer was asked for, or its request taken if that is later, so it holds what was left to wait of them.
