@@ -8,30 +8,20 @@ import numpy as np
 import pytest
 
 from benchmarks.checkpoints import make_checkpoint
-from hivtp import Answer, HivtpError, Pipeline, Request
+from hivtp import HivtpError, Pipeline, Request
 from hivtp.export.exporter import ExportSettings, export_bundle
 from hivtp.runtime.images import load_image
 from hivtp.runtime.language import kv_cache, onnxruntime
 from hivtp.runtime.language.base import DecodeRequest
 from hivtp.runtime.sampling import Sampler, SamplingSettings
 from hivtp_ops.errors import EngineError, ImageError, OutOfMemoryError, PromptError, SettingsError
+from tests.answers import alone, same
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "camera.png")
 NUM_TOKENS = 25
-
-
-def alone(pipeline: Pipeline, request: Request) -> Answer:
-    settings = {name: getattr(request, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
-    return pipeline.generate(request.prompt, request.images, **settings)
-
-
-def same(answer: Answer | HivtpError, single: Answer) -> bool:
-    """Whether two answers differ in their timings only."""
-    assert isinstance(answer, Answer), answer
-    return replace(answer, timings=single.timings) == single
 
 
 def with_ends(pipeline: Pipeline, *ends: int) -> Pipeline:

@@ -13,6 +13,7 @@ from hivtp.engines.onnxruntime import open_session
 from hivtp.runtime.language import LanguageSettings, create_language
 from hivtp.runtime.language import onnxruntime as backend
 from hivtp_ops.errors import BundleError, EngineError
+from tests.answers import embeddings, greedy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,14 +37,6 @@ def language(bundle: Bundle) -> LanguageBackend:
 @pytest.fixture
 def sequence(language: backend.OnnxRuntimeLanguage) -> backend._Sequence:
     return backend._Sequence(language._session, language.manifest, capacity=64)
-
-
-def embeddings(length: int, seed: int = 0) -> NDArray[np.float32]:
-    return np.random.default_rng(seed).normal(size=(length, 64)).astype(np.float32)
-
-
-def greedy(logits: NDArray[np.float32]) -> int:
-    return int(logits.argmax())
 
 
 def logits_of_a_growing_cache(bundle: Bundle, steps: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from benchmarks.checkpoints import make_checkpoint
-from hivtp import Answer, HivtpError, Pipeline, Request
+from hivtp import Pipeline, Request
 from hivtp.export.exporter import ExportSettings, export_bundle
 from hivtp.runtime.cli import main
 from hivtp.runtime.images import load_image
 from hivtp.runtime.language import static_cache
 from hivtp.runtime.language.settings import LanguageSettings
 from hivtp_ops.errors import EngineError, OutOfMemoryError, SettingsError
+from tests.answers import alone, assert_same_alone, assert_same_together, embeddings, greedy, same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -102,36 +103,12 @@ def requests(photos: Path) -> list[Request]:
     ]
 
 
-def alone(pipeline: Pipeline, request: Request) -> Answer:
-    settings = {name: getattr(request, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
-    return pipeline.generate(request.prompt, request.images, **settings)
-
-
-def same(answer: Answer | HivtpError, single: Answer) -> bool:
-    """Whether two answers differ in their timings only."""
-    assert isinstance(answer, Answer), answer
-    return replace(answer, timings=single.timings) == single
-
-
-def greedy(logits: np.ndarray) -> int:
-    return int(logits.argmax())
-
-
-def prompt(length: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(length, 64)).astype(np.float32)
-
-
 def test_answers_equal_the_uncompiled_ones(pair: Pair, requests: list[Request]) -> None:
-    answers = [alone(pair.compiled, request) for request in requests]
-    assert len({tuple(answer.token_ids) for answer in answers}) == len(answers) - 1
-    for request, answer in zip(requests, answers, strict=True):
-        assert same(answer, alone(pair.plain, request))
+    assert_same_alone(pair.compiled, pair.plain, requests)
 
 
 def test_answers_of_a_batch_equal_the_uncompiled_ones(pair: Pair, requests: list[Request]) -> None:
-    expected = pair.plain.generate_batch(requests)
-    for answer, single in zip(pair.compiled.generate_batch(requests), expected, strict=True):
-        assert same(answer, single)
+    assert_same_together(pair.compiled, pair.plain, requests)
 
 
 def test_conversations_equal_the_uncompiled_ones(pair: Pair, photos: Path) -> None:
@@ -151,7 +128,7 @@ def test_conversations_equal_the_uncompiled_ones(pair: Pair, photos: Path) -> No
 def test_random_sequences_in_turn_equal_the_uncompiled_ones(llava: Pair) -> None:
     random = np.random.default_rng(3)
     for round_number in range(2):
-        sequences = [(prompt(random.integers(1, 450), seed), int(random.integers(1, 50))) for seed in range(4)]
+        sequences = [(embeddings(random.integers(1, 450), seed), int(random.integers(1, 50))) for seed in range(4)]
         streams = [llava.language.generate(embeds, num, greedy) for embeds, num in sequences]
         tokens: list[list[int]] = [[] for _ in streams]
         while any(streams):
@@ -170,25 +147,26 @@ def test_a_cut_sequence_goes_on_as_the_uncompiled_one(llava: Pair, cuts: tuple[i
     logits = []
     for language in (llava.plain.language, llava.language):
         cache: Any = language.new_cache()
-        parts = [cache.append(prompt(130)).copy()]
+        parts = [cache.append(embeddings(130)).copy()]
         for number, length in enumerate(cuts):
             cache.cut(length)
-            parts += [cache.append(prompt(num_new, seed=number)).copy() for num_new in (1, 70, 1, 2)]
+            parts += [cache.append(embeddings(num_new, seed=number)).copy() for num_new in (1, 70, 1, 2)]
         assert cache.length == cuts[1] + 74
         logits.append(parts)
     np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=2e-4)
 
 
 def test_the_context_bounds_an_answer(llava: Pair) -> None:
-    assert len(list(llava.language.generate(prompt(509), 40, greedy))) == 3
+    assert len(list(llava.language.generate(embeddings(509), 40, greedy))) == 3
     cache = llava.language.new_cache()
-    list(llava.language.generate(prompt(500), 1, greedy, cache))
-    assert len(list(llava.language.generate(prompt(10), 40, greedy, cache))) == 2
+    list(llava.language.generate(embeddings(500), 1, greedy, cache))
+    assert len(list(llava.language.generate(embeddings(10), 40, greedy, cache))) == 2
 
 
 def test_a_tensor_is_as_good_as_an_array(llava: Pair) -> None:
     for language in (llava.plain.language, llava.language):
-        first, second = (list(language.generate(kind(prompt(90)), 9, greedy)) for kind in (np.asarray, torch.tensor))
+        kinds = (np.asarray, torch.tensor)
+        first, second = (list(language.generate(kind(embeddings(90)), 9, greedy)) for kind in kinds)
         assert first == second
 
 
@@ -225,7 +203,7 @@ def test_prompts_whose_length_recurs_are_not_padded(
 
 def test_caches_come_back_for_the_next_sequence(llava: Pair) -> None:
     pool = llava.language._compiled.caches
-    streams = [llava.language.generate(prompt(length), 9, greedy) for length in (100, 100, 200)]
+    streams = [llava.language.generate(embeddings(length), 9, greedy) for length in (100, 100, 200)]
     for stream in streams:
         next(stream)
     assert pool._free == {}
@@ -242,14 +220,14 @@ def test_caches_come_back_for_the_next_sequence(llava: Pair) -> None:
 
 
 def test_what_a_sequence_leaves_in_memory_reaches_no_other(llava: Pair) -> None:
-    expected = list(llava.language.generate(prompt(90), 30, greedy))
+    expected = list(llava.language.generate(embeddings(90), 30, greedy))
     poison = llava.language.new_cache()
     poison.append(np.full((120, 64), np.nan, np.float32))
     poison.cut(20)
     assert not any(layer.keys[:, :, 20:].isnan().any() for layer in poison._cache.layers)
     del poison
     gc.collect()
-    assert list(llava.language.generate(prompt(90), 30, greedy)) == expected
+    assert list(llava.language.generate(embeddings(90), 30, greedy)) == expected
 
 
 @pytest.mark.parametrize(("raised", "kind"), [(torch.OutOfMemoryError, OutOfMemoryError), (RuntimeError, EngineError)])
@@ -307,12 +285,12 @@ def test_a_model_that_torch_cannot_compile_is_an_error_that_says_what_to_do(llav
     def refuse(*_args: Any) -> Any:
         raise torch._dynamo.exc.TorchDynamoException("no working C++ compiler found\nand much more")
 
-    expected = list(llava.language.generate(prompt(90), 3, greedy))
+    expected = list(llava.language.generate(embeddings(90), 3, greedy))
     with monkeypatch.context() as patched:
         patched.setattr(llava.language._compiled, "_begin", refuse)
         with pytest.raises(EngineError, match=r"for cpu: no working C\+\+ compiler found; .*without language_compile$"):
-            next(llava.language.generate(prompt(90), 3, greedy))
-    assert list(llava.language.generate(prompt(90), 3, greedy)) == expected
+            next(llava.language.generate(embeddings(90), 3, greedy))
+    assert list(llava.language.generate(embeddings(90), 3, greedy)) == expected
 
 
 def test_the_command_answers_compiled(llava: Pair, photo: Path, capsys) -> None:
@@ -339,8 +317,8 @@ def test_torch_can_follow_the_model_as_one_graph_for_each_shape(traced, tiny_che
     torch._dynamo.utils.counters.clear()
     num_graphs = []
     for seed, length in enumerate((100, 128, 70, 140)):
-        expected = list(pair.plain.language.generate(prompt(length, seed), 5, greedy))
-        assert list(pair.compiled.language.generate(prompt(length, seed), 5, greedy)) == expected
+        expected = list(pair.plain.language.generate(embeddings(length, seed), 5, greedy))
+        assert list(pair.compiled.language.generate(embeddings(length, seed), 5, greedy)) == expected
         num_graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     # A prompt and a step; then a prompt of another shape.
     assert num_graphs == [2, 2, 2, 3]

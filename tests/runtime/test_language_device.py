@@ -29,6 +29,7 @@ from hivtp.runtime.language.onnxruntime_device import OnnxRuntimeDeviceLanguage
 from hivtp.runtime.request import Request
 from hivtp.runtime.vision import VisionStage
 from hivtp_ops.errors import EngineError, EngineWarning, OutOfMemoryError, SettingsError
+from tests.answers import embeddings, greedy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,14 +53,6 @@ def open_language(bundle: Bundle, device: DeviceContext) -> OnnxRuntimeDeviceLan
 @pytest.fixture(scope="module")
 def language(bundle: Bundle) -> OnnxRuntimeDeviceLanguage:
     return open_language(bundle, DeviceContext("cpu"))
-
-
-def embeddings(length: int, seed: int = 0) -> NDArray[np.float32]:
-    return np.random.default_rng(seed).normal(size=(length, 64)).astype(np.float32)
-
-
-def greedy(logits: NDArray[np.float32]) -> int:
-    return int(logits.argmax())
 
 
 def tokens_of_a_growing_cache(bundle: Bundle, embeds: NDArray[np.float32], num_tokens: int) -> list[int]:

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from benchmarks.checkpoints import make_checkpoint
-from hivtp import Answer, HivtpError, Pipeline, Request
+from hivtp import Answer, Pipeline, Request
 from hivtp.export.exporter import ExportSettings, export_bundle
 from hivtp.runtime.cli import main
 from hivtp.runtime.images import load_image
 from hivtp.runtime.language.base import DecodeRequest
 from hivtp.runtime.sampling import Sampler, SamplingSettings
 from hivtp_ops.errors import CheckpointError, EngineError, MissingExtraError, OutOfMemoryError, SettingsError
+from tests.answers import alone, assert_same_alone, assert_same_together, greedy, same
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,32 +99,12 @@ def broken_after_a_layer(llava: Both, monkeypatch: pytest.MonkeyPatch) -> list[b
     return switch
 
 
-def alone(pipeline: Pipeline, request: Request) -> Answer:
-    settings = {name: getattr(request, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
-    return pipeline.generate(request.prompt, request.images, **settings)
-
-
-def same(answer: Answer | HivtpError, single: Answer) -> bool:
-    """Whether two answers differ in their timings only."""
-    assert isinstance(answer, Answer), answer
-    return replace(answer, timings=single.timings) == single
-
-
-def greedy(logits: np.ndarray) -> int:
-    return int(logits.argmax())
-
-
 def test_answers_equal_those_of_the_bundles_decoder(both: Both, requests: list[Request]) -> None:
-    answers = [alone(both.transformers, request) for request in requests]
-    assert len({tuple(answer.token_ids) for answer in answers}) == len(answers) - 1
-    for request, answer in zip(requests, answers, strict=True):
-        assert same(answer, alone(both.onnxruntime, request))
+    assert_same_alone(both.transformers, both.onnxruntime, requests)
 
 
 def test_answers_of_a_batch_equal_those_of_the_bundles_decoder(both: Both, requests: list[Request]) -> None:
-    expected = both.onnxruntime.generate_batch(requests)
-    for answer, single in zip(both.transformers.generate_batch(requests), expected, strict=True):
-        assert same(answer, single)
+    assert_same_together(both.transformers, both.onnxruntime, requests)
 
 
 def test_conversations_equal_those_with_the_bundles_decoder(both: Both, photos: Path) -> None:

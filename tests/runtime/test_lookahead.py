@@ -5,17 +5,17 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hivtp import Answer, HivtpError, Pipeline, Request
+from hivtp import Answer, Pipeline, Request
 from hivtp.runtime import lookahead
 from hivtp.runtime.images import load_image
 from hivtp.runtime.lookahead import Taken
 from hivtp_ops.errors import EngineError, ImageError, OutOfMemoryError, PromptError
+from tests.answers import alone, same
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,17 +58,6 @@ def vision(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Watched:
     watched = Watched(pipeline.images.encode)
     monkeypatch.setattr(pipeline.images, "encode", watched)
     return watched
-
-
-def same(answer: Answer | HivtpError, single: Answer) -> bool:
-    """Whether two answers differ in their timings only."""
-    assert isinstance(answer, Answer), answer
-    return replace(answer, timings=single.timings) == single
-
-
-def alone(pipeline: Pipeline, request: Request) -> Answer:
-    settings = {name: getattr(request, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
-    return pipeline.generate(request.prompt, request.images, **settings)
 
 
 def watch_decoding(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, at_token: Any) -> None:
