@@ -68,6 +68,9 @@ def open_session(
         raise MissingExtraError("onnxruntime", "cpu") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # A memory pattern is planned anew for every shape of the inputs, and prompts differ. It also asks for all memory
+    # a second time, so that the second run was as slow as the first, and gained nothing measurable after that.
+    options.enable_mem_pattern = False
     if settings is not None and settings.num_threads is not None:
         options.intra_op_num_threads = settings.num_threads
     if stops_spinning:
