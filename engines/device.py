@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hivtp.engines.onnxruntime_cuda import open_bound_session, view_of
+from hivtp.engines.onnxruntime_cuda import open_bound_session, place, view_of
 from hivtp.engines.view import View
 from hivtp_ops.errors import EngineError, HivtpError, OutOfMemoryError
 
@@ -67,16 +67,10 @@ class DeviceContext:
 
     def place(self, values: Any) -> View:
         """An array of the host, copied to the device; or what lies there (`__dlpack__`), without a copy."""
-        from onnxruntime import OrtValue
-
         if isinstance(values, View):
             return values
         with device_errors("copying to the device"):
-            if isinstance(values, np.ndarray):
-                values = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values), self.device, 0)
-            elif not isinstance(values, OrtValue):
-                values = OrtValue.from_dlpack(values)
-        return view_of(values)
+            return view_of(place(values, self.device))
 
     def run(
         self,

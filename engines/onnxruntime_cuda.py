@@ -47,9 +47,9 @@ class OnnxRuntimeCudaEngine:
     ) -> None:
         settings = settings or EngineSettings()
         self.device = device
-        # A recorded run writes to its own buffers again and again.
-        self.view_device = None if settings.uses_cuda_graph and device == "cuda" else device
         self.uses_cuda_graph = settings.uses_cuda_graph and device == "cuda"
+        # A recorded run writes to its own buffers again and again.
+        self.view_device = None if self.uses_cuda_graph else device
         self.session = open_bound_session(
             file, settings, device, stream, uses_cuda_graph=self.uses_cuda_graph, stops_spinning=True
         )
@@ -88,7 +88,7 @@ class OnnxRuntimeCudaEngine:
         try:
             binding = self.session.io_binding()
             for name, value in inputs.items():
-                binding.bind_ortvalue_input(name, self._to_device(value))
+                binding.bind_ortvalue_input(name, place(value, self.device))
             for name in self.output_names:
                 binding.bind_output(name, self.device)
             self.session.run_with_iobinding(binding)
@@ -102,13 +102,6 @@ class OnnxRuntimeCudaEngine:
         outputs = self.run_on_device(inputs)
         view = view_of(outputs.pop(kept))
         return view, {name: value.numpy() for name, value in outputs.items()}
-
-    def _to_device(self, value: Any) -> Any:
-        from onnxruntime import OrtValue
-
-        if isinstance(value, np.ndarray):
-            return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self.device, 0)
-        return value if isinstance(value, OrtValue) else OrtValue.from_dlpack(value)
 
 
 class _FixedRun:
@@ -174,6 +167,15 @@ def open_bound_session(
             "are missing; check nvidia-smi, and install with: pip install 'hivtp[cuda]'"
         )
     return session
+
+
+def place(values: Any, device: Device) -> Any:
+    """An array of the host, copied to a device; or what lies there (`__dlpack__`), without a copy: an `OrtValue`."""
+    from onnxruntime import OrtValue
+
+    if isinstance(values, np.ndarray):
+        return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values), device, 0)
+    return values if isinstance(values, OrtValue) else OrtValue.from_dlpack(values)
 
 
 def view_of(value: Any) -> View:

@@ -8,6 +8,7 @@ import numpy as np
 
 from hivtp.engines.base import EngineSettings
 from hivtp.runtime.device_rows import TOKENS, DeviceRows
+from hivtp.runtime.language.kv_cache import cache_names, cache_shape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +44,7 @@ class DeviceDecoder:
         self.manifest = manifest
         self.device = device
         self.dtype = np.dtype(manifest.dtype)
+        self._cache_names = cache_names(manifest)
         self._session = device.open_session(folder / manifest.file, settings)
         # They move rows: more threads than one would only wait for each other.
         small = EngineSettings(num_threads=1)
@@ -50,13 +52,13 @@ class DeviceDecoder:
         self._insert = device.open_session(folder / manifest.insert_file, small)
 
     def new_cache(self, num_rows: int, capacity: int) -> list[View]:
-        """Memory for sequences: key and value of each layer in turn, each [num_rows, kv_heads, capacity, head_size].
+        """Memory for sequences: `cache_names` in turn, each of `cache_shape`.
 
         Raises:
             OutOfMemoryError: there is not so much.
         """
-        shape = (num_rows, self.manifest.num_kv_heads, capacity, self.manifest.head_size)
-        return [self.device.empty(shape, self.dtype) for _ in range(2 * self.manifest.num_layers)]
+        shape = cache_shape(self.manifest, num_rows, capacity)
+        return [self.device.empty(shape, self.dtype) for _ in self._cache_names]
 
     def run(self, cache: Sequence[View], embeds: DeviceRows, lengths: Sequence[int]) -> NDArray[np.float32]:
         """Run the decoder on new positions, and write their keys and values into the cache.
@@ -83,8 +85,7 @@ class DeviceDecoder:
             "attention_mask": mask,
         }
         outputs: dict[str, Any] = {"logits": logits}
-        names = [f"{layer}.{kind}" for layer in range(self.manifest.num_layers) for kind in ("key", "value")]
-        for name, memory in zip(names, cache, strict=True):
+        for name, memory in zip(self._cache_names, cache, strict=True):
             inputs[f"past_key_values.{name}"] = outputs[f"present.{name}"] = memory
         self.device.run(self._session, inputs, outputs)
         # The host has not waited for the runs before this one.

@@ -16,13 +16,23 @@ if TYPE_CHECKING:
     from hivtp.engines.bundle import LanguageManifest
 
 
+def cache_names(manifest: LanguageManifest) -> list[str]:
+    """What follows "past_key_values." and "present." in the decoder's names, in the order of the memory."""
+    return [f"{layer}.{kind}" for layer in range(manifest.num_layers) for kind in ("key", "value")]
+
+
+def cache_shape(manifest: LanguageManifest, num_rows: int, capacity: int) -> tuple[int, int, int, int]:
+    """The shape of the keys, or values, of one layer: [num_rows, kv_heads, capacity, head_size]."""
+    return num_rows, manifest.num_kv_heads, capacity, manifest.head_size
+
+
 def allocate_cache(manifest: LanguageManifest, num_rows: int, capacity: int) -> list[NDArray[np.float32]]:
-    """Memory for sequences: key and value of each layer in turn, each [num_rows, kv_heads, capacity, head_size].
+    """Memory for sequences: `cache_names` in turn, each of `cache_shape`.
 
     The operating system gives pages of it as they are written, so what is never reached costs nothing.
     """
-    shape = (num_rows, manifest.num_kv_heads, capacity, manifest.head_size)
-    return [np.zeros(shape, dtype=np.float32) for _ in range(2 * manifest.num_layers)]
+    shape = cache_shape(manifest, num_rows, capacity)
+    return [np.zeros(shape, dtype=np.float32) for _ in cache_names(manifest)]
 
 
 class BoundRows:
@@ -48,8 +58,7 @@ class BoundRows:
         self._logits = np.empty((self.num_rows, 1, manifest.vocab_size), dtype=np.float32)
         self.buffers = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in (self._logits, *cache)]
         self._binding.bind_ortvalue_output("logits", self.buffers[0])
-        names = [f"{layer}.{kind}" for layer in range(manifest.num_layers) for kind in ("key", "value")]
-        for name, buffer in zip(names, self.buffers[1:], strict=True):
+        for name, buffer in zip(cache_names(manifest), self.buffers[1:], strict=True):
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
             self._binding.bind_ortvalue_output(f"present.{name}", buffer)
 
