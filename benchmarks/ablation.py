@@ -58,16 +58,28 @@ def _trials(spec: PruningSpec, layers: LayerRange, num_layers: int) -> Iterator[
 
 def ablation_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy by value and count, for each setting; starred where the value is HIVTP's own."""
-    counts = list(dict.fromkeys(row["count"] for row in rows))
     lines = ["accuracy in percent, one setting varied at a time; * marks the value in use"]
-    for setting in dict.fromkeys(row["setting"] for row in rows):
+    for setting, counts, trials in by_setting(rows):
         lines.append(f"{setting:<16}" + "".join(f"{count:>7} " for count in counts))
-        found = {(row["value"], row["count"]): row for row in rows if row["setting"] == setting}
-        for value in dict.fromkeys(value for value, _ in found):
-            line = f"  {value if isinstance(value, str) else f'{value:.3g}':<14}"
-            for count in counts:
-                row = found.get((value, count))
-                # The ratio in use differs by count, and is tried at its own only.
-                line += f"{row['accuracy']['value']:7.1f}{'*' if row['is_default'] else ' '}" if row else f"{'':8}"
-            lines.append(line.rstrip())
+        for value, found in trials.items():
+            cells = (
+                f"{row['accuracy']['value']:7.1f}{'*' if row['is_default'] else ' '}" if row else " " * 8
+                for row in found
+            )
+            lines.append(f"  {value:<14}{''.join(cells)}".rstrip())
     return "\n".join(lines)
+
+
+def by_setting(
+    rows: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[str, list[int], dict[str, list[Mapping[str, Any] | None]]]]:
+    """Each setting, the counts of all, and for each of its values the row of every count.
+
+    The ratio in use differs by count, and is tried at its own only: where a value was not tried, there is None.
+    """
+    counts = list(dict.fromkeys(row["count"] for row in rows))
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        found = {(row["value"], row["count"]): row for row in rows if row["setting"] == setting}
+        values = dict.fromkeys(value for value, _ in found)
+        names = {value if isinstance(value, str) else f"{value:.3g}": value for value in values}
+        yield setting, counts, {name: [found.get((value, count)) for count in counts] for name, value in names.items()}

@@ -34,37 +34,21 @@ PROFILED = ("fp32, unpruned", "fp32, preset 192", "fp16, preset 192", "int8, pre
 SELECTION_GOAL = 0.002
 
 
-def open_hugging_face(num_threads: int, checkpoint: Path, device: str, num_tiles: int) -> Pass:
-    """Tower and projector as transformers runs them."""
+def open_hugging_face(
+    num_threads: int, checkpoint: Path, device: str, num_tiles: int, is_papers_way: bool = False
+) -> Pass:
+    """Tower and projector as transformers runs them; or eager in all layers, and the selection on the host."""
     import torch
 
-    model = load(checkpoint, num_threads, device)
+    model = load(checkpoint, num_threads, device, tower_attention="eager" if is_papers_way else "sdpa")
     inputs = torch.from_numpy(pixels(num_tiles, model.config.vision_config.image_size)).to(device, model.dtype)
     clock = StageClock(device, model)
+    encode = PapersWay(model, clock).encode if is_papers_way else model.get_image_features
 
     def run() -> Sample:
         with torch.inference_mode():
             clock.start("vision_ms")
-            model.get_image_features(pixel_values=inputs)
-            clock.stop("vision_ms")
-        return clock.take()
-
-    return run
-
-
-def open_papers_way(num_threads: int, checkpoint: Path, device: str, num_tiles: int) -> Pass:
-    """Eager attention in all layers, and the selection on the host."""
-    import torch
-
-    model = load(checkpoint, num_threads, device, tower_attention="eager")
-    inputs = torch.from_numpy(pixels(num_tiles, model.config.vision_config.image_size)).to(device, model.dtype)
-    clock = StageClock(device, model)
-    way = PapersWay(model, clock)
-
-    def run() -> Sample:
-        with torch.inference_mode():
-            clock.start("vision_ms")
-            way.encode(inputs)
+            encode(inputs)
             clock.stop("vision_ms")
         return clock.take()
 
@@ -92,7 +76,10 @@ def open_bundle(num_threads: int, bundle: Path, engine: str, num_tiles: int) -> 
 def systems(checkpoint: Path, bundles: Mapping[str, Path], device: str, num_tiles: int) -> list[System]:
     """All that a device runs."""
     model = {"checkpoint": checkpoint, "device": device, "num_tiles": num_tiles}
-    found = [System(HUGGING_FACE, open_hugging_face, model), System(PAPERS_WAY, open_papers_way, model)]
+    found = [
+        System(HUGGING_FACE, open_hugging_face, model),
+        System(PAPERS_WAY, open_hugging_face, {**model, "is_papers_way": True}),
+    ]
     for name, bundle in bundles.items():
         for engine in engines(bundle, device):
             label = name if device == "cpu" else f"{name}, {engine}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.ablation import by_setting
 from benchmarks.comparison import UNPRUNED
+from benchmarks.intervals import Score
 from benchmarks.stages import by_profile, number, stages, table
 from benchmarks.throughput import rates
 
@@ -52,10 +54,7 @@ def accuracy(measured: Mapping[str, Any]) -> str:
         "|---|" + "---|" * len(counts),
     ]
     for rule, scores in found.items():
-        cells = [
-            f"{score['value']:.1f} ± {(score['high'] - score['low']) / 2:.1f}"
-            for score in (scores[count] for count in counts)
-        ]
+        cells = [_with_margin(scores[count]) for count in counts]
         lines.append(f"| {rule} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -64,30 +63,22 @@ def goals(measured: Mapping[str, Any]) -> str:
     """What was to be reached, and whether it is."""
     rows = [["goal", "found", ""]]
     for goal in measured["goals"]:
-        score = goal["score"]
-        found = f"{score['value']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
         asked = f"{goal['text']}: {goal['sense']} {goal['bound']:g}"
-        rows.append([asked, found, "reached" if goal["is_reached"] else "missed"])
+        rows.append([asked, str(Score(**goal["score"])), "reached" if goal["is_reached"] else "missed"])
     return _grid(rows)
 
 
 def ablation(measured: Mapping[str, Any]) -> str:
     """Accuracy by value and count, for each setting of HIVTP; bold where the value is the one in use."""
     tables = []
-    tried = measured["ablation"]
-    counts = list(dict.fromkeys(row["count"] for row in tried))
-    for setting in dict.fromkeys(row["setting"] for row in tried):
-        found = {(row["value"], row["count"]): row for row in tried if row["setting"] == setting}
+    for setting, counts, trials in by_setting(measured["ablation"]):
         rows = [[f"{setting}, tokens kept", *map(str, counts)]]
-        for value in dict.fromkeys(value for value, _ in found):
-            cells = [_ablated(found.get((value, count))) for count in counts]
-            rows.append([value if isinstance(value, str) else f"{value:.3g}", *cells])
+        rows += [[value, *map(_ablated, found)] for value, found in trials.items()]
         tables.append(_grid(rows))
     return "\n\n".join(tables)
 
 
 def _ablated(row: Mapping[str, Any] | None) -> str:
-    # A share in use differs by count, and is tried at its own only.
     if row is None:
         return ""
     text = f"{row['accuracy']['value']:.1f}"
@@ -98,11 +89,13 @@ def parity(measured: Mapping[str, Any]) -> str:
     """Bundles beside PyTorch, and whether the goals are met."""
     rows = [["", "right, percent", "kept alike, percent", "same answers, percent"]]
     for name, row in measured["systems"].items():
-        score = row["accuracy"]
-        right = f"{score['value']:.1f} ± {(score['high'] - score['low']) / 2:.1f}"
-        rows.append([name, right, f"{row['kept_alike']:.3f}", f"{row['same_answers']:.2f}"])
+        rows.append([name, _with_margin(row["accuracy"]), f"{row['kept_alike']:.3f}", f"{row['same_answers']:.2f}"])
     asked = f"{measured['num_questions']:,} questions on {measured['num_pictures']:,} held-out pictures"
     return f"{asked}; {measured['num_kept']} tokens kept.\n\n{_grid(rows)}"
+
+
+def _with_margin(score: Mapping[str, float]) -> str:
+    return f"{score['value']:.1f} ± {(score['high'] - score['low']) / 2:.1f}"
 
 
 def _origin(measured: Mapping[str, Any]) -> str:

@@ -101,14 +101,10 @@ def draw_budgets(sections: Mapping[str, Mapping[str, Any]], output: Path) -> Non
             for name, samples in results["samples"].items()
         )
         tokens = [count for count, _, _ in points]
-        middle = [median(seconds) for _, seconds, _ in points]
-        spread = [
-            [value - min(seconds) for value, (_, seconds, _) in zip(middle, points, strict=True)],
-            [max(seconds) - value for value, (_, seconds, _) in zip(middle, points, strict=True)],
-        ]
-        axes.errorbar(tokens, middle, yerr=spread, marker="o", capsize=3, color=COLOURS["prefill_ms"])
-        for count, seconds, (_, _, name) in zip(tokens, middle, points, strict=True):
-            axes.annotate(name, (count, seconds), textcoords="offset points", xytext=(7, -11), fontsize=8)
+        _draw_ranges(axes, tokens, [seconds for _, seconds, _ in points], marker="o", color=COLOURS["prefill_ms"])
+        for count, seconds, name in points:
+            place = (count, median(seconds))
+            axes.annotate(name, place, textcoords="offset points", xytext=(7, -11), fontsize=8)
         axes.set_xlim(0, max(tokens) * 1.2)
         axes.set_xlabel("tokens of the image that the language model sees")
         _finish(axes, title, "seconds to the first token")
@@ -132,17 +128,20 @@ def draw_throughput(by_size: Sequence[Mapping[str, Sequence[Mapping[str, float]]
     for index, system in enumerate(by_size[0]):
         marker, colour = LINES[index % len(LINES)]
         rates = [[sample["answers_per_s"] for sample in samples[system]] for samples in by_size]
-        middle = [median(values) for values in rates]
-        spread = [
-            [value - min(values) for value, values in zip(middle, rates, strict=True)],
-            [max(values) - value for value, values in zip(middle, rates, strict=True)],
-        ]
-        axes.errorbar(sizes, middle, yerr=spread, marker=marker, color=colour, capsize=3, label=system)
+        _draw_ranges(axes, sizes, rates, marker=marker, color=colour, label=system)
     axes.set_xticks(sizes)
     axes.set_xlabel("answers in a batch")
     _finish(axes, title, "answers per second")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(output)
+
+
+def _draw_ranges(axes: Axes, places: Sequence[float], samples: Sequence[Sequence[float]], **style: Any) -> None:
+    """A line through the medians, with the range of the samples at each place."""
+    middle = [median(values) for values in samples]
+    below = [value - min(values) for value, values in zip(middle, samples, strict=True)]
+    above = [max(values) - value for value, values in zip(middle, samples, strict=True)]
+    axes.errorbar(places, middle, yerr=[below, above], capsize=3, **style)
 
 
 def _figure(width: float, height: float) -> Any:
