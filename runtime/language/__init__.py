@@ -41,8 +41,14 @@ def create_language(bundle: Bundle, settings: LanguageSettings | None = None) ->
 def rows_device(language: LanguageBackend) -> Device | None:
     """The device whose memory a backend takes embeddings from, as DeviceRows; None where it takes arrays alone."""
     from hivtp.runtime.language.onnxruntime_device import OnnxRuntimeDeviceLanguage
+    from hivtp.runtime.language.transformers import TransformersLanguage
 
-    return language.device.device if isinstance(language, OnnxRuntimeDeviceLanguage) else None
+    if isinstance(language, OnnxRuntimeDeviceLanguage):
+        return language.device.device
+    if isinstance(language, TransformersLanguage):
+        # Vision engines take the first GPU; from there rows also go to another.
+        return "cuda" if language.device.type == "cuda" else "cpu"
+    return None
 
 
 def _create_onnxruntime(bundle: Bundle, settings: LanguageSettings) -> LanguageBackend:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from hivtp.runtime.language.dynamic_cache import to_numpy, to_tensor
+from hivtp.engines.torch.errors import compiled_runs
+from hivtp.runtime.language.dynamic_cache import to_numpy
 from hivtp.runtime.language.static_cache import CachePool
-from hivtp.runtime.language.torch_errors import torch_errors
-from hivtp_ops.errors import EngineError
+from hivtp.runtime.language.torch_rows import gather
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     import numpy as np
     import torch
     from numpy.typing import NDArray
 
+    from hivtp.runtime.device_rows import Embeddings
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Every shape is compiled once; torch gives up after 8 of one function.
-MAX_SHAPES = 256
 # Prompts whose length gets a shape of its own, where lengths recur.
 NUM_EXACT_LENGTHS = 4
 
@@ -85,9 +85,7 @@ class CompiledDecoder:
         step = _step(num_new)
         return -(-num_new // step) * step
 
-    def run(
-        self, embeds: NDArray[np.float32] | torch.Tensor, padded_length: int, cache: Any, is_first: bool
-    ) -> NDArray[np.float32]:
+    def run(self, embeds: Embeddings, padded_length: int, cache: Any, is_first: bool) -> NDArray[np.float32]:
         """Run the model on new positions of one sequence.
 
         Args:
@@ -105,31 +103,18 @@ class CompiledDecoder:
         """
         import torch
 
-        device, dtype = self._weight.device, self._weight.dtype
-        with self._errors(), torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
+        with self._errors():
             # Padding comes last, where no position before it sees it, and later ones overwrite it.
             padding = (0, 0, 0, padded_length - len(embeds))
-            padded = torch.nn.functional.pad(to_tensor(embeds).to(device, dtype), padding)[None]
-            num_new = torch.tensor([len(embeds)], device=device)
+            padded = torch.nn.functional.pad(gather(embeds, self._weight), padding)[None]
+            num_new = torch.full((1,), len(embeds), device=self._weight.device)
             # The logits of the run before are copied by now, so its memory is free.
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             logits = (self._begin if is_first else self._extend)(self._model, padded, num_new, cache)
             return to_numpy(logits)
 
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-
-        device = self._weight.device
-        with torch_errors(device):
-            try:
-                yield
-            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise EngineError(
-                    f"torch cannot compile the language model for {device}: {reason}; that needs a C++ compiler, and "
-                    "Triton on a GPU: install what is missing, or load the pipeline without language_compile"
-                ) from error
+    def _errors(self) -> AbstractContextManager[None]:
+        return compiled_runs(self._weight.device, "language model", "language_compile")
 
 
 def _step(num_new: int) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hivtp.runtime.language.torch_errors import torch_errors
+from hivtp.engines.torch.errors import torch_errors
+from hivtp.runtime.language.torch_rows import gather
 from hivtp.runtime.outcome import attempt
 from hivtp_ops.errors import HivtpError
 
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from hivtp.runtime.device_rows import Embeddings
+
     # Keys and values of one layer, [rows, kv_heads, length, head_size] each.
     Layer = tuple[torch.Tensor, torch.Tensor]
 
 
 class Decoder:
-    """A causal language model of transformers, fed with arrays.
+    """A causal language model of transformers, fed with embeddings.
 
     Args:
         model: on its device, in its dtype.
@@ -36,21 +39,14 @@ class Decoder:
         device: torch.device = self._table.weight.device
         return device
 
-    def embed(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """See LanguageBackend.embed."""
-        import torch
-
-        with torch.inference_mode():
-            embeds = self._table(torch.tensor(token_ids, device=self.device))
-        return to_numpy(embeds)
-
     def run(
-        self, embeds: NDArray[np.float32] | torch.Tensor, cache: Any, padding: Sequence[int] | None = None
+        self, embeds: Embeddings, num_rows: int, cache: Any, padding: Sequence[int] | None = None
     ) -> NDArray[np.float32]:
         """Run the model on new positions.
 
         Args:
-            embeds: [rows, num_new, hidden].
+            embeds: [num_rows * num_new, hidden], row after row.
+            num_rows: sequences that run together.
             cache: a DynamicCache of what comes before, to which they are added.
             padding: positions at the start of each row that belong to no sequence; None where there are none.
 
@@ -64,14 +60,15 @@ class Decoder:
         import torch
 
         masks = {}
+        num_new = len(embeds) // num_rows
         if padding is not None:
-            columns = torch.arange(cache.get_seq_length() + embeds.shape[1])
+            columns = torch.arange(cache.get_seq_length() + num_new)
             positions = columns - torch.tensor(padding)[:, None]
             masks["attention_mask"] = (positions >= 0).long().to(self.device)
-            masks["position_ids"] = positions[:, -embeds.shape[1] :].to(self.device)
+            masks["position_ids"] = positions[:, -num_new:].to(self.device)
         with torch_errors(self.device), torch.inference_mode():
             outputs = self._model(
-                inputs_embeds=to_tensor(embeds).to(self.device, self._table.weight.dtype),
+                inputs_embeds=gather(embeds, self._table.weight).reshape(num_rows, num_new, -1),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
@@ -98,10 +95,10 @@ class CachedSequence:
         """Keys and values of each layer."""
         return _layers_of(self._cache)
 
-    def append(self, embeds: NDArray[np.float32] | torch.Tensor) -> NDArray[np.float32]:
-        """See DecoderSequence.append; also of a tensor."""
+    def append(self, embeds: Embeddings) -> NDArray[np.float32]:
+        """See DecoderSequence.append."""
         try:
-            logits: NDArray[np.float32] = self._decoder.run(embeds[None], self._cache)[0]
+            logits: NDArray[np.float32] = self._decoder.run(embeds, 1, self._cache)[0]
             self.length += len(embeds)
         finally:
             # A run that failed may have got through some layers.
@@ -132,21 +129,19 @@ class CachedBatch:
         self._joint: Any = None
         self._padding: list[int] = []
 
-    def append(self, slot: int, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+    def append(self, slot: int, embeds: Embeddings) -> NDArray[np.float32]:
         """See DecoderBatch.append."""
         assert slot == len(self._sequences), "a sequence begins in the first free slot"
         self._sequences.append(CachedSequence(self._decoder))
         return self._sequences[slot].append(embeds)
 
-    def step(self, embeds: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | HivtpError]:
+    def step(self, embeds: Embeddings) -> Sequence[NDArray[np.float32] | HivtpError]:
         """See DecoderBatch.step."""
         joint = attempt(self._step_together, embeds)
         if isinstance(joint, HivtpError):
             # What one row cannot do costs no other its answer.
             self._part()
-            return [
-                attempt(sequence.append, embed[None]) for sequence, embed in zip(self._sequences, embeds, strict=True)
-            ]
+            return [attempt(sequence.append, embeds[slot : slot + 1]) for slot, sequence in enumerate(self._sequences)]
         return list(joint)
 
     def drop(self, slot: int, last: int) -> None:
@@ -156,12 +151,12 @@ class CachedBatch:
         self._sequences[slot] = self._sequences[last]
         self._sequences.pop()
 
-    def _step_together(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _step_together(self, embeds: Embeddings) -> NDArray[np.float32]:
         if self._joint is None:
             self._join()
         length = self._joint.get_seq_length()
         try:
-            logits = self._decoder.run(embeds[:, None], self._joint, self._padding)
+            logits = self._decoder.run(embeds, len(embeds), self._joint, self._padding)
             length += 1
         finally:
             _cut(self._joint, length)
@@ -221,14 +216,7 @@ def _cut(cache: Any, length: int) -> None:
         layer.crop(min(0, length - layer.get_seq_length()))
 
 
-def to_tensor(embeds: NDArray[np.float32] | torch.Tensor) -> torch.Tensor:
-    """Embeddings as a tensor where they lie; no copy."""
-    import torch
-
-    return embeds if isinstance(embeds, torch.Tensor) else torch.from_numpy(embeds)
-
-
 def to_numpy(tensor: torch.Tensor) -> NDArray[np.float32]:
-    """Logits or embeddings as an array."""
+    """Logits as an array."""
     array: NDArray[np.float32] = tensor.float().cpu().numpy()
     return array

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from hivtp.runtime.language.torch_errors import torch_errors
+from hivtp.engines.torch.errors import torch_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from hivtp.runtime.device_rows import Embeddings
     from hivtp.runtime.language.compiled import CompiledDecoder
 
 MIN_CAPACITY = 1024
@@ -90,7 +91,7 @@ class StaticSequence:
         """
         self._decoder.call(self._reserve, length)
 
-    def append(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+    def append(self, embeds: Embeddings) -> NDArray[np.float32]:
         """See DecoderSequence.append."""
         return self._decoder.call(self._append, embeds)
 
@@ -100,7 +101,7 @@ class StaticSequence:
         if length < self.length:
             self._decoder.call(self._forget, length)
 
-    def _append(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _append(self, embeds: Embeddings) -> NDArray[np.float32]:
         padded_length = self._decoder.padded_length(len(embeds), is_first=self.length == 0)
         self._reserve(self.length + padded_length)
         try:

@@ -6,21 +6,22 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hivtp.engines.torch.errors import torch_errors
 from hivtp.engines.weights import CheckpointWeights, locate_weights
+from hivtp.runtime.device_rows import DeviceRows
 from hivtp.runtime.language.compiled import CompiledDecoder
 from hivtp.runtime.language.decoding import decode, decode_batch
 from hivtp.runtime.language.dynamic_cache import CachedBatch, CachedSequence, Decoder
 from hivtp.runtime.language.static_cache import StaticSequence
-from hivtp.runtime.language.torch_errors import torch_errors
 from hivtp_ops.errors import CheckpointError, MissingExtraError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
+    import torch
 
     from hivtp.engines.bundle import Manifest
+    from hivtp.runtime.device_rows import Embeddings
     from hivtp.runtime.language.base import ChooseToken, DecodeRequest, SequenceCache
     from hivtp.runtime.language.settings import LanguageSettings
     from hivtp_ops.errors import HivtpError
@@ -64,9 +65,14 @@ class TransformersLanguage:
         if settings.is_compiled:
             self._compiled = CompiledDecoder(model, self.context_length, _has_exact_counts(manifest))
 
-    def embed(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._decoder.device
+
+    def embed(self, token_ids: Sequence[int]) -> DeviceRows:
         """See LanguageBackend.embed."""
-        return self._decoder.embed(token_ids)
+        return DeviceRows.of_tokens(token_ids)
 
     def is_end(self, token_id: int) -> bool:
         """See LanguageBackend.is_end."""
@@ -78,12 +84,12 @@ class TransformersLanguage:
 
     def generate(
         self,
-        inputs_embeds: Any,
+        inputs_embeds: Embeddings,
         max_new_tokens: int,
         choose_token: ChooseToken,
         cache: SequenceCache | None = None,
     ) -> Iterator[int]:
-        """See LanguageBackend.generate; `inputs_embeds` may also be a tensor, best one on the model's device."""
+        """See LanguageBackend.generate; `inputs_embeds` may also be an array, or a tensor on any device."""
         sequence = self.new_cache() if cache is None else cache
         assert isinstance(sequence, CachedSequence | StaticSequence), "a cache belongs to the backend that made it"
         num_tokens = min(max_new_tokens, self.context_length - sequence.length - len(inputs_embeds))
