@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "EngineName", "EngineSettings", "create_engine", "open_vision_engine"]
 
-EngineName = Literal["auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
+EngineName = Literal["auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "torch", "torch-cuda"]
 
 
 def create_engine(name: str, file: Path, settings: EngineSettings | None = None) -> Engine:
     """Open a graph in an engine that runs ONNX.
 
     Args:
-        name: "onnxruntime" on the CPU, "onnxruntime-cuda" on a GPU.
+        name: "onnxruntime" and "torch" on the CPU, "onnxruntime-cuda" and "torch-cuda" on a GPU.
         file: the graph.
         settings: how to run it.
 
@@ -39,7 +39,11 @@ def create_engine(name: str, file: Path, settings: EngineSettings | None = None)
         from hivtp.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
 
         return OnnxRuntimeCudaEngine(file, settings)
-    raise EngineError(f"no engine is named {name!r}; there is onnxruntime, and onnxruntime-cuda")
+    if name in ("torch", "torch-cuda"):
+        from hivtp.engines.torch.session import TorchEngine
+
+        return TorchEngine(file, settings or EngineSettings(), "cpu" if name == "torch" else "cuda")
+    raise EngineError(f"no engine is named {name!r}; there are onnxruntime, onnxruntime-cuda, torch and torch-cuda")
 
 
 def open_vision_engine(bundle: Bundle, name: str = "auto", settings: EngineSettings | None = None) -> Engine:
@@ -49,7 +53,7 @@ def open_vision_engine(bundle: Bundle, name: str = "auto", settings: EngineSetti
         bundle: an opened bundle.
         name: one of EngineName. "auto" takes the first that works: a plan of the bundle for TensorRT, one for
             TensorRT for RTX, ONNX Runtime on a GPU where it is built for one, ONNX Runtime on the CPU. An EngineWarning
-            says why one that is there was passed over.
+            says why one that is there was passed over. It never takes torch, which is slow to import.
         settings: how to run it.
 
     Raises:
@@ -59,9 +63,11 @@ def open_vision_engine(bundle: Bundle, name: str = "auto", settings: EngineSetti
     if name not in get_args(EngineName):
         raise EngineError(f"no engine is named {name!r}; there are {', '.join(get_args(EngineName))}")
     settings = settings or EngineSettings()
+    if settings.is_compiled and name not in ("torch", "torch-cuda"):
+        raise EngineError(f"the engine {name} compiles nothing: choose torch or torch-cuda, or no vision_compile")
     if name != "auto":
         return _CREATORS[name](bundle, settings)
-    candidates = [candidate for candidate in _CREATORS if _is_there(bundle, candidate)]
+    candidates = [candidate for candidate in _AUTO if _is_there(bundle, candidate)]
     for index, candidate in enumerate(candidates[:-1]):
         try:
             return _CREATORS[candidate](bundle, settings)
@@ -98,10 +104,13 @@ def _open_graph(name: str) -> Callable[[Bundle, EngineSettings], Engine]:
     return lambda bundle, settings: create_engine(name, bundle.vision_file, settings)
 
 
-# In the order of "auto"; what a creator needs is imported when it is called.
+# What a creator needs is imported when it is called.
 _CREATORS: dict[str, Callable[[Bundle, EngineSettings], Engine]] = {
     "tensorrt": _open_plan("tensorrt"),
     "tensorrt-rtx": _open_plan("tensorrt-rtx"),
     "onnxruntime-cuda": _open_graph("onnxruntime-cuda"),
     "onnxruntime": _open_graph("onnxruntime"),
+    "torch": _open_graph("torch"),
+    "torch-cuda": _open_graph("torch-cuda"),
 }
+_AUTO = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime")

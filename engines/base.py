@@ -24,10 +24,13 @@ class EngineSettings:
         num_threads: threads of one run on the CPU; None leaves the choice to the engine (the physical cores).
         uses_cuda_graph: on a GPU, record the second run of each number of tiles and replay it from then on. It saves
             the time to launch kernels one by one, and costs memory for each number of tiles.
+        is_compiled: in torch, run the graph through torch.compile: the first run of each number of tiles takes up to a
+            minute, and the others less time.
     """
 
     num_threads: int | None = None
     uses_cuda_graph: bool = False
+    is_compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.num_threads is not None and self.num_threads < 1:

@@ -70,6 +70,11 @@ def make_parser() -> argparse.ArgumentParser:
         default="auto",
         help="what runs the vision graph; auto takes the fastest that works here (default: %(default)s)",
     )
+    parser.add_argument(
+        "--vision-compile",
+        action="store_true",
+        help="for torch and torch-cuda: run the graph compiled, which takes up to a minute to begin with",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the engine (default: its own choice)")
     parser.add_argument(
         "--max-tiles",

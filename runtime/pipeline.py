@@ -83,6 +83,7 @@ class Pipeline:
         engine: str = "auto",
         num_threads: int | None = None,
         uses_cuda_graph: bool = False,
+        vision_compile: bool = EngineSettings.is_compiled,
         check_hashes: bool = False,
         max_tiles_per_run: int = DEFAULT_MAX_TILES_PER_RUN,
         max_tiles: int = MAX_TILES,
@@ -97,11 +98,12 @@ class Pipeline:
 
         Args:
             folder: the bundle.
-            engine: what runs the vision graph: "onnxruntime", "onnxruntime-cuda", "tensorrt" or "tensorrt-rtx"; "auto"
-                takes a TensorRT plan that fits, else ONNX Runtime on a GPU, else on the CPU, and warns of what is
-                there and cannot be used.
+            engine: what runs the vision graph: "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "torch"
+                or "torch-cuda"; "auto" takes a TensorRT plan that fits, else ONNX Runtime on a GPU, else on the CPU,
+                and warns of what is there and cannot be used.
             num_threads: threads of each engine on the CPU; None leaves the choice to the engine.
             uses_cuda_graph: see EngineSettings.
+            vision_compile: for "torch" and "torch-cuda": see EngineSettings.is_compiled.
             check_hashes: also compare every file's sha256 with the manifest.
             max_tiles_per_run: more tiles than this go through the vision graph in several runs: fewer take less
                 memory.
@@ -127,6 +129,7 @@ class Pipeline:
         language_settings = LanguageSettings(
             language, settings, checkpoint, language_device, language_dtype, language_compile
         )
+        vision_settings = EngineSettings(num_threads, uses_cuda_graph, vision_compile)
         bundle = Bundle.open(folder, check_hashes=check_hashes)
         manifest = bundle.manifest
         if manifest.language is None:
@@ -134,7 +137,7 @@ class Pipeline:
                 f"{folder} holds the {manifest.vision.graph} graph alone and cannot answer; "
                 "export it with --graph vision"
             )
-        vision = VisionStage.open(bundle, settings, max_tiles_per_run, engine)
+        vision = VisionStage.open(bundle, vision_settings, max_tiles_per_run, engine)
         decoder = create_language(bundle, language_settings)
         return cls(
             bundle,

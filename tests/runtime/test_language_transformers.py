@@ -14,9 +14,11 @@ import torch
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp import Answer, Pipeline, Request
+from hivtp.engines.view import View
 from hivtp.export.exporter import ExportSettings, export_bundle
 from hivtp.runtime.cli import main
 from hivtp.runtime.images import load_image
+from hivtp.runtime.language import torch_rows
 from hivtp.runtime.language.base import DecodeRequest
 from hivtp.runtime.sampling import Sampler, SamplingSettings
 from hivtp_ops.errors import CheckpointError, EngineError, MissingExtraError, OutOfMemoryError, SettingsError
@@ -107,6 +109,26 @@ def test_answers_of_a_batch_equal_those_of_the_bundles_decoder(both: Both, reque
     assert_same_together(both.transformers, both.onnxruntime, requests)
 
 
+@pytest.fixture
+def in_torch(both: Both) -> Pipeline:
+    """The same with the vision graph in torch, too: embeddings stay tensors."""
+    folder, settings = both.onnxruntime.bundle.folder, {"language": "transformers", "checkpoint": both.checkpoint}
+    return Pipeline.load(folder, num_threads=1, engine="torch", image_cache_bytes=0, **settings)
+
+
+def test_with_the_vision_graph_in_torch_the_answers_are_the_same(
+    both: Both, in_torch: Pipeline, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = []
+    pick = torch_rows._pick
+    monkeypatch.setattr(torch_rows, "_pick", lambda source, *rest: sources.append(type(source)) or pick(source, *rest))
+    assert_same_alone(in_torch, both.onnxruntime, requests)
+    assert_same_together(in_torch, both.onnxruntime, requests)
+    # Newlines of LLaVA-NeXT are an array of the bundle.
+    assert View in sources
+    assert set(sources) <= {View, np.ndarray}
+
+
 def test_conversations_equal_those_with_the_bundles_decoder(both: Both, photos: Path) -> None:
     chats = [both.onnxruntime.chat(), both.transformers.chat()]
     turns = [("What is in the picture?", [PHOTOS[0]]), ("how many dogs", []), ("or rather <image>", [PHOTOS[1]])]
@@ -121,7 +143,7 @@ def test_conversations_equal_those_with_the_bundles_decoder(both: Both, photos: 
 def test_a_further_question_computes_only_what_is_new(llava: Both, photo: Path, monkeypatch) -> None:
     decoder, lengths = llava.transformers.language._decoder, []
     run = decoder.run
-    monkeypatch.setattr(decoder, "run", lambda embeds, *rest: lengths.append(embeds.shape[1]) or run(embeds, *rest))
+    monkeypatch.setattr(decoder, "run", lambda embeds, *rest: lengths.append(len(embeds)) or run(embeds, *rest))
     chat = llava.transformers.chat()
     chat.ask("What is in the picture?", [photo], max_new_tokens=1)
     chat.ask("how many dogs", max_new_tokens=1)
@@ -238,7 +260,6 @@ def test_only_the_language_model_is_loaded_in_the_dtype_asked_for(tmp_path: Path
         assert {weight.dtype for weight in model.parameters()} == {getattr(torch, dtype)}
         answers = pipeline.generate_batch([Request("what", [photo], 9), Request("how many dogs", (), 5)])
         assert [len(answer.token_ids) for answer in answers] == [9, 5]
-        assert pipeline.language.embed([3, 4]).dtype == np.float32
 
 
 def test_a_tied_head_is_one_weight(tmp_path: Path) -> None:
@@ -361,3 +382,23 @@ def test_on_a_cuda_device_it_answers_as_on_the_cpu(both: Both, requests: list[Re
     if dtype == "float32":
         expected = both.transformers.generate_batch(requests)
         assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_on_a_gpu_the_answers_are_those_of_the_cpu(both: Both, requests: list[Request], is_fast: bool) -> None:
+    pipeline = Pipeline.load(
+        both.onnxruntime.bundle.folder,
+        engine="torch-cuda",
+        uses_cuda_graph=is_fast,
+        image_cache_bytes=0,
+        language="transformers",
+        checkpoint=both.checkpoint,
+        language_device="cuda",
+        language_compile=is_fast,
+    )
+    assert_same_alone(pipeline, both.onnxruntime, requests)
+    assert_same_together(pipeline, both.onnxruntime, requests)
+    expected = [alone(both.onnxruntime, request) for request in requests]
+    for answer, single in zip(pipeline.generate_each(requests), expected, strict=True):
+        assert same(answer, single)
