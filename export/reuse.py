@@ -36,8 +36,8 @@ def open_source(source: Path, checkpoint: Checkpoint, precision: DecoderPrecisio
     decoder = manifest.language.decoder
     if decoder is None:
         raise BundleError(
-            f"{source} holds no decoder: it was exported with --language-precision none; name one that holds one, or "
-            "export the decoder again"
+            f"{source} holds no decoder: it was exported with --language-precision none; name one that "
+            "holds one, or export the decoder"
         )
     if manifest.source.get("language_fingerprint") != checkpoint.language_fingerprint:
         raise BundleError(

@@ -41,7 +41,7 @@ def check_backend(bundle: Bundle, backend: BackendName) -> None:
     if backend == "onnxruntime" and manifest.language.decoder is None:
         raise BundleError(
             f"{folder} holds no decoder: it was exported with --language-precision none; answer with "
-            f'language="transformers" and checkpoint= the folder of {manifest.source.get("name")!r} '
+            f'language="transformers" and the folder of {manifest.source.get("name")!r} as checkpoint '
             "(hivtp-run: --language transformers --checkpoint DIR), or export it again with another "
             "--language-precision"
         )

@@ -113,7 +113,7 @@ def test_without_its_checkpoint_it_is_refused_before_anything_is_loaded(
         Pipeline.load(bare_bundle)
     for part in (
         f"{bare_bundle} holds no decoder: it was exported with --language-precision none",
-        "language=\"transformers\" and checkpoint= the folder of 'checkpoint'",
+        "answer with language=\"transformers\" and the folder of 'checkpoint' as checkpoint",
         "or export it again with another --language-precision",
     ):
         assert part in str(caught.value)
