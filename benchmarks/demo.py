@@ -118,7 +118,7 @@ def main() -> None:
         print(f"\n== {name}")
         settings = replace(settings_of(BUDGETS[name], layers), overwrite=True)
         folder = options.output / f"bundle-{name.replace(' %', '')}"
-        print(summary(export_bundle(CHECKPOINT, folder, settings, is_quiet=True)))
+        print(summary(export_bundle(CHECKPOINT, folder, settings, is_quiet=True), CHECKPOINT))
         # Without the cache, so that every question pays for its picture.
         pipeline = Pipeline.load(folder, image_cache_bytes=0)
         results[name] = measure(pipeline, asked)

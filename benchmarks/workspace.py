@@ -79,10 +79,11 @@ class Workspace:
         folders: dict[str, Path] = {}
         decoders: dict[object, Path] = {}
         for name, wanted in settings.items():
-            rounding = (wanted.language_precision, wanted.resolved_block_size)
+            rounding = (wanted.decoder_precision, wanted.resolved_block_size)
             source = decoders.get(rounding)
             folders[name] = self.bundle(name, replace(wanted, decoder_from=source))
-            decoders.setdefault(rounding, folders[name])
+            if wanted.decoder_precision is not None:
+                decoders.setdefault(rounding, folders[name])
         return folders
 
 

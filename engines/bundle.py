@@ -13,7 +13,7 @@ from hivtp.engines.record import read_record
 from hivtp_ops.errors import BundleError
 from hivtp_ops.spec import PruningSpec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 PROCESSOR_FOLDER = "processor"
 
@@ -71,8 +71,8 @@ class TilingManifest:
 
 
 @dataclass(frozen=True)
-class LanguageManifest:
-    """The decoder graph and what its loop needs.
+class DecoderManifest:
+    """The language model as graphs in the bundle.
 
     Attributes:
         file: the decoder, `inputs_embeds` and a KV cache in, logits of the last position out.
@@ -82,10 +82,6 @@ class LanguageManifest:
         dtype: what the decoder takes and gives and its KV cache holds, float32 or float16.
         embed_file: token ids to rows of the table, as a graph; None where the decoder is not made for a GPU.
         insert_file: rows put into such rows, as a graph; likewise.
-        num_layers, num_kv_heads, head_size, hidden_size, vocab_size: sizes of the model.
-        context_length: most positions, prompt and answer together.
-        image_token_id: the placeholder that an image's tokens replace.
-        eos_token_ids: tokens that end an answer.
     """
 
     file: str
@@ -95,6 +91,21 @@ class LanguageManifest:
     dtype: str
     embed_file: str | None
     insert_file: str | None
+
+
+@dataclass(frozen=True)
+class LanguageManifest:
+    """The language model, in the bundle or in the checkpoint.
+
+    Attributes:
+        decoder: its graphs; None where the bundle leaves it to the checkpoint.
+        num_layers, num_kv_heads, head_size, hidden_size, vocab_size: sizes of the model.
+        context_length: most positions, prompt and answer together.
+        image_token_id: the placeholder that an image's tokens replace.
+        eos_token_ids: tokens that end an answer.
+    """
+
+    decoder: DecoderManifest | None
     num_layers: int
     num_kv_heads: int
     head_size: int
@@ -123,7 +134,7 @@ class Manifest:
         pruning: the spec with its layers resolved; None where nothing is pruned.
         vision: the vision graph.
         tiling: how pictures become tiles; None for LLaVA-1.5, where a picture is one tile.
-        language: the decoder; None in an encoder bundle.
+        language: the language model; None in an encoder bundle.
         verification: what was compared with PyTorch at export, and the errors reached.
         versions: of the packages that wrote the bundle.
         files: every file but the manifest, by its path relative to the bundle.
@@ -162,7 +173,7 @@ class Manifest:
             raise BundleError(f"it has schema version {version!r}, this hivtp reads {SCHEMA_VERSION}; {advice}")
         try:
             vision = read_record(VisionManifest, raw["vision"])
-            language = None if raw["language"] is None else read_record(LanguageManifest, raw["language"])
+            language = None if raw["language"] is None else _read_language(raw["language"])
             tiling = None if raw["tiling"] is None else read_record(TilingManifest, raw["tiling"])
             files = {path: read_record(FileRecord, record) for path, record in raw["files"].items()}
             pruning = None if raw["pruning"] is None else PruningSpec.from_dict(raw["pruning"])
@@ -245,6 +256,12 @@ class Bundle:
                     f"{name} of the bundle {self.folder} was altered: its sha256 differs from the manifest's; "
                     "copy or export it again"
                 )
+
+
+def _read_language(raw: Mapping[str, Any]) -> LanguageManifest:
+    decoder = None if raw["decoder"] is None else read_record(DecoderManifest, raw["decoder"])
+    language: LanguageManifest = read_record(LanguageManifest, {**raw, "decoder": decoder})
+    return language
 
 
 def sha256_of(file: Path) -> str:

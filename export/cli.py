@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from hivtp.export.decoder import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, NUM_BITS, LanguagePrecision
+from hivtp.export.decoder import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, NUM_BITS
 from hivtp.export.exporter import ExportSettings, NewlineRule, export_bundle
 from hivtp.export.graph import VisionPrecision
+from hivtp.export.language import LanguagePrecision
 from hivtp.export.layer_choice import choose_layers
 from hivtp.export.layer_ranking import ChoiceSettings, Criterion
 from hivtp.export.plan import Builder, export_plan
@@ -43,7 +44,8 @@ examples:
       --engine tensorrt                                          with a TensorRT plan for this GPU
   hivtp-export llava-1.5-7b-hf bundle --vision-precision fp16 \\
       --language-precision fp16                                  all of it on a GPU
-  hivtp-export engine bundle --engine tensorrt                   the same for a bundle that is there already
+  hivtp-export llava-1.5-7b-hf bundle --language-precision none  no decoder, to answer in transformers
+  hivtp-export engine bundle --engine tensorrt                   a TensorRT plan for a bundle that is there already
   hivtp-export llava-1.5-7b-hf --preset 192 --choose-layers *.jpg
                                                                  which layers should score your pictures
 """
@@ -122,8 +124,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--language-precision",
         choices=get_args(LanguagePrecision),
         default=defaults.language_precision,
-        help="what the decoder computes in: fp32, int8 and int4 are for a CPU, fp16 and int4-fp16 for a GPU "
-        "(default: %(default)s)",
+        help="what the decoder computes in: fp32, int8 and int4 are for a CPU, fp16 and int4-fp16 for a GPU; "
+        "none leaves it out, for hivtp-run --language transformers (default: %(default)s)",
     )
     precision.add_argument(
         "--block-size",
@@ -235,8 +237,8 @@ def choice_from(options: argparse.Namespace) -> ChoiceSettings | None:
     return ChoiceSettings(**given)
 
 
-def summary(bundle: Bundle) -> str:
-    """What was written, how large it is, and how close to PyTorch."""
+def summary(bundle: Bundle, checkpoint: Path) -> str:
+    """What was written from a checkpoint, how large it is, how close to PyTorch, and how to run it."""
     manifest = bundle.manifest
     vision, language = manifest.vision, manifest.language
     lines = [f"wrote {bundle.folder}"]
@@ -252,13 +254,16 @@ def summary(bundle: Bundle) -> str:
     if found["kept_jaccard"] is not None:
         checks.append(f"kept-token agreement {found['kept_jaccard']:.1%}")
     describe("vision", "vision/", vision.precision, checks)
-    if language is not None:
+    decoder = None if language is None else language.decoder
+    if decoder is not None:
         found = manifest.verification["language"]
         checks = [f"relative error {found['relative_error']:.1e} (allowed {found['tolerance']['relative_error']:.0e})"]
-        if language.precision in NUM_BITS:
+        if decoder.precision in NUM_BITS:
             checks.append(f"quantisation error {found['quantization_error']:.1e}")
         checks.append(f"same greedy token {found['argmax_agreement']:.0%}")
-        describe("language", "language/", language.precision, checks)
+        describe("language", "language/", decoder.precision, checks)
+    elif language is not None:
+        lines.append("  language  none      no decoder: transformers answers, from the checkpoint")
     lines.append(f"  tokens    {_tokens(manifest)}")
     if manifest.pruning is not None and _has_scaled_layers(manifest.pruning, vision.num_layers):
         lines.append(
@@ -266,7 +271,8 @@ def summary(bundle: Bundle) -> str:
             f"{vision.num_layers}; others may see better: rank them with --choose-layers (docs/choosing-layers.md)"
         )
     if language is not None:
-        lines.append(f"\nask it: hivtp-run {bundle.folder} --image PHOTO 'What is in the picture?'")
+        backend = f"--language transformers --checkpoint {checkpoint} " if decoder is None else ""
+        lines.append(f"\nask it: hivtp-run {bundle.folder} {backend}--image PHOTO 'What is in the picture?'")
     return "\n".join(lines)
 
 
@@ -321,7 +327,8 @@ def _export(options: argparse.Namespace) -> None:
     if plan is not None:
         # An export takes minutes; what the plan lacks is better known before.
         Builder.find(plan, settings.vision_precision)
-    print(summary(export_bundle(options.checkpoint, options.bundle, settings, is_quiet=options.quiet)), flush=True)
+    bundle = export_bundle(options.checkpoint, options.bundle, settings, is_quiet=options.quiet)
+    print(summary(bundle, options.checkpoint), flush=True)
     if plan is None:
         return
     try:

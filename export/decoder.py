@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from hivtp.export.checkpoint import Checkpoint
 
-LanguagePrecision = Literal["fp32", "int8", "int4", "fp16", "int4-fp16"]
+DecoderPrecision = Literal["fp32", "int8", "int4", "fp16", "int4-fp16"]
 NUM_BITS = {"int8": 8, "int4": 4, "int4-fp16": 4}
 # Made for a GPU: ONNX Runtime's attention there computes in half precision only.
 HALF_PRECISIONS = ("fp16", "int4-fp16")
@@ -45,7 +45,7 @@ BUILDER_OPTIONS: Mapping[str, Any] = {
 def write_decoder(
     checkpoint: Checkpoint,
     folder: Path,
-    precision: LanguagePrecision,
+    precision: DecoderPrecision,
     on_weight: Callable[[int, int], None] = lambda _done, _total: None,
     *,
     block_size: int | None = None,
@@ -104,7 +104,7 @@ def decoder_dtype(precision: str) -> Literal["float32", "float16"]:
     return "float16" if precision in HALF_PRECISIONS else "float32"
 
 
-def write_embeddings(checkpoint: Checkpoint, folder: Path, precision: LanguagePrecision = "fp32") -> Path:
+def write_embeddings(checkpoint: Checkpoint, folder: Path, precision: DecoderPrecision = "fp32") -> Path:
     """Write the token embeddings [vocab, hidden] as .npy, for a decoder of some precision.
 
     They are float16 where the checkpoint or the decoder is, else float32.

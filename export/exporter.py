@@ -14,7 +14,6 @@ from hivtp.engines.bundle import (
     PROCESSOR_FOLDER,
     Bundle,
     FileRecord,
-    LanguageManifest,
     Manifest,
     TilingManifest,
     VisionManifest,
@@ -22,24 +21,14 @@ from hivtp.engines.bundle import (
 )
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.clip import VisionShape
-from hivtp.export.decoder import (
-    BLOCK_SIZES,
-    DECODER_NAME,
-    DEFAULT_BLOCK_SIZE,
-    EMBEDDINGS_NAME,
-    NUM_BITS,
-    LanguagePrecision,
-    decoder_dtype,
-    write_decoder,
-    write_embeddings,
-)
-from hivtp.export.embedding_graphs import EMBED_NAME, INSERT_NAME, write_embedding_graphs
+from hivtp.export.decoder import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, NUM_BITS, DecoderPrecision
 from hivtp.export.graph import VisionPrecision, save_model
-from hivtp.export.processor import Processor, end_token_ids
+from hivtp.export.language import LanguagePrecision, export_decoder, language_manifest
+from hivtp.export.processor import Processor
 from hivtp.export.progress import Progress
-from hivtp.export.reuse import open_source, take_decoder
+from hivtp.export.reuse import open_source
 from hivtp.export.staging import check_destination, staged
-from hivtp.export.verification import verify_language, verify_vision
+from hivtp.export.verification import verify_vision
 from hivtp.export.vision import GraphKind, build_vision_graph
 from hivtp_ops.errors import SpecError
 from hivtp_ops.spec import PRESETS, PruningSpec
@@ -49,7 +38,6 @@ if TYPE_CHECKING:
 
 VISION_FILE = "vision/model.onnx"
 NEWLINE_FILE = "vision/image_newline.npy"
-LANGUAGE_FOLDER = "language"
 NewlineRule = Literal["kept-rows", "all", "none"]
 PACKAGES = ("hivtp", "torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai")
 
@@ -65,7 +53,8 @@ class ExportSettings:
         num_layers: number of scoring layers; None leaves it to the spec.
         is_pruned: False exports the unpruned model.
         vision_precision: fp32, fp16 or int8.
-        language_precision: fp32, int8 or int4 for a CPU; fp16 or int4-fp16 for a GPU.
+        language_precision: of the decoder: fp32, int8 or int4 for a CPU; fp16 or int4-fp16 for a GPU; "none" leaves
+            it out, for those who run the language model of the checkpoint in transformers.
         block_size: weights of a decoder of int8 or int4 that share a scale; None for DEFAULT_BLOCK_SIZE.
         newline: which picture rows of LLaVA-NeXT end with a newline token.
         keep_total: one budget over all tiles of a LLaVA-NeXT picture; None keeps per tile what the spec says.
@@ -99,7 +88,7 @@ class ExportSettings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise SpecError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        self._check_block_size()
+        self._check_decoder()
         if not self.is_pruned and (self.first_layer, self.num_layers) != (None, None):
             raise SpecError("first_layer and num_layers say what scores the patches, and without pruning nothing does")
         if self.graph == "encoder" and not self.is_pruned:
@@ -108,11 +97,19 @@ class ExportSettings:
             raise SpecError("an encoder bundle has no decoder to take over; drop decoder_from")
 
     @property
+    def decoder_precision(self) -> DecoderPrecision | None:
+        """Precision of the bundle's decoder; None where it holds none."""
+        return None if self.graph == "encoder" or self.language_precision == "none" else self.language_precision
+
+    @property
     def resolved_block_size(self) -> int | None:
         """Weights of the decoder that share a scale; None where they are not rounded."""
         return (self.block_size or DEFAULT_BLOCK_SIZE) if self.language_precision in NUM_BITS else None
 
-    def _check_block_size(self) -> None:
+    def _check_decoder(self) -> None:
+        for name in ("block_size", "decoder_from") if self.language_precision == "none" else ():
+            if getattr(self, name) is not None:
+                raise SpecError(f"{name} is for a decoder, and language_precision none has none; drop one of the two")
         if self.block_size is None:
             return
         if self.language_precision not in NUM_BITS:
@@ -190,23 +187,23 @@ def export_bundle(
         SpecError: the pruning spec does not fit the model.
         VerificationError: a graph differs from PyTorch by more than its tolerance.
         BundleError: the destination cannot be written.
-        MissingExtraError: a package of the export extra is not installed.
+        MissingExtraError: a package of the export extra is not installed; onnxruntime-genai is needed for a decoder
+            that is written, and for nothing else.
     """
     destination = Path(destination)
     check_destination(destination, settings.overwrite)
-    num_language_steps = 0 if settings.graph == "encoder" else 3 if settings.decoder_from is None else 1
-    progress = Progress(num_steps=4 + num_language_steps, is_quiet=is_quiet)
+    precision = settings.decoder_precision
+    num_decoder_steps = 0 if precision is None else 3 if settings.decoder_from is None else 1
+    progress = Progress(num_steps=4 + num_decoder_steps, is_quiet=is_quiet)
     with progress.step(f"Checkpoint {checkpoint_folder}"):
         checkpoint = Checkpoint.open(checkpoint_folder)
         shape = VisionShape.of(checkpoint.config)
         settings.check_family(checkpoint, shape)
         spec = settings.resolved_spec(shape)
         processor = None if settings.graph == "encoder" else Processor.open(checkpoint)
-        decoder_source = None
-        if settings.decoder_from is not None:
-            decoder_source = open_source(
-                settings.decoder_from, checkpoint, settings.language_precision, settings.resolved_block_size
-            )
+        source = None
+        if precision is not None and settings.decoder_from is not None:
+            source = open_source(settings.decoder_from, checkpoint, precision, settings.resolved_block_size)
     with staged(destination) as folder:
         verification: dict[str, Any] = {}
         with progress.step(f"Vision graph, {settings.vision_precision}"):
@@ -216,14 +213,17 @@ def export_bundle(
             verification["vision"] = verify_vision(
                 checkpoint, spec, folder / VISION_FILE, settings.vision_precision, settings.graph
             )
-        language = None
-        if processor is not None:
-            language = _export_language(checkpoint, processor, folder, settings, decoder_source, progress, verification)
+        decoder = None
+        if precision is not None:
+            decoder, verification["language"] = export_decoder(
+                checkpoint, folder, precision, settings.resolved_block_size, source, progress
+            )
         with progress.step("Manifest and hashes"):
-            tiling = None
+            tiling = language = None
             if processor is not None:
                 processor.write(folder / PROCESSOR_FOLDER)
                 tiling = _export_tiling(checkpoint, shape, settings, folder)
+                language = language_manifest(checkpoint, processor, decoder)
             manifest = Manifest(
                 family=checkpoint.family,
                 source=_source(checkpoint, settings),
@@ -239,53 +239,9 @@ def export_bundle(
     return Bundle.open(destination)
 
 
-def _export_language(
-    checkpoint: Checkpoint,
-    processor: Processor,
-    folder: Path,
-    settings: ExportSettings,
-    decoder_source: Bundle | None,
-    progress: Progress,
-    verification: dict[str, Any],
-) -> LanguageManifest:
-    config, precision = checkpoint.config.text_config, settings.language_precision
-    is_half = decoder_dtype(precision) == "float16"
-    if decoder_source is not None:
-        with progress.step(f"Decoder of {decoder_source.folder}"):
-            verification["language"] = take_decoder(decoder_source, folder)
-    else:
-        with progress.step("Token embeddings"):
-            embeddings = write_embeddings(checkpoint, folder / LANGUAGE_FOLDER, precision)
-            if is_half:
-                write_embedding_graphs(embeddings)
-        with progress.step(f"Decoder, {precision}"):
-            decoder = write_decoder(
-                checkpoint, folder / LANGUAGE_FOLDER, precision, progress.update, block_size=settings.block_size
-            )
-        with progress.step("Decoder against PyTorch"):
-            verification["language"] = verify_language(checkpoint, decoder, precision)
-    return LanguageManifest(
-        file=f"{LANGUAGE_FOLDER}/{DECODER_NAME}",
-        embeddings=f"{LANGUAGE_FOLDER}/{EMBEDDINGS_NAME}",
-        precision=precision,
-        block_size=settings.resolved_block_size,
-        dtype=decoder_dtype(precision),
-        embed_file=f"{LANGUAGE_FOLDER}/{EMBED_NAME}" if is_half else None,
-        insert_file=f"{LANGUAGE_FOLDER}/{INSERT_NAME}" if is_half else None,
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=config.num_key_value_heads,
-        head_size=config.head_dim,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        context_length=config.max_position_embeddings,
-        image_token_id=checkpoint.config.image_token_id,
-        eos_token_ids=end_token_ids(checkpoint, processor.tokenizer),
-    )
-
-
 def _source(checkpoint: Checkpoint, settings: ExportSettings) -> Mapping[str, str]:
     source = {"name": checkpoint.folder.resolve().name, "fingerprint": checkpoint.fingerprint}
-    if settings.graph == "encoder":
+    if settings.decoder_precision is None:
         return source
     return {**source, "language_fingerprint": checkpoint.language_fingerprint}
 

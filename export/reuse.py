@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hivtp.export.checkpoint import Checkpoint
-    from hivtp.export.decoder import LanguagePrecision
+    from hivtp.export.decoder import DecoderPrecision
 
 
-def open_source(source: Path, checkpoint: Checkpoint, precision: LanguagePrecision, block_size: int | None) -> Bundle:
+def open_source(source: Path, checkpoint: Checkpoint, precision: DecoderPrecision, block_size: int | None) -> Bundle:
     """Open the bundle whose decoder is to be taken over, if it can be.
 
     Args:
@@ -27,26 +27,32 @@ def open_source(source: Path, checkpoint: Checkpoint, precision: LanguagePrecisi
         block_size: likewise.
 
     Raises:
-        BundleError: not a bundle that answers, or of another language model or precision.
+        BundleError: not a bundle with a decoder, or of another language model or precision.
     """
     bundle = Bundle.open(source, check_hashes=True)
-    manifest, language = bundle.manifest, bundle.manifest.language
-    if language is None:
+    manifest = bundle.manifest
+    if manifest.language is None:
         raise BundleError(f"{source} holds no decoder: it is an encoder bundle; name one that answers")
+    decoder = manifest.language.decoder
+    if decoder is None:
+        raise BundleError(
+            f"{source} holds no decoder: it was exported with --language-precision none; name one that "
+            "holds one, or export the decoder"
+        )
     if manifest.source.get("language_fingerprint") != checkpoint.language_fingerprint:
         raise BundleError(
             f"{source} was exported from {manifest.source['name']}, whose language model is another than that of "
             f"{checkpoint.folder}; name a bundle of this one, or export the decoder again"
         )
-    if language.precision != precision:
+    if decoder.precision != precision:
         raise BundleError(
-            f"the decoder of {source} is {language.precision}, and {precision} is asked for; "
-            f"say --language-precision {language.precision}, or export the decoder again"
+            f"the decoder of {source} is {decoder.precision}, and {precision} is asked for; "
+            f"say --language-precision {decoder.precision}, or export the decoder again"
         )
-    if language.block_size != block_size:
+    if decoder.block_size != block_size:
         raise BundleError(
-            f"the decoder of {source} is rounded in blocks of {language.block_size}, and {block_size} is asked for; "
-            f"say --block-size {language.block_size}, or export the decoder again"
+            f"the decoder of {source} is rounded in blocks of {decoder.block_size}, and {block_size} is asked for; "
+            f"say --block-size {decoder.block_size}, or export the decoder again"
         )
     return bundle
 
@@ -61,9 +67,10 @@ def take_decoder(source: Bundle, folder: Path) -> dict[str, Any]:
     Returns:
         What was found when the decoder was compared with PyTorch.
     """
-    manifest = source.manifest
-    assert manifest.language is not None, "open_source refuses a bundle without a decoder"
-    part = manifest.language.file.partition("/")[0]
+    manifest, language = source.manifest, source.manifest.language
+    assert language is not None, "open_source refuses an encoder bundle"
+    assert language.decoder is not None, "open_source refuses a bundle without a decoder"
+    part = language.decoder.file.partition("/")[0]
     for name in manifest.files:
         if name.startswith(f"{part}/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -94,7 +94,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--language",
         choices=get_args(BackendName),
         default=LanguageSettings.backend,
-        help="what decodes the answer (default: %(default)s)",
+        help="what decodes the answer: onnxruntime the bundle's decoder, transformers the language model of the "
+        "checkpoint (default: %(default)s)",
     )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="for transformers: the folder that the bundle was exported from"

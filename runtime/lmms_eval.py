@@ -43,6 +43,7 @@ def _bundle_model() -> type:
     from tqdm import tqdm
 
     from hivtp.runtime.benchmark_model import BenchmarkModel, Question
+    from hivtp.runtime.language.settings import BackendName, LanguageSettings
     from hivtp.runtime.pipeline import Pipeline
 
     class BundleModel(lmms):  # type: ignore[misc]  # lmms-eval ships no types
@@ -55,6 +56,8 @@ def _bundle_model() -> type:
             seed: of the first draws, where a task samples.
             skip_errors: a request that fails gets an empty answer, in place of ending the run.
             device: the CPU, or None.
+            language: what decodes the answers, as in Pipeline.load.
+            checkpoint: likewise.
             max_batch_size: for batch sizes that are found by trying, which there are none of here.
         """
 
@@ -68,6 +71,8 @@ def _bundle_model() -> type:
             seed: int = 0,
             skip_errors: bool = False,
             device: str | None = None,
+            language: BackendName = LanguageSettings.backend,
+            checkpoint: str | None = None,
             max_batch_size: int | None = None,  # noqa: ARG002  lmms-eval passes it to every model
         ) -> None:
             super().__init__()
@@ -77,7 +82,7 @@ def _bundle_model() -> type:
                 self.batch_size = int(batch_size)
             except ValueError as error:
                 raise SettingsError(f"batch_size must be a number, not {batch_size!r}") from error
-            pipeline = Pipeline.load(bundle, num_threads=threads)
+            pipeline = Pipeline.load(bundle, num_threads=threads, language=language, checkpoint=checkpoint)
             self.model = BenchmarkModel(pipeline, self.batch_size, seed, skip_errors=skip_errors)
 
         @classmethod

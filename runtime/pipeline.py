@@ -20,6 +20,7 @@ from hivtp.runtime.language import (
     LanguageBackend,
     LanguageDtype,
     LanguageSettings,
+    check_backend,
     create_language,
     rows_device,
 )
@@ -109,8 +110,8 @@ class Pipeline:
                 memory.
             max_tiles: LLaVA-NeXT: a picture that becomes more tiles than this, its base tile included, is refused.
             image_cache_bytes: memory for the embeddings of pictures seen before; 0 keeps none.
-            language: what decodes the answers: "onnxruntime" the bundle's decoder; "transformers" the language
-                model of `checkpoint`. The vision graph runs in `engine` either way.
+            language: what decodes the answers: "onnxruntime" the bundle's decoder, where it has one;
+                "transformers" the language model of `checkpoint`. The vision graph runs in `engine` either way.
             checkpoint: for "transformers": the Hugging Face folder that the bundle was exported from.
             language_device: where answers are decoded. For "onnxruntime" "cpu" or "cuda"; "auto" takes a GPU where the
                 decoder is float16 and CUDA works. For "transformers" as torch names it; "auto" is the CPU.
@@ -119,7 +120,7 @@ class Pipeline:
                 prompt that is new costs seconds to minutes; see TransformersLanguage.
 
         Raises:
-            BundleError: the bundle is incomplete, altered, of another schema, or cannot answer.
+            BundleError: the bundle is incomplete, altered, of another schema, or lacks what `language` needs of it.
             CheckpointError: the checkpoint is damaged, or is not the one that the bundle was exported from.
             MissingExtraError: onnxruntime, or for "transformers" torch or transformers, is not installed.
             EngineError: a graph cannot be loaded, or the engine cannot run here.
@@ -131,12 +132,7 @@ class Pipeline:
         )
         vision_settings = EngineSettings(num_threads, uses_cuda_graph, vision_compile)
         bundle = Bundle.open(folder, check_hashes=check_hashes)
-        manifest = bundle.manifest
-        if manifest.language is None:
-            raise BundleError(
-                f"{folder} holds the {manifest.vision.graph} graph alone and cannot answer; "
-                "export it with --graph vision"
-            )
+        check_backend(bundle, language)
         vision = VisionStage.open(bundle, vision_settings, max_tiles_per_run, engine)
         decoder = create_language(bundle, language_settings)
         return cls(

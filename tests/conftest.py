@@ -69,6 +69,14 @@ def half_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def bare_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `pruned_bundle`, without a decoder."""
+    folder = tmp_path_factory.mktemp("bare") / "bundle"
+    settings = ExportSettings(preset="paper", language_precision="none")
+    return export_bundle(tiny_checkpoint, folder, settings, is_quiet=True).folder
+
+
+@pytest.fixture(scope="session")
 def photos() -> Path:
     """Folder of the real photographs that scikit-image ships."""
     spec = importlib.util.find_spec("skimage")

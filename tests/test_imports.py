@@ -101,6 +101,25 @@ def test_exporting_without_torch_names_the_extra_that_brings_it(tiny_checkpoint,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_exporting_no_decoder_needs_no_model_builder(tiny_checkpoint, tmp_path):
+    code = f"""
+import sys
+sys.modules["onnxruntime_genai"] = None
+from hivtp.export.cli import main
+
+def export(precision):
+    arguments = [{str(tiny_checkpoint)!r}, {str(tmp_path)!r} + "/" + precision, "--language-precision", precision]
+    return main([*arguments, "--quiet"])
+
+assert export("none") == 0
+sys.exit(export("fp32"))
+"""
+    done = run_python(code)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("hivtp-export: onnxruntime-genai is not installed")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["none"]
+
+
 def test_running_a_bundle_never_imports_what_exporting_needs(pruned_bundle, photo, tmp_path):
     overlay = tmp_path / "kept.png"
     code = f"""

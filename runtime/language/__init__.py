@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hivtp.runtime.language.base import LanguageBackend
 from hivtp.runtime.language.settings import BackendName, LanguageDtype, LanguageSettings
-from hivtp_ops.errors import EngineWarning, HivtpError
+from hivtp_ops.errors import BundleError, EngineWarning, HivtpError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -16,14 +16,42 @@ if TYPE_CHECKING:
     from hivtp.engines.base import Device
     from hivtp.engines.bundle import Bundle
 
-__all__ = ["BackendName", "LanguageBackend", "LanguageDtype", "LanguageSettings", "create_language", "rows_device"]
+__all__ = [
+    "BackendName",
+    "LanguageBackend",
+    "LanguageDtype",
+    "LanguageSettings",
+    "check_backend",
+    "create_language",
+    "rows_device",
+]
+
+
+def check_backend(bundle: Bundle, backend: BackendName) -> None:
+    """Refuse a bundle that lacks what a backend needs of it, before anything is loaded.
+
+    Raises:
+        BundleError: it cannot answer, or leaves the language model to its checkpoint and the backend has none.
+    """
+    manifest, folder = bundle.manifest, bundle.folder
+    if manifest.language is None:
+        raise BundleError(
+            f"{folder} holds the {manifest.vision.graph} graph alone and cannot answer; export it with --graph vision"
+        )
+    if backend == "onnxruntime" and manifest.language.decoder is None:
+        raise BundleError(
+            f"{folder} holds no decoder: it was exported with --language-precision none; answer with "
+            f'language="transformers" and the folder of {manifest.source.get("name")!r} as checkpoint '
+            "(hivtp-run: --language transformers --checkpoint DIR), or export it again with another "
+            "--language-precision"
+        )
 
 
 def create_language(bundle: Bundle, settings: LanguageSettings | None = None) -> LanguageBackend:
     """Open the language model of a bundle in a backend.
 
     Args:
-        bundle: one that can answer.
+        bundle: one that `check_backend` lets pass.
         settings: which backend, and how to run it.
 
     Raises:
@@ -58,8 +86,9 @@ def _create_onnxruntime(bundle: Bundle, settings: LanguageSettings) -> LanguageB
     from hivtp.runtime.language.onnxruntime_device import OnnxRuntimeDeviceLanguage
 
     manifest = bundle.manifest.language
-    assert manifest is not None, "an encoder bundle has no decoder"
-    is_half = manifest.dtype == "float16"
+    assert manifest is not None, "check_backend refuses an encoder bundle"
+    assert manifest.decoder is not None, "check_backend refuses a bundle without a decoder"
+    is_half = manifest.decoder.dtype == "float16"
     if settings.device == "cuda":
         return OnnxRuntimeDeviceLanguage(bundle.folder, manifest, settings.engine)
     if settings.device == "auto" and is_half and has_cuda_provider():

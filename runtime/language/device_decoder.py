@@ -39,17 +39,19 @@ class DeviceDecoder:
     def __init__(
         self, folder: Path, manifest: LanguageManifest, device: DeviceContext, settings: EngineSettings
     ) -> None:
-        assert manifest.embed_file is not None, "a float16 decoder comes with the graphs for its embeddings"
-        assert manifest.insert_file is not None, "likewise"
+        decoder = manifest.decoder
+        assert decoder is not None, "check_backend refuses a bundle without a decoder"
+        assert decoder.embed_file is not None, "a float16 decoder comes with the graphs for its embeddings"
+        assert decoder.insert_file is not None, "likewise"
         self.manifest = manifest
         self.device = device
-        self.dtype = np.dtype(manifest.dtype)
+        self.dtype = np.dtype(decoder.dtype)
         self._cache_names = cache_names(manifest)
-        self._session = device.open_session(folder / manifest.file, settings)
+        self._session = device.open_session(folder / decoder.file, settings)
         # They move rows: more threads than one would only wait for each other.
         small = EngineSettings(num_threads=1)
-        self._embed = device.open_session(folder / manifest.embed_file, small)
-        self._insert = device.open_session(folder / manifest.insert_file, small)
+        self._embed = device.open_session(folder / decoder.embed_file, small)
+        self._insert = device.open_session(folder / decoder.insert_file, small)
 
     def new_cache(self, num_rows: int, capacity: int) -> list[View]:
         """Memory for sequences: `cache_names` in turn, each of `cache_shape`.

@@ -40,10 +40,12 @@ class OnnxRuntimeLanguage:
     """
 
     def __init__(self, folder: Path, manifest: LanguageManifest, settings: EngineSettings) -> None:
+        decoder = manifest.decoder
+        assert decoder is not None, "check_backend refuses a bundle without a decoder"
         self.manifest = manifest
         self.context_length = manifest.context_length
-        self._session = open_session(folder / manifest.file, settings)
-        self._embeddings = embedding_table(folder / manifest.embeddings, (manifest.vocab_size, manifest.hidden_size))
+        self._session = open_session(folder / decoder.file, settings)
+        self._embeddings = embedding_table(folder / decoder.embeddings, (manifest.vocab_size, manifest.hidden_size))
 
     def embed(self, token_ids: Sequence[int]) -> Embeddings:
         """See LanguageBackend.embed."""

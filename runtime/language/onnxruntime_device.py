@@ -43,9 +43,11 @@ class OnnxRuntimeDeviceLanguage(OnnxRuntimeLanguage):
     def __init__(
         self, folder: Path, manifest: LanguageManifest, settings: EngineSettings, device: DeviceContext | None = None
     ) -> None:
-        if manifest.dtype != "float16":
+        decoder = manifest.decoder
+        assert decoder is not None, "check_backend refuses a bundle without a decoder"
+        if decoder.dtype != "float16":
             raise EngineError(
-                f"the decoder of {folder} is {manifest.precision}, made for the CPU: onnxruntime's attention on a GPU "
+                f"the decoder of {folder} is {decoder.precision}, made for the CPU: onnxruntime's attention on a GPU "
                 "computes in float16 alone; export the bundle with --language-precision fp16 or int4-fp16, or run the "
                 "decoder with language_device='cpu'"
             )

@@ -49,7 +49,7 @@ class TransformersLanguage:
     """
 
     def __init__(self, manifest: Manifest, settings: LanguageSettings) -> None:
-        assert manifest.language is not None, "an encoder bundle has no language model"
+        assert manifest.language is not None, "check_backend refuses an encoder bundle"
         assert settings.checkpoint is not None, "LanguageSettings asks for it"
         for package in ("torch", "transformers", "safetensors"):
             try:

@@ -25,6 +25,16 @@ def test_bundles_of_one_language_precision_share_a_decoder(workspace: Workspace)
     assert len(decoders) == 1
 
 
+def test_bundles_without_a_decoder_share_none(workspace: Workspace) -> None:
+    settings = {
+        "whole": ExportSettings(preset="192"),
+        "bare": ExportSettings(preset="192", language_precision="none"),
+        "bare, unpruned": ExportSettings(is_pruned=False, language_precision="none"),
+    }
+    folders = workspace.bundles(settings)
+    assert [(folder / "language").exists() for folder in folders.values()] == [True, False, False]
+
+
 def test_a_bundle_is_written_once(workspace: Workspace) -> None:
     settings = ExportSettings(preset="192")
     written = (workspace.bundle("a", settings) / "manifest.json").stat().st_mtime_ns

@@ -128,7 +128,9 @@ def test_a_manifest_cut_anywhere_is_refused(bundle):
             Bundle.open(bundle)
 
 
-@pytest.mark.parametrize("part", [(), ("vision",), ("language",), ("pruning",), ("files", "vision/model.onnx")])
+@pytest.mark.parametrize(
+    "part", [(), ("vision",), ("language",), ("language", "decoder"), ("pruning",), ("files", "vision/model.onnx")]
+)
 def test_missing_and_unknown_keys_are_refused_in_every_part(bundle, part):
     text = (bundle / "manifest.json").read_text()
 
@@ -155,6 +157,8 @@ def test_missing_and_unknown_keys_are_refused_in_every_part(bundle, part):
         ("vision", "file", None),
         ("vision", "capacity", "32"),
         ("language", "vocab_size", 512.5),
+        ("language", "decoder", {}),
+        ("language", "decoder", "fp32"),
         ("language", "eos_token_ids", 2),
         ("pruning", "window", "two"),
         (None, "vision", None),

@@ -28,7 +28,7 @@ def device() -> DeviceContext:
 
 @pytest.fixture(scope="module")
 def insert_file(half_bundle: Path) -> Path:
-    return half_bundle / str(Bundle.open(half_bundle).manifest.language.insert_file)
+    return half_bundle / str(Bundle.open(half_bundle).manifest.language.decoder.insert_file)
 
 
 def insert(device: DeviceContext, file: Path, rows: Any, *, waits: bool = True) -> np.ndarray:

@@ -63,9 +63,9 @@ def test_graphs_that_give_other_rows_are_refused(tmp_path: Path, monkeypatch: py
 
 
 def test_a_bundle_for_a_gpu_holds_them_and_says_so(half_bundle: Path, pruned_bundle: Path) -> None:
-    language = Bundle.open(half_bundle, check_hashes=True).manifest.language
-    assert (language.precision, language.dtype) == ("fp16", "float16")
-    assert (half_bundle / language.embed_file).is_file()
-    assert (half_bundle / language.insert_file).is_file()
-    language = Bundle.open(pruned_bundle).manifest.language
-    assert (language.dtype, language.embed_file, language.insert_file) == ("float32", None, None)
+    decoder = Bundle.open(half_bundle, check_hashes=True).manifest.language.decoder
+    assert (decoder.precision, decoder.dtype) == ("fp16", "float16")
+    assert (half_bundle / decoder.embed_file).is_file()
+    assert (half_bundle / decoder.insert_file).is_file()
+    decoder = Bundle.open(pruned_bundle).manifest.language.decoder
+    assert (decoder.dtype, decoder.embed_file, decoder.insert_file) == ("float32", None, None)

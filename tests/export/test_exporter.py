@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp.engines.bundle import Bundle
-from hivtp.export import exporter
+from hivtp.export import language
 from hivtp.export.exporter import ExportSettings, export_bundle
 from hivtp.export.staging import staged
 from hivtp_ops import PruningSpec
@@ -39,8 +39,8 @@ def test_a_bundle_says_what_it_is(tiny_checkpoint: Path, tmp_path: Path) -> None
     assert manifest.pruning == PruningSpec.preset("192", (8, 8)).resolve(6)
     assert manifest.vision.grid == (8, 8)
     assert manifest.vision.capacity == 21
-    assert (manifest.vision.precision, manifest.language.precision) == ("int8", "int4")
-    assert manifest.language.block_size == 32
+    assert (manifest.vision.precision, manifest.language.decoder.precision) == ("int8", "int4")
+    assert manifest.language.decoder.block_size == 32
     assert manifest.language.image_token_id == 511
     assert manifest.language.eos_token_ids == (2,)
     assert manifest.verification["vision"]["relative_error"] < 0.1
@@ -105,7 +105,7 @@ def test_a_failed_verification_leaves_nothing(
     def fail(*_arguments: object) -> None:
         raise VerificationError("too far")
 
-    monkeypatch.setattr(exporter, "verify_language", fail)
+    monkeypatch.setattr(language, "verify_language", fail)
     with pytest.raises(VerificationError, match="too far"):
         export_bundle(tiny_checkpoint, tmp_path / "bundle", ExportSettings(), is_quiet=True)
     assert files_in(tmp_path) == []
@@ -139,7 +139,7 @@ def test_a_failed_replacement_keeps_the_old_bundle(
     def fill_the_disk(*_arguments: object, **_options: object) -> None:
         raise OSError(28, "No space left")
 
-    monkeypatch.setattr(exporter, "write_decoder", fill_the_disk)
+    monkeypatch.setattr(language, "write_decoder", fill_the_disk)
     with pytest.raises(BundleError, match="the disk is full"):
         export_bundle(tiny_checkpoint, destination, ExportSettings(overwrite=True), is_quiet=True)
     assert Bundle.open(destination, check_hashes=True).manifest.vision.graph == "encoder"

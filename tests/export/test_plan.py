@@ -212,6 +212,21 @@ def test_what_was_measured_is_kept_for_the_next_build(
     assert has_plans(Bundle.open(bundle), "tensorrt")
 
 
+def test_a_bundle_without_a_decoder_takes_a_plan(
+    bare_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(bare_bundle, tmp_path / "bundle")
+    monkeypatch.setattr(plan_module, "find_gpu", lambda _extra: H200)
+    monkeypatch.setattr(plan_module, "_offer_kernel", lambda _builder: None)
+    monkeypatch.setattr(plan_module, "load_library", fake_gpu.library)
+    monkeypatch.setattr(plan_module, "_verify", lambda *_arguments: {"is_done": True})
+    built = BuiltPlan(memoryview(b"plan"), "function", b"")
+    monkeypatch.setattr(plan_module, "build_plan", lambda *_arguments: built)
+    settings = PlanSettings("tensorrt", allows_tf32=False, timing_cache=tmp_path / "timing")
+    export_plan(folder, settings, is_quiet=True)
+    assert has_plans(Bundle.open(folder, check_hashes=True), "tensorrt")
+
+
 # From here on plans are built.
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.checkpoints import make_checkpoint
 from hivtp import Pipeline
 from hivtp.engines.bundle import Bundle
-from hivtp.export import exporter, reuse
+from hivtp.export import exporter, language, reuse
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.exporter import ExportSettings, export_bundle
 from hivtp_ops.errors import BundleError, SpecError
@@ -51,7 +51,7 @@ def test_the_decoder_is_not_written_again(
     def fail(*_arguments: Any) -> None:
         raise AssertionError("the decoder was exported")
 
-    monkeypatch.setattr(exporter, "write_decoder", fail)
+    monkeypatch.setattr(language, "write_decoder", fail)
     settings = ExportSettings(is_pruned=False, decoder_from=pruned_bundle)
     export_bundle(tiny_checkpoint, tmp_path / "bundle", settings, is_quiet=True)
 
@@ -92,8 +92,7 @@ def test_a_decoder_rounded_in_other_blocks_is_refused(
     coarse = export_bundle(
         tiny_checkpoint, tmp_path / "a", ExportSettings(language_precision="int4", block_size=64), is_quiet=True
     )
-    assert coarse.manifest.language is not None
-    assert coarse.manifest.language.block_size == 64
+    assert coarse.manifest.language.decoder.block_size == 64
     monkeypatch.setattr(exporter, "build_vision_graph", None)
     settings = ExportSettings(decoder_from=coarse.folder, language_precision="int4")
     assert "in blocks of 64, and 32 is asked for; say --block-size 64" in refusal(tiny_checkpoint, tmp_path, settings)

@@ -92,7 +92,7 @@ def make_newer(bundle: Path) -> None:
         (alter_the_tokenizer, "tokenizer.json cannot be read as a tokenizer"),
         (alter_the_graph, "onnxruntime cannot load"),
         (damage_the_manifest, "not a manifest of hivtp"),
-        (make_newer, "has schema version 99, this hivtp reads 2; upgrade hivtp"),
+        (make_newer, "has schema version 99, this hivtp reads 3; upgrade hivtp"),
     ],
 )
 def test_a_damaged_bundle_is_one_line_and_exit_code_1(bundle, photo, damage: Callable[[Path], None], message):

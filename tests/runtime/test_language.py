@@ -42,7 +42,7 @@ def sequence(language: backend.OnnxRuntimeLanguage) -> backend._Sequence:
 def logits_of_a_growing_cache(bundle: Bundle, steps: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
     """The decoder run plainly: every step gets the past of the one before as a new, longer array."""
     manifest = bundle.manifest.language
-    session = open_session(bundle.folder / manifest.file, EngineSettings())
+    session = open_session(bundle.folder / manifest.decoder.file, EngineSettings())
     names = [output.name for output in session.get_outputs()]
     empty = np.zeros((1, manifest.num_kv_heads, 0, manifest.head_size), np.float32)
     past = {
@@ -86,7 +86,7 @@ def test_embeddings_are_the_rows_of_the_table(language, hugging_face: HuggingFac
 
 def test_a_half_precision_table_gives_float32(bundle, tmp_path):
     folder = shutil.copytree(bundle.folder, tmp_path / "bundle")
-    file = folder / bundle.manifest.language.embeddings
+    file = folder / bundle.manifest.language.decoder.embeddings
     table = np.load(file).astype(np.float16)
     np.save(file, table)
     rows = create_language(replace(bundle, folder=folder)).embed([1, 2])
@@ -205,6 +205,6 @@ def test_embeddings_that_do_not_fit_are_an_engine_error(language):
 @pytest.mark.parametrize("table", [np.zeros((512, 63), np.float32), np.zeros((512, 64), np.int64), np.zeros(3)])
 def test_a_table_that_is_none_is_refused(bundle, tmp_path, table):
     folder = shutil.copytree(bundle.folder, tmp_path / "bundle")
-    np.save(folder / bundle.manifest.language.embeddings, table)
+    np.save(folder / bundle.manifest.language.decoder.embeddings, table)
     with pytest.raises(BundleError, match=r"the manifest says floats of shape \[512, 64\]"):
         create_language(replace(bundle, folder=folder))

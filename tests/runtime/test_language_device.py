@@ -58,8 +58,8 @@ def language(bundle: Bundle) -> OnnxRuntimeDeviceLanguage:
 def tokens_of_a_growing_cache(bundle: Bundle, embeds: NDArray[np.float32], num_tokens: int) -> list[int]:
     """Greedy tokens of the float16 decoder, run plainly: every step gets the past as a new, longer array."""
     manifest = bundle.manifest.language
-    session = open_session(bundle.folder / manifest.file, SETTINGS)
-    table = np.load(bundle.folder / manifest.embeddings)
+    session = open_session(bundle.folder / manifest.decoder.file, SETTINGS)
+    table = np.load(bundle.folder / manifest.decoder.embeddings)
     names = [output.name for output in session.get_outputs()]
     empty = np.zeros((1, manifest.num_kv_heads, 0, manifest.head_size), np.float16)
     past = {
@@ -93,7 +93,7 @@ def test_logits_are_near_those_of_transformers_at_every_step(language, hugging_f
 
 
 def test_a_prompt_is_gathered_from_wherever_its_rows_lie(language, bundle):
-    table = np.load(bundle.folder / bundle.manifest.language.embeddings)
+    table = np.load(bundle.folder / bundle.manifest.language.decoder.embeddings)
     tiles, newline = embeddings(12).reshape(2, 6, 64), embeddings(1, seed=1)
     sources = [tiles, torch.from_numpy(tiles), onnxruntime.OrtValue.ortvalue_from_numpy(tiles)]
     sources.append(language.device.place(tiles))

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from hivtp.runtime import lmms_eval
-from hivtp_ops.errors import SettingsError
+from hivtp_ops.errors import BundleError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,8 +76,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def make_model(stand_in: None, pruned_bundle: Path) -> Any:  # noqa: ARG001
     documents = {"task": {"test": [{"images": []}, {"images": [Image.new("RGB", (40, 30), "red")]}]}}
 
-    def make(arguments: str = "threads=1", **options: Any) -> Any:
-        model = lmms_eval.BundleModel.create_from_arg_string(f"bundle={pruned_bundle},{arguments}", options)
+    def make(arguments: str = "threads=1", bundle: Path = pruned_bundle, **options: Any) -> Any:
+        model = lmms_eval.BundleModel.create_from_arg_string(f"bundle={bundle},{arguments}", options)
         model.task_dict = documents
         return model
 
@@ -146,6 +146,19 @@ def test_requests_are_answered_in_their_order(
     assert [entry[2] for entry in model.cached] == expected
     assert model.cached[0][:2] == ("generate_until", ("what", settings))
     assert "wrote 3 answers and failed 0 requests" in capsys.readouterr().out
+
+
+def test_a_bundle_without_a_decoder_answers_with_its_checkpoint(
+    make_model: Any, bare_bundle: Path, tiny_checkpoint: Path, pruned: Pipeline
+) -> None:
+    with pytest.raises(BundleError, match="holds no decoder"):
+        make_model(bundle=bare_bundle)
+    model = make_model(f"language=transformers,checkpoint={tiny_checkpoint}", bundle=bare_bundle)
+    image = Image.new("RGB", (40, 30), "red")
+    expected = pruned.generate("what", [image], max_new_tokens=4).text.lstrip()
+    assert model.generate_until([request("what", {"max_new_tokens": 4}, 1)]) == [expected]
+    [(loss, _)] = model.loglikelihood([request("what", " a dog", 1)])
+    assert loss == pytest.approx(make_model().loglikelihood([request("what", " a dog", 1)])[0][0], rel=1e-4)
 
 
 def test_likelihoods_are_losses(make_model: Any) -> None:

@@ -1,0 +1,102 @@
+"""The language part of a bundle: a decoder, written or taken over, or none; and what the manifest says of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from hivtp.engines.bundle import DecoderManifest, LanguageManifest
+from hivtp.export.decoder import (
+    DECODER_NAME,
+    EMBEDDINGS_NAME,
+    DecoderPrecision,
+    decoder_dtype,
+    write_decoder,
+    write_embeddings,
+)
+from hivtp.export.embedding_graphs import EMBED_NAME, INSERT_NAME, write_embedding_graphs
+from hivtp.export.processor import end_token_ids
+from hivtp.export.reuse import take_decoder
+from hivtp.export.verification import verify_language
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hivtp.engines.bundle import Bundle
+    from hivtp.export.checkpoint import Checkpoint
+    from hivtp.export.processor import Processor
+    from hivtp.export.progress import Progress
+
+LANGUAGE_FOLDER = "language"
+# "none" leaves the language model to the checkpoint.
+LanguagePrecision: TypeAlias = Literal[DecoderPrecision, "none"]
+
+
+def export_decoder(
+    checkpoint: Checkpoint,
+    folder: Path,
+    precision: DecoderPrecision,
+    block_size: int | None,
+    source: Bundle | None,
+    progress: Progress,
+) -> tuple[DecoderManifest, dict[str, Any]]:
+    """Put a decoder into a bundle: that of another bundle, or a new one, compared with PyTorch.
+
+    Args:
+        checkpoint: an open checkpoint.
+        folder: the bundle that is being written.
+        precision: of the decoder.
+        block_size: weights that share a scale; None where they are not rounded.
+        source: from `open_source`, to take its decoder over; None writes one.
+        progress: takes `num_decoder_steps` steps.
+
+    Returns:
+        What was written, and what was found when it was compared.
+
+    Raises:
+        CheckpointError: the language model cannot be built, or not in that precision.
+        MissingExtraError: onnxruntime-genai is not installed.
+        VerificationError: the decoder differs from PyTorch by more than its tolerance.
+    """
+    is_half = decoder_dtype(precision) == "float16"
+    if source is not None:
+        with progress.step(f"Decoder of {source.folder}"):
+            verification = take_decoder(source, folder)
+    else:
+        with progress.step("Token embeddings"):
+            embeddings = write_embeddings(checkpoint, folder / LANGUAGE_FOLDER, precision)
+            if is_half:
+                write_embedding_graphs(embeddings)
+        with progress.step(f"Decoder, {precision}"):
+            decoder = write_decoder(
+                checkpoint, folder / LANGUAGE_FOLDER, precision, progress.update, block_size=block_size
+            )
+        with progress.step("Decoder against PyTorch"):
+            verification = verify_language(checkpoint, decoder, precision)
+    manifest = DecoderManifest(
+        file=f"{LANGUAGE_FOLDER}/{DECODER_NAME}",
+        embeddings=f"{LANGUAGE_FOLDER}/{EMBEDDINGS_NAME}",
+        precision=precision,
+        block_size=block_size,
+        dtype=decoder_dtype(precision),
+        embed_file=f"{LANGUAGE_FOLDER}/{EMBED_NAME}" if is_half else None,
+        insert_file=f"{LANGUAGE_FOLDER}/{INSERT_NAME}" if is_half else None,
+    )
+    return manifest, verification
+
+
+def language_manifest(
+    checkpoint: Checkpoint, processor: Processor, decoder: DecoderManifest | None
+) -> LanguageManifest:
+    """What a bundle says of a checkpoint's language model."""
+    config = checkpoint.config.text_config
+    return LanguageManifest(
+        decoder=decoder,
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=config.num_key_value_heads,
+        head_size=config.head_dim,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        context_length=config.max_position_embeddings,
+        image_token_id=checkpoint.config.image_token_id,
+        eos_token_ids=end_token_ids(checkpoint, processor.tokenizer),
+    )
