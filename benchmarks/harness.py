@@ -40,13 +40,16 @@ class System:
 
     Attributes:
         name: of its row.
-        open: a module-level function that imports and loads what it needs and returns the pass to time.
+        open: a module-level function that imports and loads what it needs and returns the pass to time; or several, by
+            the names of their rows, which share what does not fit into memory twice.
         arguments: for `open`, beside `num_threads`.
+        is_optional: where it cannot be opened, it is named with the reason and left out.
     """
 
     name: str
-    open: Callable[..., Pass]
+    open: Callable[..., Pass | Mapping[str, Pass]]
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    is_optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,15 +97,15 @@ class Worker:
         self._process.start()
         pipe.close()
 
-    def wait_until_ready(self) -> None:
-        """Return when the system is loaded."""
-        self._receive()
+    def wait_until_ready(self) -> list[WorkerSystem]:
+        """What takes turns, when it is loaded."""
+        return [WorkerSystem(name, self) for name in self._receive()]
 
-    def sample(self) -> tuple[Sample, float]:
-        """Do one pass; also the core-seconds of other processes meanwhile."""
+    def sample(self, name: str) -> tuple[Sample, float]:
+        """Do one pass of that name; also the core-seconds of other processes meanwhile."""
         # A process that has ended is named where its answer is missed.
         with contextlib.suppress(BrokenPipeError):
-            self._pipe.send("pass")
+            self._pipe.send(name)
         sample, other_core_s = self._receive()
         return sample, other_core_s
 
@@ -120,6 +123,18 @@ class Worker:
         if kind == "error":
             raise RuntimeError(f"{self.name}: {content}")
         return content
+
+
+@dataclass(frozen=True)
+class WorkerSystem:
+    """A system in the process of a worker."""
+
+    name: str
+    worker: Worker
+
+    def sample(self) -> tuple[Sample, float]:
+        """Do one pass; also the core-seconds of other processes meanwhile."""
+        return self.worker.sample(self.name)
 
 
 class LocalSystem:
@@ -140,13 +155,17 @@ def _serve(pipe: Connection, system: System, num_threads: int) -> None:
     # libgomp reads it when torch is imported, which `open` does.
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
     try:
-        run = system.open(num_threads=num_threads, **system.arguments)
-        pipe.send(("ready", None))
-        while pipe.recv() == "pass":
+        opened = system.open(num_threads=num_threads, **system.arguments)
+        is_shared = isinstance(opened, Mapping)
+        passes = opened if isinstance(opened, Mapping) else {system.name: opened}
+        pipe.send(("ready", list(passes)))
+        while True:
+            run = passes[pipe.recv()]
             others = _other_cpu_s()
             sample = run()
             others = _other_cpu_s() - others
-            pipe.send(("sample", ({**sample, "peak_memory_bytes": peak_memory_bytes()}, others)))
+            memory = {} if is_shared else {"peak_memory_bytes": peak_memory_bytes()}
+            pipe.send(("sample", (sample | memory, others)))
     except EOFError:
         return
     except Exception:  # noqa: BLE001  whatever it is, the parent raises it
@@ -175,16 +194,24 @@ def _other_cpu_s() -> float:
     return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
-def measure(systems: Sequence[System], num_rounds: int, num_threads: int) -> Results:
+def measure(
+    systems: Sequence[System], num_rounds: int, num_threads: int, waits_for_quiet: bool = True
+) -> Results:
     """Time the systems in turns, each in a process of its own; see `measure_in_turns`."""
     workers: list[Worker] = []
+    loaded: list[WorkerSystem] = []
     try:
         for system in systems:
             print(f"  loading {system.name}", flush=True)
             workers.append(Worker(system, num_threads))
-            # One by one: loading takes more memory than what is loaded.
-            workers[-1].wait_until_ready()
-        return measure_in_turns(workers, num_rounds)
+            try:
+                # One by one: loading takes more memory than what is loaded.
+                loaded += workers[-1].wait_until_ready()
+            except RuntimeError as error:
+                if not system.is_optional:
+                    raise
+                print(f"  {system.name} is left out: {str(error).strip().splitlines()[-1]}", flush=True)
+        return measure_in_turns(loaded, num_rounds, waits_for_quiet)
     finally:
         for worker in workers:
             worker.close()
@@ -200,22 +227,24 @@ def measure_once(systems: Sequence[System], num_threads: int) -> Results:
     for system in systems:
         print(f"  {system.name}", flush=True)
         with contextlib.closing(Worker(system, num_threads)) as worker:
-            worker.wait_until_ready()
-            rounds.append(_round([worker]))
+            rounds.append(_round(worker.wait_until_ready()))
     samples = {name: [sample] for _, by_name in rounds for name, sample in by_name.items()}
     return Results(samples, [other_cores for other_cores, _ in rounds])
 
 
-def measure_in_turns(systems: Sequence[Worker | LocalSystem], num_rounds: int) -> Results:
+def measure_in_turns(
+    systems: Sequence[WorkerSystem | LocalSystem], num_rounds: int, waits_for_quiet: bool = True
+) -> Results:
     """Time the systems in turns: A B C, A B C, and so on.
 
     The first round warms up and is dropped. On a machine that is not quiet, up to twice as many rounds
     run and the quietest count: chosen by what other processes took meanwhile, never by the times themselves.
+    Where a GPU does the work, other processes on the CPU matter less, and nothing is waited for: all rounds count.
     """
     rounds: list[tuple[float, dict[str, Sample]]] = []
-    _round(systems)
-    while len(rounds) < 2 * num_rounds:
-        rounds.append(_round(systems))
+    _round(systems, waits_for_quiet)
+    while len(rounds) < (2 * num_rounds if waits_for_quiet else num_rounds):
+        rounds.append(_round(systems, waits_for_quiet))
         num_quiet = sum(other_cores <= MAX_OTHER_CORES for other_cores, _samples in rounds)
         print(f"  round {len(rounds)}: others took {rounds[-1][0]:.2f} cores", flush=True)
         if num_quiet == num_rounds:
@@ -225,10 +254,12 @@ def measure_in_turns(systems: Sequence[Worker | LocalSystem], num_rounds: int) -
     return Results(samples, [other_cores for other_cores, _ in rounds])
 
 
-def _round(systems: Sequence[Worker | LocalSystem]) -> tuple[float, dict[str, Sample]]:
+def _round(
+    systems: Sequence[WorkerSystem | LocalSystem], waits_for_quiet: bool = True
+) -> tuple[float, dict[str, Sample]]:
     samples, other_core_s, seconds = {}, 0.0, 0.0
     for system in systems:
-        _wait_until_quiet()
+        _pause(MAX_WAIT_S if waits_for_quiet else PAUSE_S)
         started = time.perf_counter()
         samples[system.name], others = system.sample()
         seconds += time.perf_counter() - started
@@ -236,8 +267,9 @@ def _round(systems: Sequence[Worker | LocalSystem]) -> tuple[float, dict[str, Sa
     return other_core_s / seconds, samples
 
 
-def _wait_until_quiet() -> None:
-    deadline = time.perf_counter() + MAX_WAIT_S
+def _pause(max_wait_s: float) -> None:
+    """Until the machine is quiet, or for so long."""
+    deadline = time.perf_counter() + max_wait_s
     while time.perf_counter() < deadline:
         started, others = time.perf_counter(), _other_cpu_s()
         time.sleep(PAUSE_S)

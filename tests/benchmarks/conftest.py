@@ -44,4 +44,5 @@ def exam(untrained_miniature: Path) -> Exam:
 def never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     # Tests run on machines with other work to do.
     monkeypatch.setattr(harness, "MAX_WAIT_S", 0.0)
+    monkeypatch.setattr(harness, "PAUSE_S", 0.0)
     monkeypatch.setattr(harness, "MAX_OTHER_CORES", float("inf"))

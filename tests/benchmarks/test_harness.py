@@ -45,6 +45,10 @@ def open_failing(num_threads: int) -> Pass:
     raise ValueError(f"nothing to time with {num_threads} threads")
 
 
+def open_several(num_threads: int, log: Path) -> dict[str, Pass]:
+    return {name: open_counting(num_threads, log, name) for name in "BC"}
+
+
 def open_dying(num_threads: int) -> Pass:
     return lambda: os._exit(num_threads)
 
@@ -77,10 +81,10 @@ def test_the_warm_up_is_dropped(tmp_path: Path) -> None:
 
 
 def test_the_quietest_rounds_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "_wait_until_quiet", lambda: None)
+    monkeypatch.setattr(harness, "_pause", lambda _max_wait_s: None)
     noise = iter([0.9, 0.5, 0.0, 0.8, 0.05])
     honest_round = harness._round
-    monkeypatch.setattr(harness, "_round", lambda workers: (next(noise), honest_round(workers)[1]))
+    monkeypatch.setattr(harness, "_round", lambda *arguments: (next(noise), honest_round(*arguments)[1]))
     results = measure(counting(tmp_path / "log", "A"), num_rounds=2, num_threads=1)
     assert results.other_cores == [0.0, 0.05]
     assert results.values("A", "pass") == [3, 5]
@@ -111,6 +115,37 @@ def test_what_a_worker_raises_names_its_system() -> None:
 def test_a_worker_that_dies_is_named_with_its_exit_code() -> None:
     with pytest.raises(RuntimeError, match="dying: ended with exit code 7"):
         measure([System("dying", open_dying)], num_rounds=1, num_threads=7)
+
+
+@pytest.mark.usefixtures("never_waits")
+def test_systems_may_share_a_process_and_take_turns_all_the_same(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    systems = [*counting(log, "A"), System("both", open_several, {"log": log})]
+    results = measure(systems, num_rounds=1, num_threads=1)
+    assert log.read_text().splitlines() == [f"{name} {event}" for name in "ABC" for event in ("starts", "ends")] * 2
+    assert results.values("B", "process") == results.values("C", "process") != results.values("A", "process")
+    # The peak is that of a process, so it is none of theirs.
+    assert "peak_memory_bytes" not in results.samples["B"][0]
+
+
+@pytest.mark.usefixtures("never_waits")
+def test_an_optional_system_that_cannot_be_opened_is_named_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    systems = [System("broken", open_failing, is_optional=True), *counting(tmp_path / "log", "A")]
+    assert set(measure(systems, num_rounds=1, num_threads=2).samples) == {"A"}
+    assert "broken is left out: ValueError: nothing to time with 2 threads" in capsys.readouterr().out
+
+
+def test_all_rounds_count_where_quiet_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(harness, "_pause", pauses.append)
+    monkeypatch.setattr(harness, "MAX_OTHER_CORES", -1.0)
+    system = LocalSystem("A", open_counting(num_threads=1, log=tmp_path / "log", name="A"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    results = measure_in_turns([system], num_rounds=3, waits_for_quiet=False)
+    assert sorted(results.values("A", "pass")) == [2, 3, 4]
+    assert pauses == [harness.PAUSE_S] * 4
 
 
 def test_a_stopwatch_counts_milliseconds() -> None:
