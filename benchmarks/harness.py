@@ -194,9 +194,7 @@ def _other_cpu_s() -> float:
     return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
-def measure(
-    systems: Sequence[System], num_rounds: int, num_threads: int, waits_for_quiet: bool = True
-) -> Results:
+def measure(systems: Sequence[System], num_rounds: int, num_threads: int, waits_for_quiet: bool = True) -> Results:
     """Time the systems in turns, each in a process of its own; see `measure_in_turns`."""
     workers: list[Worker] = []
     loaded: list[WorkerSystem] = []

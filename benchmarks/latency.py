@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from benchmarks.bundle_floors import Floors
 from benchmarks.graph_profile import open_profiled, pixels
 from benchmarks.harness import Pass, Results, Sample, Stopwatch, System, measure, measure_once
 from benchmarks.hugging_face import PapersWay, StageClock, devices, load, place
+from benchmarks.peaks import measure_peaks
 from benchmarks.record import Row, report
 from benchmarks.stages import by_profile, stages, table, text
 from benchmarks.workspace import Workspace, add_options, engines
@@ -87,10 +89,19 @@ def systems(checkpoint: Path, bundles: Mapping[str, Path], device: str, num_tile
     return found
 
 
-def vision_rows(results: Results, device: str) -> list[Row]:
+def vision_floors(systems: Sequence[System], floors: Floors) -> dict[str, float | None]:
+    """The floor of each of our systems."""
+    ours = (system for system in systems if "bundle" in system.arguments)
+    return {system.name: floors.vision_ms(system.arguments["bundle"], system.arguments["num_tiles"]) for system in ours}
+
+
+def vision_rows(results: Results, device: str, floors: Mapping[str, float | None]) -> list[Row]:
     """Every system by the unpruned Hugging Face model; the goals are those of a CPU."""
     goals = GOALS if device == "cpu" else {}
-    return [Row.of(results, name, "vision_ms", HUGGING_FACE, goals.get(name[:4])) for name in results.samples]
+    return [
+        Row.of(results, name, "vision_ms", HUGGING_FACE, goals.get(name[:4]), floors.get(name))
+        for name in results.samples
+    ]
 
 
 def selection_rows(results: Results) -> list[Row]:
@@ -111,14 +122,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # One layer of language model is enough: only the vision stage is timed.
     workspace = Workspace.open(options, "latency", text={"num_hidden_layers": 1})
     bundles = workspace.bundles(BUNDLES)
-    tables, results, printed = {}, {}, []
+    tables, results, printed, floors = {}, {}, [], {}
+    for device in devices():
+        peaks, results[f"peaks{place(device)}"] = measure_peaks(device, options.threads)
+        floors[device] = Floors(workspace.checkpoint, device, peaks)
     for num_tiles in options.tiles:
         for device in devices():
             title = f"vision stage{place(device)}, tiles: {num_tiles}"
             print(title)
             timed = systems(workspace.checkpoint, bundles, device, num_tiles)
             results[title] = measure(timed, options.rounds, options.threads)
-            tables[title] = vision_rows(results[title], device)
+            tables[title] = vision_rows(results[title], device, vision_floors(timed, floors[device]))
         title = f"vision stage, tiles: {num_tiles}"
         print(by_profile(title))
         profiled = [System(name, open_profiled, {"bundle": bundles[name], "num_tiles": num_tiles}) for name in PROFILED]

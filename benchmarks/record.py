@@ -27,6 +27,7 @@ class Row:
         baseline_ms: what they are compared with, one per round.
         goal: the ratio to reach at most; None where there is none.
         peak_memory_bytes: of its process; None where it shared one with others.
+        floor_ms: what it cannot be faster than; None where that is not known.
     """
 
     label: str
@@ -34,18 +35,32 @@ class Row:
     baseline_ms: Sequence[float]
     goal: float | None = None
     peak_memory_bytes: float | None = None
+    floor_ms: float | None = None
 
     @classmethod
-    def of(cls, results: Results, system: str, quantity: str, baseline: str, goal: float | None = None) -> Row:
+    def of(
+        cls,
+        results: Results,
+        system: str,
+        quantity: str,
+        baseline: str,
+        goal: float | None = None,
+        floor_ms: float | None = None,
+    ) -> Row:
         """One quantity of a system by the same quantity of another."""
         memory = [sample["peak_memory_bytes"] for sample in results.samples[system] if "peak_memory_bytes" in sample]
         values, base = results.values(system, quantity), results.values(baseline, quantity)
-        return cls(system, values, base, goal, max(memory, default=None))
+        return cls(system, values, base, goal, max(memory, default=None), floor_ms)
 
     @property
     def ratio(self) -> float:
         """The median over the rounds of the time by the baseline's of the same round."""
         return median(value / base for value, base in zip(self.values_ms, self.baseline_ms, strict=True))
+
+    @property
+    def over_floor(self) -> float | None:
+        """How many times its floor the median takes; None where that is not known."""
+        return None if self.floor_ms is None else median(self.values_ms) / self.floor_ms
 
     @property
     def verdict(self) -> str:
@@ -56,15 +71,17 @@ class Row:
 
 
 def table(title: str, rows: Sequence[Row]) -> str:
-    """Medians, ranges, ratios to the baseline and peak memory, beside the goals."""
+    """Medians, ranges, ratios to the baseline and to the floor, and peak memory, beside the goals."""
     width = max(len(text) for text in (title, *(row.label for row in rows)))
-    lines = [f"{title:<{width}}  {'median ms':>10} {'min':>9} {'max':>9} {'ratio':>8} {'peak GiB':>9} {'goal':>7}"]
+    head = f"{'median ms':>10} {'min':>9} {'max':>9} {'ratio':>8} {'/ floor':>8} {'peak GiB':>9} {'goal':>7}"
+    lines = [f"{title:<{width}}  {head}"]
     for row in rows:
         values = row.values_ms
         line = f"{row.label:<{width}}  {median(values):10.2f} {min(values):9.2f} {max(values):9.2f} {row.ratio:8.4f}"
         memory = "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**30:.2f}"
+        floor = "" if row.over_floor is None else f"{row.over_floor:.2f}"
         goal = "" if row.goal is None else f"{row.goal:7.3f}  {row.verdict}"
-        lines.append(f"{line} {memory:>9} {goal}".rstrip())
+        lines.append(f"{line} {floor:>8} {memory:>9} {goal}".rstrip())
     return "\n".join(lines)
 
 
@@ -85,7 +102,13 @@ def report(options: argparse.Namespace, tables: Mapping[str, Sequence[Row]], res
         "environment": found,
         "settings": portable_settings(options),
         "rows": [
-            {"table": title, "ratio": row.ratio, "verdict": row.verdict, **asdict(row)}
+            {
+                "table": title,
+                "ratio": row.ratio,
+                "over_floor": row.over_floor,
+                "verdict": row.verdict,
+                **asdict(row),
+            }
             for title, rows in tables.items()
             for row in rows
         ],

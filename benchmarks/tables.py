@@ -121,14 +121,21 @@ def _lengths(measured: Mapping[str, Any]) -> list[str]:
 
 def _times(title: str, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     has_memory = any(row.get("peak_memory_bytes") for row in rows)
-    found = [[title, "median ms", "min", "max", "ratio", *(["peak GiB"] if has_memory else []), "goal"]]
+    has_floor = any(row.get("over_floor") for row in rows)
+    columns = [*(["time / floor"] if has_floor else []), *(["peak GiB"] if has_memory else [])]
+    found = [[title, "median ms", "min", "max", "ratio", *columns, "goal"]]
     for row in rows:
         values = row["values_ms"]
         times = [number(value) for value in (median(values), min(values), max(values))]
+        floor = [_over_floor(row.get("over_floor"))] if has_floor else []
         memory = [f"{row['peak_memory_bytes'] / 2**30:.2f}"] if has_memory else []
         goal = "" if row["goal"] is None else f"{row['goal']:g}, {row['verdict']}"
-        found.append([row["label"], *times, f"{row['ratio']:.4g}", *memory, goal])
+        found.append([row["label"], *times, f"{row['ratio']:.4g}", *floor, *memory, goal])
     return found
+
+
+def _over_floor(ratio: float | None) -> str:
+    return "–" if ratio is None else number(ratio)
 
 
 def _has(result: Mapping[str, Any], quantity: str) -> bool:

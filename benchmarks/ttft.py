@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.bundle_floors import Floors
 from benchmarks.graph_profile import open_profiled
 from benchmarks.harness import Pass, Results, Sample, Stopwatch, System, measure, measure_once
 from benchmarks.hugging_face import DTYPES, PapersWay, StageClock, devices, load, place
+from benchmarks.peaks import measure_peaks
 from benchmarks.record import Row, report
 from benchmarks.stages import by_profile, stages, table, text
 from benchmarks.workspace import Workspace, add_options, engines
@@ -177,9 +179,43 @@ def bundle_systems(
     return found
 
 
-def rows(results: Results, quantity: str, goals: Mapping[str, float]) -> list[Row]:
+def answer_floors(
+    results: Results, precisions: Mapping[str, tuple[Path, str]], floors: Floors
+) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """The floors of the first token, and of each one after it, of our systems.
+
+    Args:
+        results: with those of the unpruned Hugging Face model, which count the tokens of the text.
+        precisions: by system its bundle, and the precision of its language model.
+        floors: of the device.
+    """
+    ttft_ms, decode_ms = {}, {}
+    num_text = int(results.values(HUGGING_FACE, "num_text_tokens")[0])
+    for name, (bundle, precision) in precisions.items():
+        num_tokens = num_text + int(results.values(name, "num_kept_tokens")[0])
+        num_new_tokens = int(results.values(name, "num_new_tokens")[0])
+        ttft_ms[name] = floors.ttft_ms(bundle, precision, num_tokens)
+        decode_ms[name] = floors.decode_ms_per_token(precision, num_tokens, num_new_tokens)
+    return ttft_ms, decode_ms
+
+
+def language_precisions(systems: Sequence[System], bundles: Mapping[str, Path], device: str) -> dict[str, Any]:
+    """By system of ours its bundle, and the precision in which its language model runs on a device."""
+    names = {bundle: name for name, bundle in bundles.items()}
+    found = {}
+    for system in systems:
+        if "bundle" in system.arguments:
+            bundle = system.arguments["bundle"]
+            # Off the CPU it runs in transformers; see load_settings.
+            found[system.name] = (bundle, BUNDLES[names[bundle]].language_precision if device == "cpu" else "fp16")
+    return found
+
+
+def rows(results: Results, quantity: str, goals: Mapping[str, float], floors: Mapping[str, float | None]) -> list[Row]:
     """One quantity of every system by that of the unpruned Hugging Face model."""
-    return [Row.of(results, name, quantity, HUGGING_FACE, goals.get(name)) for name in results.samples]
+    return [
+        Row.of(results, name, quantity, HUGGING_FACE, goals.get(name), floors.get(name)) for name in results.samples
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -202,10 +238,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             *bundle_systems(workspace.checkpoint, bundles, device, open_bundle, length),
         ]
         where = place(device)
+        peaks, results[f"peaks{where}"] = measure_peaks(device, options.threads)
         found = results[TITLE + where] = measure(systems, options.rounds, options.threads)
-        tables[f"time to first token{where}"] = rows(found, "ttft_ms", TTFT_GOALS)
-        tables[f"decode per token{where}"] = rows(found, "decode_ms_per_token", DECODE_GOALS)
-        tables[f"whole answer{where}, {options.new_tokens} tokens"] = rows(found, "answer_ms", {})
+        precisions = language_precisions(systems, bundles, device)
+        ttft_floors, decode_floors = answer_floors(found, precisions, Floors(workspace.checkpoint, device, peaks))
+        tables[f"time to first token{where}"] = rows(found, "ttft_ms", TTFT_GOALS, ttft_floors)
+        tables[f"decode per token{where}"] = rows(found, "decode_ms_per_token", DECODE_GOALS, decode_floors)
+        tables[f"whole answer{where}, {options.new_tokens} tokens"] = rows(found, "answer_ms", {}, {})
     print(by_profile(TITLE))
     profiled = [System(name, open_profiled, {"bundle": bundle, "num_tiles": 1}) for name, bundle in bundles.items()]
     profiles = results[by_profile(TITLE)] = measure_once(profiled, options.threads)

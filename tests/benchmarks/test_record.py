@@ -41,5 +41,15 @@ def test_a_table_shows_peak_memory_where_it_is_known() -> None:
     assert lines[2].endswith("0.5000")
 
 
+def test_a_row_says_how_far_it_is_from_its_floor() -> None:
+    row = Row("ours", [1.0, 4.0, 3.0], [2.0, 4.0, 4.0], floor_ms=2.0)
+    assert row.over_floor == 1.5
+    assert Row("theirs", [1.0], [1.0]).over_floor is None
+    results = Results({"ours": [{"ttft_ms": 6.0}]}, [0.0])
+    assert Row.of(results, "ours", "ttft_ms", "ours", floor_ms=2.0).over_floor == 3.0
+    title, line = table("title", [row]).splitlines()
+    assert (title.split()[5:8], line.split()[-1]) == (["ratio", "/", "floor"], "1.50")
+
+
 def test_settings_hold_no_paths() -> None:
     assert portable_settings(Namespace(output=Path("/tmp/x.json"), rounds=3)) == {"rounds": "3"}

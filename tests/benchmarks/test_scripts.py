@@ -6,10 +6,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from benchmarks import budgets, latency, lookahead, throughput, ttft
+from benchmarks.bundle_floors import Floors
+from benchmarks.floor import Peaks
+from benchmarks.harness import Results
 
 if TYPE_CHECKING:
     from pathlib import Path
     from types import ModuleType
+
+PEAKS = Peaks(flops_per_s=1e12, bytes_per_s=1e11)
 
 pytestmark = pytest.mark.usefixtures("never_waits")
 
@@ -22,6 +27,8 @@ def run(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, monkeyp
     monkeypatch.setattr(latency, "PROFILED", ("fp32, preset 192",))
     monkeypatch.setattr(ttft, "BUNDLES", {ttft.PRUNED: ttft.BUNDLES[ttft.PRUNED]})
     monkeypatch.setattr(throughput, "TIMED", (ttft.PRUNED,))
+    for script in (latency, ttft):
+        monkeypatch.setattr(script, "measure_peaks", lambda *_: (PEAKS, Results({}, [0.0])))
     # One for all tests, so that they share the bundles.
     work_dir = tmp_path_factory.getbasetemp() / "benchmark-scripts"
 
@@ -34,6 +41,10 @@ def run(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, monkeyp
         return written
 
     return run_script
+
+
+def over_floors(written: dict[str, Any], table: str) -> dict[str, float | None]:
+    return {row["label"]: row["over_floor"] for row in written["rows"] if row["table"] == table}
 
 
 def labels(written: dict[str, Any], table: str) -> set[str]:
@@ -54,6 +65,9 @@ def test_latency_times_the_vision_stage_and_its_parts(run: Any, capsys: pytest.C
     assert all(row["ratio"] > 0 for row in written["rows"])
     assert all(row["peak_memory_bytes"] > 0 for row in written["rows"] if row["table"] == "vision stage, tiles: 2")
     assert {row["verdict"] for row in written["rows"] if row["goal"] is not None} <= {"met", "missed"}
+    over_floor = over_floors(written, "vision stage, tiles: 2")
+    assert over_floor.pop(bundle) > 1
+    assert set(over_floor.values()) == {None}
     assert written["environment"]["num_threads"] == 2
     printed = capsys.readouterr().out
     assert all(row["label"] in printed for row in written["rows"])
@@ -66,6 +80,10 @@ def test_ttft_times_whole_answers_also_the_papers_way(run: Any) -> None:
     for title in ("time to first token", "decode per token", "whole answer, 3 tokens"):
         assert labels(written, title) == systems
     samples = {name: passes[0] for name, passes in written["results"]["answers"]["samples"].items()}
+    for title in ("time to first token", "decode per token"):
+        over_floor = over_floors(written, title)
+        assert over_floor.pop(ttft.PRUNED) > 1
+        assert set(over_floor.values()) == {None}
     # Of the 8 x 8 patches the paper's counts keep 28 to 32.
     kept = {name: sample["num_kept_tokens"] for name, sample in samples.items()}
     assert (kept[ttft.HUGGING_FACE], kept[ttft.PRUNED]) == (64, 21)
@@ -79,6 +97,22 @@ def test_ttft_times_whole_answers_also_the_papers_way(run: Any) -> None:
         assert sum(sample.get(stage, 0) for stage in parts) == pytest.approx(sample["ttft_ms"])
         assert sample["prefill_ms"] > 0
     assert all(1 < sample["num_new_tokens"] <= 3 for sample in samples.values())
+
+
+def test_a_floor_follows_tokens_and_precision_and_rounded_weights_have_none(
+    tiny_checkpoint: Path, exact_bundle: Path, unpruned_bundle: Path
+) -> None:
+    floors = Floors(tiny_checkpoint, "cpu", PEAKS)
+    assert floors.vision_ms(exact_bundle, 2) < floors.vision_ms(unpruned_bundle, 2)
+    assert floors.ttft_ms(exact_bundle, "fp32", 21 + 40) < floors.ttft_ms(exact_bundle, "fp32", 64 + 40)
+    assert floors.decode_ms_per_token("fp16", 60, 16) < floors.decode_ms_per_token("fp32", 60, 16)
+    # The mean of the steps after 60 and 61 positions.
+    both = [floors.decode_ms_per_token("fp32", num_tokens, 2) for num_tokens in (60, 61)]
+    assert floors.decode_ms_per_token("fp32", 60, 3) == pytest.approx(sum(both) / 2)
+    assert floors.ttft_ms(exact_bundle, "int4", 60) is floors.decode_ms_per_token("int4", 60, 16) is None
+    on_gpu = Floors(tiny_checkpoint, "cuda", PEAKS)
+    assert on_gpu.vision_ms(exact_bundle) is on_gpu.ttft_ms(exact_bundle, "fp16", 60) is None
+    assert on_gpu.decode_ms_per_token("fp16", 60, 16) is not None
 
 
 def test_throughput_counts_answers_and_tokens(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
