@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,7 +25,19 @@ Sample = dict[str, float]
 # Does one pass.
 Pass = Callable[[], Sample]
 
-PACKAGES = ("hivtp", "torch", "transformers", "onnxruntime", "onnxruntime-genai", "numpy", "Pillow")
+# Those that are installed are named.
+PACKAGES = (
+    "hivtp",
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-genai",
+    "tensorrt",
+    "tensorrt-rtx",
+    "numpy",
+    "Pillow",
+)
 # onnxruntime's threads keep spinning for 50 ms after a run and libgomp's for 10 ms, in wait of the next one. That
 # is part of how a user runs either, so it stays on; but the next system's turn begins after it.
 PAUSE_S = 0.2
@@ -284,9 +296,17 @@ def environment(num_threads: int) -> dict[str, Any]:
         "num_threads": num_threads,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {package: version(package) for package in PACKAGES},
+        "packages": _versions(),
         **_gpu(),
     }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _gpu() -> dict[str, str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.checkpoints import SHAPES, make_config, model_class, write_processor
 
@@ -32,7 +34,7 @@ def hub_name(name: str) -> str:
     raise ValueError(f"no published name is known for {name!r}")
 
 
-def random_weight(name: str, shape: torch.Size, gain: float, generator: torch.Generator) -> torch.Tensor:
+def random_weight(name: str, shape: torch.Size, gain: float, seed: int) -> torch.Tensor:
     """A weight at the scale at which transformers would start it, in float32."""
     import torch
 
@@ -41,7 +43,7 @@ def random_weight(name: str, shape: torch.Size, gain: float, generator: torch.Ge
     std = 0.02
     if "vision_tower" in name and re.search(r"[qk]_proj\.weight", name):
         std = gain * 0.02
-    return torch.randn(shape, generator=generator) * std
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul_(std)
 
 
 def write_large_checkpoint(
@@ -53,36 +55,45 @@ def write_large_checkpoint(
     dtype: str = "bfloat16",
     max_shard_bytes: int = 2 * 10**9,
     seed: int = 0,
+    text: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint in the hub's layout and return its folder; one shard is in memory at a time."""
+    """Write a checkpoint in the hub's layout and return its folder; one shard is in memory at a time.
+
+    Each weight has a seed of its own, so that all cores draw at once. `text` overrides the language model's config.
+    """
     import torch
     from safetensors.torch import save_file
 
-    config = make_config(shape, family=family, language=language)
+    config = make_config(shape, family=family, language=language, text=text)
     with torch.device("meta"):
         weights = list(model_class(family)(config).named_parameters())
     torch_dtype = getattr(torch, dtype)
-    shards: list[list[tuple[str, torch.Size]]] = [[]]
+    gain = SHAPES[shape].attention_gain
+    shards: list[list[tuple[str, torch.Size, int]]] = [[]]
     num_bytes = 0
-    for name, weight in weights:
+    for index, (name, weight) in enumerate(weights):
         size = weight.numel() * torch_dtype.itemsize
         if shards[-1] and num_bytes + size > max_shard_bytes:
             shards.append([])
             num_bytes = 0
-        shards[-1].append((name, weight.shape))
+        shards[-1].append((name, weight.shape, seed + index))
         num_bytes += size
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(seed)
+
+    def draw(weight: tuple[str, torch.Size, int]) -> tuple[str, torch.Tensor]:
+        name, size, seed = weight
+        return hub_name(name), random_weight(name, size, gain, seed).to(torch_dtype)
+
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        gain = SHAPES[shape].attention_gain
-        tensors = {hub_name(name): random_weight(name, size, gain, generator).to(torch_dtype) for name, size in shard}
-        save_file(tensors, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        print(f"{file}: {len(tensors)} weights", flush=True)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for number, shard in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = dict(threads.map(draw, shard))
+            save_file(tensors, folder / file, {"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file)
+            print(f"{file}: {len(tensors)} weights", flush=True)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config.architectures = [model_class(family).__name__]

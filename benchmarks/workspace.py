@@ -13,11 +13,12 @@ from hivtp.engines.bundle import MANIFEST_NAME
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from hivtp.export.exporter import ExportSettings
 
-GpuEngine = Literal["onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
+GpuEngine = Literal["torch-cuda", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
+PLAN_ENGINES = ("tensorrt", "tensorrt-rtx")
 
 
 def add_options(parser: argparse.ArgumentParser, output: str) -> None:
@@ -44,13 +45,17 @@ class Workspace:
         folder = options.work_dir / name
         if options.checkpoint is not None:
             return cls(folder / options.checkpoint.name, options.checkpoint)
-        folder /= options.shape
+        return cls.make(folder / options.shape, lambda partial: make_checkpoint(partial, options.shape, **checkpoint))
+
+    @classmethod
+    def make(cls, folder: Path, write_checkpoint: Callable[[Path], Path]) -> Workspace:
+        """A workspace in a folder; its checkpoint is written where there is none yet."""
         finished = folder / "checkpoint"
         if not finished.exists():
             print("  making a checkpoint with random weights", flush=True)
             folder.mkdir(parents=True, exist_ok=True)
             # Renamed when whole, so that an interrupted run leaves nothing that the next one takes.
-            make_checkpoint(folder / "partial", options.shape, **checkpoint).rename(finished)
+            write_checkpoint(folder / "partial").rename(finished)
         return cls(folder, finished)
 
     def bundle(self, name: str, settings: ExportSettings) -> Path:
@@ -104,7 +109,7 @@ def engines(bundle: Path, device: str) -> list[str]:
     # The operators of an int8 graph are made for the CPU.
     for name in get_args(GpuEngine) if opened.manifest.vision.precision != "int8" else ():
         try:
-            if name != "onnxruntime-cuda" and not has_plans(opened, name):
+            if name in PLAN_ENGINES and not has_plans(opened, name):
                 export_plan(bundle, PlanSettings(name), is_quiet=True)
             open_vision_engine(opened, name)
         except HivtpError as error:

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.checkpoints import make_config, model_class
 from benchmarks.floor import Peaks, Work, decode_step, decoder_layer, encoder_layer, prefill, vision_stage
-from hivtp.export.clip import VisionShape
 from hivtp.engines.bundle import Bundle
+from hivtp.export.clip import VisionShape
 
 if TYPE_CHECKING:
     from pathlib import Path

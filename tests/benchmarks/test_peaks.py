@@ -2,8 +2,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
-
 from benchmarks import peaks
 from benchmarks.floor import Peaks
 from benchmarks.harness import Results
@@ -11,6 +9,8 @@ from benchmarks.peaks import NAME, measure_peaks, open_peaks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import pytest
 
     from benchmarks.harness import System
 

@@ -49,5 +49,5 @@ def test_engines_that_cannot_run_here_are_named_with_their_reason(
     assert engines(folder, "cpu") == ["onnxruntime"]
     assert engines(folder, "cuda") == []
     printed = capsys.readouterr().out
-    for name in ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx"):
+    for name in ("torch-cuda", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"):
         assert f"{name} is left out for a: " in printed
