@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.harness import LocalSystem, Pass, Sample, Stopwatch, measure_in_turns, peak_memory_bytes
 from benchmarks.record import Row, report
+from benchmarks.shared_language import with_language_of
 from benchmarks.stages import stages, table, text
 from benchmarks.ttft import PROMPT, sample_of
 from benchmarks.workspace import Workspace, add_options
@@ -33,19 +34,9 @@ def open_pipelines(bundles: Sequence[Path], num_threads: int) -> list[Pipeline]:
     """The bundles with one decoder in memory: theirs are the same, and a large one fits once."""
     from hivtp import Pipeline
     from hivtp.engines import EngineSettings
-    from hivtp.engines.bundle import Bundle
-    from hivtp.runtime.embedding_cache import EmbeddingCache
-    from hivtp.runtime.image_encoder import open_image_encoder
-    from hivtp.runtime.vision import DEFAULT_MAX_TILES_PER_RUN, VisionStage
 
     first = Pipeline.load(bundles[0], num_threads=num_threads, image_cache_bytes=0)
-    pipelines = [first]
-    for folder in bundles[1:]:
-        bundle = Bundle.open(folder)
-        stage = VisionStage.open(bundle, EngineSettings(num_threads), DEFAULT_MAX_TILES_PER_RUN)
-        images = open_image_encoder(bundle, stage, EmbeddingCache(0))
-        pipelines.append(Pipeline(bundle, images, first.template, first.tokenizer, first.language))
-    return pipelines
+    return [first, *(with_language_of(first, folder, EngineSettings(num_threads)) for folder in bundles[1:])]
 
 
 def make_pass(pipeline: Pipeline, num_new_tokens: int) -> Pass:

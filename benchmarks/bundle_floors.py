@@ -74,3 +74,18 @@ class Floors:
         # Work grows evenly with the positions before a step, so the mean step is the one of the mean position.
         num_cached = num_tokens + (num_new_tokens - 2) / 2
         return self._peaks.floor_ms(decode_step(self._config, num_cached, element_bytes, batch_size))
+
+    def batch_ms(self, bundle: Path, language_precision: str, batch_size: int, num_new_tokens: int) -> float | None:
+        """The answers of a batch, about a picture of one tile each; their text, of several lengths, is left out.
+
+        Args:
+            bundle: its folder.
+            language_precision: in the words of ExportSettings.
+            batch_size: answers.
+            num_new_tokens: of an answer, at least 2.
+        """
+        vision = Bundle.open(bundle).manifest.vision
+        num_tokens = vision.num_prefix_tokens + vision.capacity
+        first = self.ttft_ms(bundle, language_precision, num_tokens, num_tiles=batch_size, batch_size=batch_size)
+        step = self.decode_ms_per_token(language_precision, num_tokens, num_new_tokens, batch_size)
+        return None if first is None or step is None else first + (num_new_tokens - 1) * step

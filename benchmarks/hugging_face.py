@@ -32,7 +32,7 @@ def place(device: str) -> str:
 
 
 def load(checkpoint: Path, num_threads: int, device: str, tower_attention: str = "sdpa") -> Any:
-    """A `LlavaForConditionalGeneration`, ready to run.
+    """The LLaVA-1.5 or LLaVA-NeXT of a checkpoint, ready to run.
 
     Args:
         checkpoint: its folder.
@@ -41,11 +41,11 @@ def load(checkpoint: Path, num_threads: int, device: str, tower_attention: str =
         tower_attention: "sdpa", or "eager", which gives the attention out; the language model runs in sdpa.
     """
     import torch
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
     torch.set_num_threads(num_threads)
     attention = {"": "sdpa", "text_config": "sdpa", "vision_config": tower_attention}
-    model = LlavaForConditionalGeneration.from_pretrained(
+    model = AutoModelForImageTextToText.from_pretrained(
         checkpoint, dtype=getattr(torch, DTYPES[device]), attn_implementation=attention
     )
     return model.to(device).eval()

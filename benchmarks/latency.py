@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from hivtp.engines.base import Device
+
 HUGGING_FACE = "Hugging Face sdpa, unpruned"
 PAPERS_WAY = "Hugging Face eager, the paper's way"
 BUNDLES = {
@@ -37,12 +39,17 @@ SELECTION_GOAL = 0.002
 
 
 def open_hugging_face(
-    num_threads: int, checkpoint: Path, device: str, num_tiles: int, is_papers_way: bool = False
+    num_threads: int,
+    checkpoint: Path,
+    device: str,
+    num_tiles: int,
+    is_papers_way: bool = False,
+    tower_attention: str = "sdpa",
 ) -> Pass:
     """Tower and projector as transformers runs them; or eager in all layers, and the selection on the host."""
     import torch
 
-    model = load(checkpoint, num_threads, device, tower_attention="eager" if is_papers_way else "sdpa")
+    model = load(checkpoint, num_threads, device, "eager" if is_papers_way else tower_attention)
     inputs = torch.from_numpy(pixels(num_tiles, model.config.vision_config.image_size)).to(device, model.dtype)
     clock = StageClock(device, model)
     encode = PapersWay(model, clock).encode if is_papers_way else model.get_image_features
@@ -57,14 +64,22 @@ def open_hugging_face(
     return run
 
 
-def open_bundle(num_threads: int, bundle: Path, engine: str, num_tiles: int) -> Pass:
-    """The vision stage of a bundle as the pipeline runs it."""
+def open_bundle(
+    num_threads: int,
+    bundle: Path,
+    engine: str,
+    num_tiles: int,
+    uses_cuda_graph: bool = False,
+    rows_device: Device | None = None,
+) -> Pass:
+    """The vision stage of a bundle as the pipeline runs it; it leaves the embeddings on `rows_device` if it can."""
     from hivtp.engines import EngineSettings
     from hivtp.engines.bundle import Bundle
     from hivtp.runtime.vision import DEFAULT_MAX_TILES_PER_RUN, VisionStage
 
     opened = Bundle.open(bundle)
-    stage = VisionStage.open(opened, EngineSettings(num_threads), DEFAULT_MAX_TILES_PER_RUN, engine)
+    settings = EngineSettings(num_threads, uses_cuda_graph)
+    stage = VisionStage.open(opened, settings, DEFAULT_MAX_TILES_PER_RUN, engine).leaving_rows_on(rows_device)
     inputs = pixels(num_tiles, opened.manifest.vision.image_size)
 
     def run() -> Sample:

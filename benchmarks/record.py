@@ -90,16 +90,12 @@ def portable_settings(options: argparse.Namespace) -> dict[str, str]:
     return {key: str(value) for key, value in vars(options).items() if not isinstance(value, Path)}
 
 
-def report(options: argparse.Namespace, tables: Mapping[str, Sequence[Row]], results: Mapping[str, Results]) -> None:
-    """Print the tables and write everything that was measured."""
-    found = environment(options.threads)
-    print("\n".join(f"{key}: {value}" for key, value in found.items()))
-    most = max(max(result.other_cores) for result in results.values())
-    print(f"cores that other processes took: at most {most:.2f} in a round")
-    for title, rows in tables.items():
-        print(f"\n{table(title, rows)}")
-    written: dict[str, Any] = {
-        "environment": found,
+def measured(
+    options: argparse.Namespace, tables: Mapping[str, Sequence[Row]], results: Mapping[str, Results]
+) -> dict[str, Any]:
+    """Everything that was measured, and where, ready for JSON."""
+    return {
+        "environment": environment(options.threads),
         "settings": portable_settings(options),
         "rows": [
             {
@@ -114,6 +110,16 @@ def report(options: argparse.Namespace, tables: Mapping[str, Sequence[Row]], res
         ],
         "results": {name: asdict(result) for name, result in results.items()},
     }
+
+
+def report(options: argparse.Namespace, tables: Mapping[str, Sequence[Row]], results: Mapping[str, Results]) -> None:
+    """Print the tables and write everything that was measured."""
+    written = measured(options, tables, results)
+    print("\n".join(f"{key}: {value}" for key, value in written["environment"].items()))
+    most = max(max(result.other_cores) for result in results.values())
+    print(f"cores that other processes took: at most {most:.2f} in a round")
+    for title, rows in tables.items():
+        print(f"\n{table(title, rows)}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     print(f"\nall samples: {options.output}")

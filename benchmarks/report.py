@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.plots import TITLES, draw
-from benchmarks.tables import ablation, accuracy, goals, markdown, parity, staged
+from benchmarks.tables import ablation, accuracy, goals, gpu, markdown, parity, staged
 from benchmarks.time_plots import draw_budgets, draw_stages, draw_throughput
 
 if TYPE_CHECKING:
@@ -27,6 +27,10 @@ there were enough others. Weights are random at real shapes, except for the accu
 that of a system's own process, weights mapped from files included.
 """
 NO_GPU = "Nothing here ran on a GPU. Where torch sees one, the same commands measure it too, in tables of its own.\n"
+GPU_TEXT = """\
+LLaVA in transformers and our bundles in turns, in float16; the language model of ours runs in transformers too, once as
+it is and once compiled. A floor is the larger of a stage's arithmetic by the rate of a large matrix product and of its
+weights and KV cache by the rate of a large copy, both measured in the same run. `python -m benchmarks.gpu`"""
 ACCURACY_TEXT = """\
 The trained [miniature](../benchmarks/miniature/README.md), 144 patches, whose language model saw dropped tokens in
 training. Each rival is written from its paper ([rivals.py](../benchmarks/rivals.py)); [accuracy.md](accuracy.md) says
@@ -109,7 +113,8 @@ def write_page(results: Path, page: Path) -> None:
     """
     page.parent.mkdir(parents=True, exist_ok=True)
     found = {section: measured for section in SECTIONS if (measured := section.load(results)) is not None}
-    has_gpu = any("gpu" in measured["environment"] for measured in found.values())
+    on_gpu = _load(results / "gpu.json")
+    has_gpu = on_gpu is not None or any("gpu" in measured["environment"] for measured in found.values())
     parts, answers, budgets = [HEAD, *([] if has_gpu else [NO_GPU])], {}, {}
     for section, measured in found.items():
         parts.append(f"## {section.title}\n\n{section.text}\n\n{markdown(measured)}\n")
@@ -121,6 +126,8 @@ def write_page(results: Path, page: Path) -> None:
             by_size = [result["samples"] for result in measured["results"].values()]
             draw_throughput(by_size, section.title, page.parent / f"{section.name}.png")
             parts.append(f"![Answers per second over the batch size]({section.name}.png)\n")
+    if on_gpu is not None:
+        parts.append(f"## On a GPU\n\n{GPU_TEXT}\n\n{gpu(on_gpu)}\n")
     if answers:
         draw_stages(answers, page.parent / "where-the-time-goes.png")
         parts.append("## Where the time goes\n\n![Stages of an answer](where-the-time-goes.png)\n")

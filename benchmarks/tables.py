@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.ablation import by_setting
 from benchmarks.comparison import UNPRUNED
+from benchmarks.gpu_goals import goal_table
 from benchmarks.intervals import Score
 from benchmarks.stages import by_profile, number, stages, table
 from benchmarks.throughput import rates
@@ -27,6 +28,14 @@ def markdown(measured: Mapping[str, Any]) -> str:
     if by_size:
         parts.append(_grid(rates(by_size)))
     return "\n\n".join(parts)
+
+
+def gpu(measured: Mapping[str, Any]) -> str:
+    """What benchmarks.gpu wrote: the goals of all parts that it measured, and then each part."""
+    parts = measured["parts"]
+    goals_of_all = [goal for part in parts.values() for goal in part["goals"]]
+    texts = [f"### {name}\n\n{markdown(part)}" for name, part in parts.items()]
+    return "\n\n".join([_grid(goal_table(goals_of_all)), *texts])
 
 
 def staged(measured: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:

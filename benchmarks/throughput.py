@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+    from hivtp import Pipeline
+
 TIMED = (UNPRUNED, PRUNED, QUANTIZED)
 # Of several lengths, as those that come together by chance.
 QUESTIONS = (
@@ -79,9 +81,15 @@ def open_bundle(
     num_threads: int, bundle: Path, settings: Mapping[str, Any], batch_size: int, num_new_tokens: int
 ) -> Pass:
     """`Pipeline.generate_batch`."""
-    from hivtp import Pipeline, Request
+    from hivtp import Pipeline
 
-    pipeline = Pipeline.load(bundle, num_threads=num_threads, **settings)
+    return make_pass(Pipeline.load(bundle, num_threads=num_threads, **settings), batch_size, num_new_tokens)
+
+
+def make_pass(pipeline: Pipeline, batch_size: int, num_new_tokens: int) -> Pass:
+    """The answers of one batch, each about a new picture."""
+    from hivtp import Request
+
     asked = questions()
 
     def run() -> Sample:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from hivtp import Answer
+    from hivtp import Answer, Pipeline
 
 HUGGING_FACE = "Hugging Face sdpa, unpruned"
 PAPERS_WAY = "Hugging Face eager, the paper's way"
@@ -48,16 +48,18 @@ TTFT_GOALS = {PRUNED: 0.30, QUANTIZED: 0.17}
 DECODE_GOALS = {QUANTIZED: 0.15}
 # About 40 tokens with the chat template around it.
 PROMPT = "What is in the picture on the left of the house, and how many people are there in the small red car above it?"
+# Width and height.
+PICTURE_SIZE = (640, 480)
 TITLE = "answers"
 
 
-def photos() -> Iterator[Image.Image]:
+def photos(size: tuple[int, int] = PICTURE_SIZE) -> Iterator[Image.Image]:
     """Pictures in memory, as a user's program holds them; a new one each time, since the pipeline knows old ones."""
     from PIL import Image
 
     for seed in itertools.count():
         blobs = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-        yield Image.fromarray(blobs).resize((640, 480))
+        yield Image.fromarray(blobs).resize(size)
 
 
 class TokenClock:
@@ -78,7 +80,12 @@ class TokenClock:
 
 
 def open_hugging_face(
-    num_threads: int, checkpoint: Path, device: str, num_new_tokens: int, is_papers_way: bool = False
+    num_threads: int,
+    checkpoint: Path,
+    device: str,
+    num_new_tokens: int,
+    is_papers_way: bool = False,
+    picture_size: tuple[int, int] = PICTURE_SIZE,
 ) -> Pass:
     """The checkpoint's own processor and `generate`, greedy; or `generate` on what is left the paper's way."""
     import torch
@@ -88,7 +95,7 @@ def open_hugging_face(
     model = load(checkpoint, num_threads, device, tower_attention="eager" if is_papers_way else "sdpa")
     clock = StageClock(device, model)
     way = PapersWay(model, clock)
-    images = photos()
+    images = photos(picture_size)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}]
 
     def run() -> Sample:
@@ -134,8 +141,12 @@ def open_bundle(num_threads: int, bundle: Path, settings: Mapping[str, Any], num
     """The pipeline, greedy."""
     from hivtp import Pipeline
 
-    pipeline = Pipeline.load(bundle, num_threads=num_threads, **settings)
-    images = photos()
+    return make_pass(Pipeline.load(bundle, num_threads=num_threads, **settings), num_new_tokens)
+
+
+def make_pass(pipeline: Pipeline, num_new_tokens: int, picture_size: tuple[int, int] = PICTURE_SIZE) -> Pass:
+    """One answer about a new picture."""
+    images = photos(picture_size)
 
     def run() -> Sample:
         image = next(images)
@@ -157,6 +168,7 @@ def sample_of(answer: Answer, answer_ms: float) -> Sample:
         "ttft_ms": timings.ttft_ms,
         "decode_ms_per_token": timings.decode_ms_per_token,
         "answer_ms": answer_ms,
+        "num_tiles": len(answer.kept_indices),
         "num_image_tokens": answer.num_image_tokens,
         "num_kept_tokens": answer.num_kept_tokens,
         "num_new_tokens": len(answer.token_ids),
@@ -194,7 +206,8 @@ def answer_floors(
     for name, (bundle, precision) in precisions.items():
         num_tokens = num_text + int(results.values(name, "num_kept_tokens")[0])
         num_new_tokens = int(results.values(name, "num_new_tokens")[0])
-        ttft_ms[name] = floors.ttft_ms(bundle, precision, num_tokens)
+        num_tiles = int(results.values(name, "num_tiles")[0])
+        ttft_ms[name] = floors.ttft_ms(bundle, precision, num_tokens, num_tiles)
         decode_ms[name] = floors.decode_ms_per_token(precision, num_tokens, num_new_tokens)
     return ttft_ms, decode_ms
 

@@ -23,13 +23,20 @@ PLAN_ENGINES = ("tensorrt", "tensorrt-rtx")
 
 def add_options(parser: argparse.ArgumentParser, output: str) -> None:
     """Add the options that the scripts share."""
-    work_dir = Path(tempfile.gettempdir()) / "hivtp-benchmarks"
     parser.add_argument("--checkpoint", type=Path, help="a LLaVA checkpoint (default: one with random weights)")
-    parser.add_argument("--shape", choices=SHAPES, default="vit-l-0.3b", help="sizes of the default checkpoint")
+    add_run_options(parser, Path(output), "vit-l-0.3b", num_threads=2)
+
+
+def add_run_options(parser: argparse.ArgumentParser, output: Path, shape: str, num_threads: int) -> None:
+    """Add those of a script that makes its checkpoints itself."""
+    work_dir = Path(tempfile.gettempdir()) / "hivtp-benchmarks"
+    parser.add_argument("--shape", choices=SHAPES, default=shape, help="sizes of what is made (default: %(default)s)")
     parser.add_argument("--work-dir", type=Path, default=work_dir, help="keeps checkpoint and bundles between runs")
-    parser.add_argument("--threads", type=int, default=2, help="threads of every system (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=num_threads, help="threads of every system (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path(output), help="results as JSON (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=output, help="results as JSON (default: %(default)s)")
 
 
 @dataclass(frozen=True)

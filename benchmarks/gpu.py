@@ -1,0 +1,288 @@
+"""All that is to be reached on a GPU, ours and Hugging Face in turns: `python -m benchmarks.gpu`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import kernel, latency, throughput, ttft
+from benchmarks.budgets import PICTURE_SIZE
+from benchmarks.bundle_floors import Floors
+from benchmarks.gpu_goals import Goal, goal_table
+from benchmarks.gpu_systems import Language, Variant, open_answers, open_batches, open_warm
+from benchmarks.harness import Results, System, measure
+from benchmarks.large_checkpoint import write_large_checkpoint
+from benchmarks.peaks import measure_peaks
+from benchmarks.record import Row, measured, table
+from benchmarks.stages import text
+from benchmarks.ttft import HUGGING_FACE
+from benchmarks.workspace import Workspace, add_run_options, engines
+from hivtp.export.exporter import ExportSettings
+from hivtp_ops import PRESETS
+from hivtp_ops.torch_kernel import load_kernel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from hivtp.export.exporter import LanguagePrecision
+
+OUTPUT = Path(__file__).parent / "results" / "gpu.json"
+EAGER = "Hugging Face eager, unpruned"
+UNPRUNED, PRUNED = "unpruned", "preset 192"
+BUDGETS: Mapping[str, Mapping[str, Any]] = {UNPRUNED: {"is_pruned": False}, PRUNED: {"preset": "192"}}
+# The language model runs in transformers, so the bundles need no decoder.
+DECODER: LanguagePrecision = "none"
+# In transformers, by whether torch.compile compiles it.
+LANGUAGES = {"plain": False, "compiled": True}
+LANGUAGE_PRECISIONS = {"cpu": "fp32", "cuda": "fp16"}
+# The vision stage is so short that one run after a pause would be that of a GPU that wakes up.
+VISION_RUNS = 10
+ANSWER_TOKENS = 16
+BATCH_SIZE, BATCH_TOKENS = 8, 128
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one part of the table came to."""
+
+    tables: Mapping[str, Sequence[Row]]
+    results: Mapping[str, Results]
+    goals: Sequence[Goal]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How all parts are measured, and where.
+
+    Attributes:
+        options: of the command line.
+        device: "cuda", or "cpu", which runs all parts but the kernel.
+    """
+
+    options: argparse.Namespace
+    device: str
+
+    def workspace(self, name: str, family: str = "llava", language: Mapping[str, Any] | None = None) -> Workspace:
+        """A checkpoint in float16; `language` overrides the config of its language model."""
+        folder = self.options.work_dir / "gpu" / self.options.shape / name
+        write = partial(write_large_checkpoint, shape=self.options.shape, family=family, dtype="float16")
+        return Workspace.make(folder, partial(write, text=dict(language or {})))
+
+    def variants(self, workspace: Workspace) -> list[Variant]:
+        """Both bundles, each in every engine that opens here."""
+        bundles = {
+            name: workspace.bundle(name, ExportSettings(vision_precision="fp16", language_precision=DECODER, **budget))
+            for name, budget in BUDGETS.items()
+        }
+        return [
+            Variant(f"{name}, {engine}", bundle, engine)
+            for name, bundle in bundles.items()
+            for engine in engines(bundle, self.device)
+        ]
+
+    def floors(self, workspace: Workspace) -> tuple[Floors, Results]:
+        """The floors of its bundles, and the peaks that they come from."""
+        peaks, results = measure_peaks(self.device, self.options.threads)
+        return Floors(workspace.checkpoint, self.device, peaks), results
+
+    def measure(self, systems: Sequence[System]) -> Results:
+        """In turns; a GPU's work does not wait for a quiet CPU."""
+        return measure(systems, self.options.rounds, self.options.threads, waits_for_quiet=self.device == "cpu")
+
+
+def measure_vision(bench: Bench) -> Measured:
+    """Tower, selection and projector of one image."""
+    # One layer of language model is enough: only the vision stage is timed.
+    workspace = bench.workspace("vision", language={"num_hidden_layers": 1})
+    floors, peaks = bench.floors(workspace)
+    warm = {"num_runs": VISION_RUNS, "num_tiles": 1}
+    model = {**warm, "open_system": latency.open_hugging_face, "checkpoint": workspace.checkpoint}
+    systems = [
+        System(name, open_warm, {**model, "device": bench.device, "tower_attention": attention})
+        for name, attention in ((EAGER, "eager"), (HUGGING_FACE, "sdpa"))
+    ]
+    is_on_gpu = bench.device == "cuda"
+    for variant in bench.variants(workspace):
+        for uses_cuda_graph in (False, True) if is_on_gpu else (False,):
+            name = f"{variant.name}, CUDA graph" if uses_cuda_graph else variant.name
+            bundle = {"bundle": variant.bundle, "engine": variant.engine, "uses_cuda_graph": uses_cuda_graph}
+            # As Hugging Face's, the embeddings stay where the language model wants them.
+            arguments = {**warm, **bundle, "rows_device": "cuda" if is_on_gpu else None}
+            opening = {"open_system": latency.open_bundle, **arguments}
+            systems.append(System(name, open_warm, opening, is_optional=True))
+    found = bench.measure(systems)
+    by_name = latency.vision_floors(systems, floors)
+    rows = [Row.of(found, name, "vision_ms", EAGER, floor_ms=by_name.get(name)) for name in found.samples]
+    goals = [
+        Goal.of_ratio(f"vision stage, 1 image, {PRUNED}, by {EAGER}", 0.30, pruned(rows)),
+        Goal.of_floor(f"vision stage, 1 image, {PRUNED}, by its floor", 2.0, pruned(rows)),
+    ]
+    return Measured({"vision stage, 1 image": rows}, {"vision": found, "peaks": peaks}, goals)
+
+
+def measure_kernel(bench: Bench) -> Measured:
+    """The selection by itself; needs CUDA."""
+    import torch
+
+    spec = PRESETS["192"]
+    load_kernel(kernel.GRID, spec, torch.cuda.get_device_capability())
+    tables, samples, goals = {}, {}, []
+    for num_tiles, bound_us in kernel.GOALS_US.items():
+        timings = {timing.label: timing for timing in kernel.measure(spec, num_tiles, bench.options.rounds)}
+        rows = []
+        for label, timing in timings.items():
+            operators = timings[label.replace("kernel", "operators")]
+            rows.append(Row(label, *([us / 1e3 for us in item.device_us] for item in (timing, operators))))
+            both = zip(timing.device_us, timing.host_us, strict=True)
+            samples[f"{label}, batch {num_tiles}"] = [{"device_us": on_gpu, "host_us": host} for on_gpu, host in both]
+        tables[f"selection, 576 patches, batch {num_tiles}"] = rows
+        # The slower of its inputs.
+        slowest = max(median(timing.device_us) for label, timing in timings.items() if label.startswith("kernel"))
+        goals.append(Goal(f"selection kernel, 576 patches, batch {num_tiles}, us", bound_us, slowest, "kernel"))
+    return Measured(tables, {"kernel": Results(samples, [])}, goals)
+
+
+def measure_answers(
+    bench: Bench, name: str, family: str, picture_size: tuple[int, int], goal: float, own_goal: float | None
+) -> Measured:
+    """Time to first token and per token, one prompt with one picture.
+
+    Args:
+        bench: how.
+        name: of the part and its checkpoint.
+        family: "llava" or "llava_next".
+        picture_size: of every picture.
+        goal: of the first token, by the unpruned Hugging Face model.
+        own_goal: by our own unpruned one; None where there is none.
+    """
+    workspace = bench.workspace(name, family)
+    floors, peaks = bench.floors(workspace)
+    asked = {"num_new_tokens": ANSWER_TOKENS, "picture_size": picture_size}
+    model = {"open_system": ttft.open_hugging_face, "checkpoint": workspace.checkpoint, "device": bench.device}
+    systems = [System(HUGGING_FACE, open_warm, {**model, **asked})]
+    opened, precisions = bench.variants(workspace), {}
+    for way, is_compiled in LANGUAGES.items():
+        language = Language(workspace.checkpoint, bench.device, is_compiled)
+        variants = [replace(variant, name=f"{variant.name}, {way}") for variant in opened]
+        precisions |= {variant.name: (variant.bundle, LANGUAGE_PRECISIONS[bench.device]) for variant in variants}
+        ours = {"open_system": open_answers, "variants": variants, "language": language, **asked}
+        systems.append(System(f"our bundles, {way}", open_warm, ours, is_optional=True))
+    found = bench.measure(systems)
+    precisions = {label: precision for label, precision in precisions.items() if label in found.samples}
+    ttft_floors, decode_floors = ttft.answer_floors(found, precisions, floors)
+    by_hugging_face = ttft.rows(found, "ttft_ms", {}, ttft_floors)
+    by_ours = [
+        Row.of(found, label, "ttft_ms", baseline, floor_ms=ttft_floors[label])
+        for label in precisions
+        if label.startswith(PRUNED) and (baseline := label.replace(PRUNED, UNPRUNED, 1)) in found.samples
+    ]
+    tables = {
+        "time to first token": by_hugging_face,
+        "time to first token, by the same unpruned": by_ours,
+        "decode per token": ttft.rows(found, "decode_ms_per_token", {}, decode_floors),
+    }
+    goals = [Goal.of_ratio(f"first token, {name}, {PRUNED}, by {HUGGING_FACE}", goal, pruned(by_hugging_face))]
+    if own_goal is not None:
+        goals.append(Goal.of_ratio(f"first token, {name}, {PRUNED}, by our own unpruned", own_goal, by_ours))
+    return Measured({title: rows for title, rows in tables.items() if rows}, {"answers": found, "peaks": peaks}, goals)
+
+
+def measure_throughput(bench: Bench) -> Measured:
+    """Output tokens per second of batches; `generate_batch` is not compiled, so the language model runs plain."""
+    workspace = bench.workspace("llava-1.5")
+    floors, peaks = bench.floors(workspace)
+    variants = bench.variants(workspace)
+    asked = {"batch_size": BATCH_SIZE, "num_new_tokens": BATCH_TOKENS}
+    model = {"open_system": throughput.open_hugging_face, "checkpoint": workspace.checkpoint, "device": bench.device}
+    language = Language(workspace.checkpoint, bench.device)
+    ours = {"open_system": open_batches, "variants": variants, "language": language, **asked}
+    found = bench.measure(
+        [
+            System(HUGGING_FACE, open_warm, {**model, **asked}),
+            System("our bundles", open_warm, ours, is_optional=True),
+        ]
+    )
+    precision = LANGUAGE_PRECISIONS[bench.device]
+    by_name = {}
+    for variant in variants:
+        if variant.name in found.samples:
+            # An answer may end before all its tokens.
+            num_new_tokens = int(min(found.values(variant.name, "num_new_tokens"))) // BATCH_SIZE
+            by_name[variant.name] = floors.batch_ms(variant.bundle, precision, BATCH_SIZE, num_new_tokens)
+    rows = [Row.of(found, name, "batch_ms", HUGGING_FACE, floor_ms=by_name.get(name)) for name in found.samples]
+    goal = Goal(f"output tokens per second, batch {BATCH_SIZE}, {PRUNED}, by {HUGGING_FACE}", 1.6, None)
+    base = found.values(HUGGING_FACE, "tokens_per_s")
+    for row in pruned(rows):
+        rates = zip(found.values(row.label, "tokens_per_s"), base, strict=True)
+        ratio = median(rate / other for rate, other in rates)
+        if goal.found is None or ratio > goal.found:
+            goal = replace(goal, found=ratio, system=row.label, over_floor=row.over_floor)
+    title = f"time of a batch of {BATCH_SIZE}, {BATCH_TOKENS} tokens out"
+    return Measured({title: rows}, {"throughput": found, "peaks": peaks}, [replace(goal, sense="at least")])
+
+
+def pruned(rows: Sequence[Row]) -> list[Row]:
+    """Those of our pruned bundle."""
+    return [row for row in rows if row.label.startswith(PRUNED)]
+
+
+PARTS: Mapping[str, Callable[[Bench], Measured]] = {
+    "vision": measure_vision,
+    "kernel": measure_kernel,
+    "llava-1.5": partial(
+        measure_answers, name="llava-1.5", family="llava", picture_size=ttft.PICTURE_SIZE, goal=0.35, own_goal=0.50
+    ),
+    # A picture that becomes 5 tiles.
+    "llava-next": partial(
+        measure_answers, name="llava-next", family="llava_next", picture_size=PICTURE_SIZE, goal=0.30, own_goal=None
+    ),
+    "throughput": measure_throughput,
+}
+
+
+def run(options: argparse.Namespace, device: str) -> None:
+    """Measure parts; each is written when it is done, beside those that the file holds already."""
+    bench = Bench(options, device)
+    goals: list[dict[str, Any]] = []
+    for name in options.only:
+        print(f"\n{name}", flush=True)
+        found = PARTS[name](bench)
+        print("\n" + "\n\n".join(table(title, rows) for title, rows in found.tables.items()))
+        part_goals = [goal.to_dict() for goal in found.goals]
+        write_part(options.output, name, measured(options, found.tables, found.results) | {"goals": part_goals})
+        goals += part_goals
+    print(f"\n{text(goal_table(goals))}\n\nall samples: {options.output}")
+
+
+def write_part(output: Path, name: str, found: Mapping[str, Any]) -> None:
+    """Put a part into the file of results, in the place of an older one."""
+    written = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"parts": {}}
+    written["parts"][name] = found
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_suffix(".partial")
+    unfinished.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(output)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_run_options(parser, OUTPUT, "7b", num_threads=os.cpu_count() or 1)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts (default: all)")
+    options = parser.parse_args(arguments)
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("There is no CUDA device that PyTorch sees, and this is measured on a GPU only.")
+    run(options, "cuda")
+
+
+if __name__ == "__main__":
+    main()

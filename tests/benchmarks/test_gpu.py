@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, get_args
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.floor import Peaks
+from benchmarks.gpu_systems import Language, Variant, open_answers, open_warm
+from benchmarks.harness import LocalSystem, Pass, Results, Sample, System, measure_in_turns
+from benchmarks.tables import gpu as page
+from hivtp.export.exporter import LanguagePrecision
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("never_waits")
+
+
+def measure_here(systems: Sequence[System], num_rounds: int, num_threads: int, waits_for_quiet: bool) -> Results:
+    """As `measure` does, but in this process: to start one for each system would take most of the time."""
+    local = []
+    for system in systems:
+        opened = system.open(num_threads=num_threads, **system.arguments)
+        passes = opened if isinstance(opened, dict) else {system.name: opened}
+        local += [LocalSystem(name, run) for name, run in passes.items()]
+    return measure_in_turns(local, num_rounds, waits_for_quiet)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What all parts but the kernel write, on a CPU and at the tiny shape."""
+    folder = tmp_path_factory.mktemp("gpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "measure", measure_here)
+        patch.setattr(gpu, "measure_peaks", lambda *_: (Peaks(1e12, 1e11), Results({}, [0.0])))
+        patch.setattr(gpu, "VISION_RUNS", 2)
+        patch.setattr(gpu, "BATCH_TOKENS", 4)
+        if "none" not in get_args(LanguagePrecision):
+            patch.setattr(gpu, "DECODER", "fp32")
+        # To compile takes minutes.
+        patch.setattr(gpu, "LANGUAGES", {"plain": False})
+        only = [name for name in gpu.PARTS if name != "kernel"]
+        output = folder / "results.json"
+        options = Namespace(shape="tiny", work_dir=folder, threads=1, rounds=1, output=output, only=only)
+        gpu.run(options, "cpu")
+    assert str(folder) not in output.read_text()
+    written: dict[str, Any] = json.loads(output.read_text())["parts"]
+    assert list(written) == only
+    return written
+
+
+def rows(part: Mapping[str, Any], table: str) -> dict[str, Mapping[str, Any]]:
+    return {row["label"]: row for row in part["rows"] if row["table"] == table}
+
+
+OURS = {"unpruned, onnxruntime", "preset 192, onnxruntime"}
+PLAIN = {f"{name}, plain" for name in OURS}
+
+
+def test_every_part_has_goals_with_what_was_found_and_the_floor(measured: dict[str, Any]) -> None:
+    bounds = {name: [goal["bound"] for goal in part["goals"]] for name, part in measured.items()}
+    assert bounds == {"vision": [0.30, 2.0], "llava-1.5": [0.35, 0.50], "llava-next": [0.30], "throughput": [1.6]}
+    for part in measured.values():
+        for goal in part["goals"]:
+            assert goal["system"].startswith("preset 192, onnxruntime")
+            assert goal["found"] > 0
+            assert goal["over_floor"] > 1
+            is_met = goal["found"] <= goal["bound"] if goal["sense"] == "at most" else goal["found"] >= goal["bound"]
+            assert goal["verdict"] == ("met" if is_met else "missed")
+
+
+def test_the_vision_stage_is_compared_with_eager_attention(measured: dict[str, Any]) -> None:
+    found = rows(measured["vision"], "vision stage, 1 image")
+    assert set(found) == {gpu.EAGER, gpu.HUGGING_FACE} | OURS
+    assert found[gpu.EAGER]["ratio"] == 1
+    assert found[gpu.EAGER]["over_floor"] is None
+
+
+@pytest.mark.parametrize(("name", "num_tiles"), [("llava-1.5", 1), ("llava-next", 5)])
+def test_answers_are_about_as_many_tokens_as_the_preset_keeps_of_each_tile(
+    measured: dict[str, Any], name: str, num_tiles: int
+) -> None:
+    part = measured[name]
+    assert set(rows(part, "time to first token")) == {gpu.HUGGING_FACE} | PLAIN
+    assert set(rows(part, "decode per token")) == {gpu.HUGGING_FACE} | PLAIN
+    [by_ours] = rows(part, "time to first token, by the same unpruned").values()
+    assert by_ours["label"].startswith("preset 192")
+    samples = {label: passes[0] for label, passes in part["results"]["answers"]["samples"].items()}
+    unpruned, kept = (samples[f"{budget}, onnxruntime, plain"] for budget in ("unpruned", "preset 192"))
+    assert unpruned["num_tiles"] == kept["num_tiles"] == num_tiles
+    assert unpruned["num_kept_tokens"] == samples[gpu.HUGGING_FACE]["num_image_tokens"]
+    # A row of tiles that keeps a token ends with a newline.
+    assert 21 * num_tiles <= kept["num_kept_tokens"] <= 21 * num_tiles + (16 if num_tiles > 1 else 0)
+
+
+def test_throughput_is_that_of_tokens(measured: dict[str, Any]) -> None:
+    part = measured["throughput"]
+    samples = part["results"]["throughput"]["samples"]
+    assert set(samples) == {gpu.HUGGING_FACE} | OURS
+    [ours], [theirs] = samples["preset 192, onnxruntime"], samples[gpu.HUGGING_FACE]
+    [goal] = part["goals"]
+    assert goal["found"] == pytest.approx(ours["tokens_per_s"] / theirs["tokens_per_s"])
+    assert goal["sense"] == "at least"
+
+
+def test_the_page_shows_the_goals_and_every_part(measured: dict[str, Any]) -> None:
+    text = page({"parts": measured})
+    lines = text.splitlines()
+    assert lines[0] == "| what | goal | found |  | time / floor | system |"
+    assert sum("| at most 0.3 |" in line for line in lines) == 2
+    for name in measured:
+        assert f"### {name}" in lines
+    assert "throughput | answers/s, batch of 8" in text
+
+
+def test_a_part_that_is_measured_again_takes_the_place_of_the_older(tmp_path: Path) -> None:
+    output = tmp_path / "results" / "gpu.json"
+    for name, value in (("vision", 1), ("kernel", 2), ("vision", 3)):
+        gpu.write_part(output, name, {"value": value})
+    assert json.loads(output.read_text()) == {"parts": {"vision": {"value": 3}, "kernel": {"value": 2}}}
+    assert [file.name for file in output.parent.iterdir()] == ["gpu.json"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_sentence(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    with pytest.raises(SystemExit, match=r"^There is no CUDA device [^.]*\.$"):
+        gpu.main(["--only", "vision", "kernel", f"--output={output}"])
+    assert not output.exists()
+
+
+def test_a_system_is_warm_before_it_is_timed_and_a_pass_is_the_median_of_its_runs() -> None:
+    def open_counting(num_threads: int, start: int) -> Pass:
+        passes = iter(range(start, 100))
+        return lambda: {"pass": next(passes), "threads": num_threads}
+
+    run = open_warm(2, open_counting, num_runs=5, start=10)
+    # After 10, 11 and 12.
+    assert run() == {"pass": 15, "threads": 2}
+    assert run() == {"pass": 20, "threads": 2}
+
+
+def test_a_variant_that_cannot_run_is_named_with_its_reason(
+    tiny_checkpoint: Path, exact_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = [Variant("broken", exact_bundle, "no-such-engine"), Variant("sound", exact_bundle, "onnxruntime")]
+    variants.append(replace(variants[0], name="broken too"))
+    passes = open_answers(1, variants, Language(tiny_checkpoint, "cpu"), num_new_tokens=2, picture_size=(64, 64))
+    sample: Sample = passes["sound"]()
+    assert set(passes) == {"sound"}
+    assert sample["num_kept_tokens"] == 21
+    printed = capsys.readouterr().out
+    assert "broken is left out: no engine is named 'no-such-engine'" in printed
+    assert "broken too is left out" in printed
