@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 IMAGE ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types layers tests wheel bench report tensorrt clean
+.PHONY: demo test lint types layers tests wheel bench bench-gpu report tensorrt clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,11 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.accuracy --ablation --output benchmarks/results/accuracy.json
 	$(BIN)/python -m benchmarks.parity --output benchmarks/results/parity.json
 	$(MAKE) report
+
+# Needs a CUDA device, and a torch and an onnxruntime that are built for it: the ones of .installed are for the CPU, so
+# give a VENV that has them.
+bench-gpu:
+	$(BIN)/python -m benchmarks.gpu
 
 report: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.report

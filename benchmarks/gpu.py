@@ -97,6 +97,14 @@ class Bench:
         return measure(systems, self.options.rounds, self.options.threads, waits_for_quiet=self.device == "cpu")
 
 
+def vision_ways(engine: str) -> dict[str, dict[str, bool]]:
+    """How an engine can run a vision graph, in words and in EngineSettings."""
+    if engine == "onnxruntime":
+        return {"": {}}
+    ways = {"": {}, "CUDA graph": {"uses_cuda_graph": True}}
+    return ways | ({"compiled": {"uses_cuda_graph": True, "is_compiled": True}} if engine == "torch-cuda" else {})
+
+
 def measure_vision(bench: Bench) -> Measured:
     """Tower, selection and projector of one image."""
     # One layer of language model is enough: only the vision stage is timed.
@@ -108,15 +116,13 @@ def measure_vision(bench: Bench) -> Measured:
         System(name, open_warm, {**model, "device": bench.device, "tower_attention": attention})
         for name, attention in ((EAGER, "eager"), (HUGGING_FACE, "sdpa"))
     ]
-    is_on_gpu = bench.device == "cuda"
     for variant in bench.variants(workspace):
-        for uses_cuda_graph in (False, True) if is_on_gpu else (False,):
-            name = f"{variant.name}, CUDA graph" if uses_cuda_graph else variant.name
-            bundle = {"bundle": variant.bundle, "engine": variant.engine, "uses_cuda_graph": uses_cuda_graph}
+        for way, settings in vision_ways(variant.engine).items():
+            name = f"{variant.name}, {way}" if way else variant.name
             # As Hugging Face's, the embeddings stay where the language model wants them.
-            arguments = {**warm, **bundle, "rows_device": "cuda" if is_on_gpu else None}
-            opening = {"open_system": latency.open_bundle, **arguments}
-            systems.append(System(name, open_warm, opening, is_optional=True))
+            bundle = {"bundle": variant.bundle, "engine": variant.engine, "rows_device": bench.device}
+            ours = {**warm, "open_system": latency.open_bundle, **bundle, "settings": settings}
+            systems.append(System(name, open_warm, ours, is_optional=True))
     found = bench.measure(systems)
     by_name = latency.vision_floors(systems, floors)
     rows = [Row.of(found, name, "vision_ms", EAGER, floor_ms=by_name.get(name)) for name in found.samples]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.bundle_floors import Floors
 from benchmarks.graph_profile import open_profiled, pixels
@@ -69,17 +69,27 @@ def open_bundle(
     bundle: Path,
     engine: str,
     num_tiles: int,
-    uses_cuda_graph: bool = False,
+    settings: Mapping[str, Any] | None = None,
     rows_device: Device | None = None,
 ) -> Pass:
-    """The vision stage of a bundle as the pipeline runs it; it leaves the embeddings on `rows_device` if it can."""
+    """The vision stage of a bundle as the pipeline runs it.
+
+    Args:
+        num_threads: of the engine.
+        bundle: its folder.
+        engine: see open_vision_engine.
+        num_tiles: of each run.
+        settings: further ones of EngineSettings.
+        rows_device: where the embeddings are left, if the engine can.
+    """
     from hivtp.engines import EngineSettings
     from hivtp.engines.bundle import Bundle
     from hivtp.runtime.vision import DEFAULT_MAX_TILES_PER_RUN, VisionStage
 
     opened = Bundle.open(bundle)
-    settings = EngineSettings(num_threads, uses_cuda_graph)
-    stage = VisionStage.open(opened, settings, DEFAULT_MAX_TILES_PER_RUN, engine).leaving_rows_on(rows_device)
+    stage = VisionStage.open(
+        opened, EngineSettings(num_threads, **(settings or {})), DEFAULT_MAX_TILES_PER_RUN, engine
+    ).leaving_rows_on(rows_device)
     inputs = pixels(num_tiles, opened.manifest.vision.image_size)
 
     def run() -> Sample:

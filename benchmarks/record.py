@@ -9,6 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import environment
+from benchmarks.stages import number
 
 if TYPE_CHECKING:
     import argparse
@@ -77,7 +78,8 @@ def table(title: str, rows: Sequence[Row]) -> str:
     lines = [f"{title:<{width}}  {head}"]
     for row in rows:
         values = row.values_ms
-        line = f"{row.label:<{width}}  {median(values):10.2f} {min(values):9.2f} {max(values):9.2f} {row.ratio:8.4f}"
+        middle, least, most = (number(value) for value in (median(values), min(values), max(values)))
+        line = f"{row.label:<{width}}  {middle:>10} {least:>9} {most:>9} {row.ratio:8.4f}"
         memory = "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**30:.2f}"
         floor = "" if row.over_floor is None else f"{row.over_floor:.2f}"
         goal = "" if row.goal is None else f"{row.goal:7.3f}  {row.verdict}"

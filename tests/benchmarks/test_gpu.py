@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any, get_args
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, harness
 from benchmarks.floor import Peaks
+from benchmarks.gpu_goals import Goal, goal_table
 from benchmarks.gpu_systems import Language, Variant, open_answers, open_warm
 from benchmarks.harness import LocalSystem, Pass, Results, Sample, System, measure_in_turns
+from benchmarks.kernel import Timing
+from benchmarks.record import Row
 from benchmarks.tables import gpu as page
 from hivtp.export.exporter import LanguagePrecision
 
@@ -19,17 +22,16 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-pytestmark = pytest.mark.usefixtures("never_waits")
-
 
 def measure_here(systems: Sequence[System], num_rounds: int, num_threads: int, waits_for_quiet: bool) -> Results:
     """As `measure` does, but in this process: to start one for each system would take most of the time."""
+    assert waits_for_quiet, "a CPU's work does"
     local = []
     for system in systems:
         opened = system.open(num_threads=num_threads, **system.arguments)
         passes = opened if isinstance(opened, dict) else {system.name: opened}
         local += [LocalSystem(name, run) for name, run in passes.items()]
-    return measure_in_turns(local, num_rounds, waits_for_quiet)
+    return measure_in_turns(local, num_rounds, waits_for_quiet=False)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What all parts but the kernel write, on a CPU and at the tiny shape."""
     folder = tmp_path_factory.mktemp("gpu")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "PAUSE_S", 0.0)
         patch.setattr(gpu, "measure", measure_here)
         patch.setattr(gpu, "measure_peaks", lambda *_: (Peaks(1e12, 1e11), Results({}, [0.0])))
         patch.setattr(gpu, "VISION_RUNS", 2)
@@ -107,6 +110,42 @@ def test_throughput_is_that_of_tokens(measured: dict[str, Any]) -> None:
     [goal] = part["goals"]
     assert goal["found"] == pytest.approx(ours["tokens_per_s"] / theirs["tokens_per_s"])
     assert goal["sense"] == "at least"
+
+
+def test_an_engine_of_a_gpu_runs_the_vision_graph_in_each_way_that_it_has() -> None:
+    assert gpu.vision_ways("onnxruntime") == {"": {}}
+    assert set(gpu.vision_ways("onnxruntime-cuda")) == set(gpu.vision_ways("tensorrt")) == {"", "CUDA graph"}
+    assert set(gpu.vision_ways("torch-cuda")) == {"", "CUDA graph", "compiled"}
+
+
+def test_the_kernel_is_held_to_its_slower_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timings(_spec: object, num_tiles: int, num_rounds: int) -> list[Timing]:
+        labels = {"kernel, random scores": 6.0, "operators, random scores": 60.0}
+        labels |= {"kernel, equal scores": 8.0 + num_tiles, "operators, equal scores": 90.0}
+        return [Timing(label, num_tiles, [us] * num_rounds, [5.0] * num_rounds) for label, us in labels.items()]
+
+    monkeypatch.setattr(gpu, "load_kernel", lambda *_: None)
+    monkeypatch.setattr(gpu.kernel, "measure", timings)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    found = gpu.measure_kernel(gpu.Bench(Namespace(rounds=3), "cuda"))
+    assert [(goal.found, goal.bound, goal.verdict) for goal in found.goals] == [(9, 10, "met"), (72, 20, "missed")]
+    first, *_ = found.tables["selection, 576 patches, batch 1"]
+    assert (first.label, first.values_ms) == ("kernel, random scores", [0.006] * 3)
+    assert first.ratio == pytest.approx(0.1)
+    assert found.results["kernel"].values("kernel, equal scores, batch 64", "device_us") == [72.0] * 3
+
+
+def test_a_goal_that_nothing_ran_for_is_not_measured() -> None:
+    goals = [Goal.of_ratio("first token", 0.3, []), Goal.of_floor("vision", 2.0, [Row("ours", [1.0], [1.0])])]
+    assert [goal.verdict for goal in goals] == ["not measured"] * 2
+    assert goal_table([goals[0].to_dict()])[1] == ["first token", "at most 0.3", "–", "not measured", "–", ""]
+
+
+def test_the_best_of_our_systems_is_held_to_a_goal() -> None:
+    rows = [Row("a", [4.0], [8.0], floor_ms=1.0), Row("b", [3.0], [9.0], floor_ms=0.5), Row("c", [1.0], [1.0])]
+    by_ratio, by_floor = Goal.of_ratio("ratio", 0.3, rows), Goal.of_floor("floor", 4.0, rows)
+    assert (by_ratio.system, by_ratio.found, by_ratio.over_floor) == ("b", pytest.approx(1 / 3), 6.0)
+    assert (by_floor.system, by_floor.found, by_floor.verdict) == ("a", 4.0, "met")
 
 
 def test_the_page_shows_the_goals_and_every_part(measured: dict[str, Any]) -> None:
