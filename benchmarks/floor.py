@@ -110,7 +110,7 @@ def vision_stage(config: Any, num_kept: int | None, element_bytes: int, num_tile
     num_last_rows = num_tokens if num_kept is None else num_projected
     patch_weights = 3 * shape.patch_size**2 * width
     projector_weights = hidden * (width + hidden)
-    flops = 2 * (shape.num_patches * patch_weights + num_projected * projector_weights)
+    flops: float = 2 * (shape.num_patches * patch_weights + num_projected * projector_weights)
     for index in range(shape.num_feature_layers):
         num_rows = num_last_rows if index == shape.num_feature_layers - 1 else num_tokens
         flops += layer.flops(num_rows, num_tokens, num_rows * num_tokens)
@@ -154,8 +154,9 @@ def decode_step(config: Any, num_cached: float, element_bytes: int, batch_size: 
 def _language_bytes(config: Any, num_cached: float, element_bytes: int) -> float:
     """All weights but the token table, of which a run reads few rows; and the KV cache of so many positions."""
     layer, text = decoder_layer(config), config.text_config
+    num_layers: int = text.num_hidden_layers
     by_layer = layer.num_weights + num_cached * 2 * layer.kv_width
-    return (text.num_hidden_layers * by_layer + _head_weights(text)) * element_bytes
+    return (num_layers * by_layer + _head_weights(text)) * element_bytes
 
 
 def _head_weights(text: Any) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks import kernel, latency, throughput, ttft
 from benchmarks.budgets import PICTURE_SIZE
@@ -31,14 +31,14 @@ from hivtp_ops.torch_kernel import load_kernel
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from hivtp.export.exporter import LanguagePrecision
-
 OUTPUT = Path(__file__).parent / "results" / "gpu.json"
 EAGER = "Hugging Face eager, unpruned"
 UNPRUNED, PRUNED = "unpruned", "preset 192"
 BUDGETS: Mapping[str, Mapping[str, Any]] = {UNPRUNED: {"is_pruned": False}, PRUNED: {"preset": "192"}}
 # The language model runs in transformers, so the bundles need no decoder.
-DECODER: LanguagePrecision = "none"
+DECODER: Final = "none"
+# LLaVA-NeXT's 5 tiles take 3,006 tokens unpruned, which is more than the smaller shapes have positions for.
+NUM_POSITIONS = 4096
 # In transformers, by whether torch.compile compiles it.
 LANGUAGES = {"plain": False, "compiled": True}
 LANGUAGE_PRECISIONS = {"cpu": "fp32", "cuda": "fp16"}
@@ -73,7 +73,8 @@ class Bench:
         """A checkpoint in float16; `language` overrides the config of its language model."""
         folder = self.options.work_dir / "gpu" / self.options.shape / name
         write = partial(write_large_checkpoint, shape=self.options.shape, family=family, dtype="float16")
-        return Workspace.make(folder, partial(write, text=dict(language or {})))
+        text_config = {"max_position_embeddings": NUM_POSITIONS, **(language or {})}
+        return Workspace.make(folder, partial(write, text=text_config))
 
     def variants(self, workspace: Workspace) -> list[Variant]:
         """Both bundles, each in every engine that opens here."""
@@ -145,7 +146,8 @@ def measure_kernel(bench: Bench) -> Measured:
         rows = []
         for label, timing in timings.items():
             operators = timings[label.replace("kernel", "operators")]
-            rows.append(Row(label, *([us / 1e3 for us in item.device_us] for item in (timing, operators))))
+            own_ms, operators_ms = ([us / 1e3 for us in item.device_us] for item in (timing, operators))
+            rows.append(Row(label, own_ms, operators_ms))
             both = zip(timing.device_us, timing.host_us, strict=True)
             samples[f"{label}, batch {num_tiles}"] = [{"device_us": on_gpu, "host_us": host} for on_gpu, host in both]
         tables[f"selection, 576 patches, batch {num_tiles}"] = rows
@@ -173,7 +175,8 @@ def measure_answers(
     asked = {"num_new_tokens": ANSWER_TOKENS, "picture_size": picture_size}
     model = {"open_system": ttft.open_hugging_face, "checkpoint": workspace.checkpoint, "device": bench.device}
     systems = [System(HUGGING_FACE, open_warm, {**model, **asked})]
-    opened, precisions = bench.variants(workspace), {}
+    opened = bench.variants(workspace)
+    precisions: dict[str, tuple[Path, str]] = {}
     for way, is_compiled in LANGUAGES.items():
         language = Language(workspace.checkpoint, bench.device, is_compiled)
         variants = [replace(variant, name=f"{variant.name}, {way}") for variant in opened]

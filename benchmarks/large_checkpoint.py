@@ -94,8 +94,8 @@ def write_large_checkpoint(
             save_file(tensors, folder / file, {"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
             print(f"{file}: {len(tensors)} weights", flush=True)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    shard_index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(shard_index))
     config.architectures = [model_class(family).__name__]
     config.dtype = dtype
     config.save_pretrained(folder)

@@ -29,8 +29,12 @@ that of a system's own process, weights mapped from files included.
 NO_GPU = "Nothing here ran on a GPU. Where torch sees one, the same commands measure it too, in tables of its own.\n"
 GPU_TEXT = """\
 LLaVA in transformers and our bundles in turns, in float16; the language model of ours runs in transformers too, once as
-it is and once compiled. A floor is the larger of a stage's arithmetic by the rate of a large matrix product and of its
-weights and KV cache by the rate of a large copy, both measured in the same run. `python -m benchmarks.gpu`"""
+it is and once compiled. `python -m benchmarks.gpu`"""
+FLOOR_TEXT = """\
+A floor is what a stage cannot be faster than, whoever writes it: the larger of its matrix products by the rate of a
+large one, and of its weights and KV cache by the rate of a large copy, both measured in the same run
+([floor.py](../benchmarks/floor.py)); that of a first token is the sum of vision and prefill.
+"""
 ACCURACY_TEXT = """\
 The trained [miniature](../benchmarks/miniature/README.md), 144 patches, whose language model saw dropped tokens in
 training. Each rival is written from its paper ([rivals.py](../benchmarks/rivals.py)); [accuracy.md](accuracy.md) says
@@ -115,7 +119,10 @@ def write_page(results: Path, page: Path) -> None:
     found = {section: measured for section in SECTIONS if (measured := section.load(results)) is not None}
     on_gpu = _load(results / "gpu.json")
     has_gpu = on_gpu is not None or any("gpu" in measured["environment"] for measured in found.values())
-    parts, answers, budgets = [HEAD, *([] if has_gpu else [NO_GPU])], {}, {}
+    has_floors = on_gpu is not None or any(
+        row.get("over_floor") for measured in found.values() for row in measured["rows"]
+    )
+    parts, answers, budgets = [HEAD, *([FLOOR_TEXT] if has_floors else []), *([] if has_gpu else [NO_GPU])], {}, {}
     for section, measured in found.items():
         parts.append(f"## {section.title}\n\n{section.text}\n\n{markdown(measured)}\n")
         if section.name.startswith(("ttft", "budgets")) and staged(measured):

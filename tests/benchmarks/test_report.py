@@ -148,6 +148,27 @@ def test_the_page_holds_what_was_measured_and_its_plots(measured: dict[str, Any]
         assert (page.parent / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_page_says_what_a_floor_is_where_a_table_shows_one(measured: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for over_floor in (None, 1.5):
+        measured["rows"][1]["over_floor"] = over_floor
+        (tmp_path / "budgets-7b-cpu.json").write_text(json.dumps(measured))
+        write_page(tmp_path, tmp_path / "benchmarks.md")
+        assert ("A floor is what" in (tmp_path / "benchmarks.md").read_text()) == (over_floor is not None)
+
+
+def test_the_page_shows_what_ran_on_a_gpu(measured: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    goal = {"text": "first token", "bound": 0.3, "found": 0.25, "system": "ours", "over_floor": 1.5}
+    part = measured | {"goals": [goal | {"sense": "at most", "verdict": "met"}]}
+    (tmp_path / "gpu.json").write_text(json.dumps({"parts": {"llava-1.5": part}}))
+    write_page(tmp_path, tmp_path / "benchmarks.md")
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "| first token | at most 0.3 | 0.25 | met | 1.5 | ours |" in text
+    assert "### llava-1.5" in text
+    assert "Nothing here ran on a GPU" not in text
+
+
 def test_results_of_a_gpu_are_named(measured: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     measured["environment"]["gpu"] = "a gpu"
