@@ -100,7 +100,7 @@ class Bench:
 
 def vision_ways(engine: str) -> dict[str, dict[str, bool]]:
     """How an engine can run a vision graph, in words and in EngineSettings."""
-    if engine == "onnxruntime":
+    if engine in ("onnxruntime", "torch"):
         return {"": {}}
     ways = {"": {}, "CUDA graph": {"uses_cuda_graph": True}}
     return ways | ({"compiled": {"uses_cuda_graph": True, "is_compiled": True}} if engine == "torch-cuda" else {})

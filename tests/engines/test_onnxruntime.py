@@ -77,7 +77,9 @@ def test_fewer_threads_than_one_are_refused(num_threads):
 
 
 def test_an_unknown_engine_is_refused_with_those_that_there_are(graph):
-    with pytest.raises(EngineError, match="no engine is named 'abacus'; there are onnxruntime, onnxruntime-cuda, torch and"):
+    with pytest.raises(
+        EngineError, match="no engine is named 'abacus'; there are onnxruntime, onnxruntime-cuda, torch and"
+    ):
         create_engine("abacus", graph)
 
 
