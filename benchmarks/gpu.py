@@ -174,17 +174,10 @@ def measure_answers(
     floors, peaks = bench.floors(workspace)
     asked = {"num_new_tokens": ANSWER_TOKENS, "picture_size": picture_size}
     model = {"open_system": ttft.open_hugging_face, "checkpoint": workspace.checkpoint, "device": bench.device}
-    systems = [System(HUGGING_FACE, open_warm, {**model, **asked})]
-    opened = bench.variants(workspace)
-    precisions: dict[str, tuple[Path, str]] = {}
-    for way, is_compiled in LANGUAGES.items():
-        language = Language(workspace.checkpoint, bench.device, is_compiled)
-        variants = [replace(variant, name=f"{variant.name}, {way}") for variant in opened]
-        precisions |= {variant.name: (variant.bundle, LANGUAGE_PRECISIONS[bench.device]) for variant in variants}
-        ours = {"open_system": open_answers, "variants": variants, "language": language, **asked}
-        systems.append(System(f"our bundles, {way}", open_warm, ours, is_optional=True))
-    found = bench.measure(systems)
-    precisions = {label: precision for label, precision in precisions.items() if label in found.samples}
+    ours, bundles = our_systems(bench, workspace, {"open_system": open_answers, **asked})
+    found = bench.measure([System(HUGGING_FACE, open_warm, {**model, **asked}), *ours])
+    precision = LANGUAGE_PRECISIONS[bench.device]
+    precisions = {label: (bundle, precision) for label, bundle in bundles.items() if label in found.samples}
     ttft_floors, decode_floors = ttft.answer_floors(found, precisions, floors)
     by_hugging_face = ttft.rows(found, "ttft_ms", {}, ttft_floors)
     by_ours = [
@@ -203,28 +196,36 @@ def measure_answers(
     return Measured({title: rows for title, rows in tables.items() if rows}, {"answers": found, "peaks": peaks}, goals)
 
 
+def our_systems(
+    bench: Bench, workspace: Workspace, arguments: Mapping[str, Any]
+) -> tuple[list[System], dict[str, Path]]:
+    """Our bundles with the language model in each of LANGUAGES, one process each; and the bundle of each row."""
+    systems, bundles = [], {}
+    opened = bench.variants(workspace)
+    for way, is_compiled in LANGUAGES.items():
+        language = Language(workspace.checkpoint, bench.device, is_compiled)
+        variants = [replace(variant, name=f"{variant.name}, {way}") for variant in opened]
+        bundles |= {variant.name: variant.bundle for variant in variants}
+        given = {**arguments, "variants": variants, "language": language}
+        systems.append(System(f"our bundles, {way}", open_warm, given, is_optional=True))
+    return systems, bundles
+
+
 def measure_throughput(bench: Bench) -> Measured:
-    """Output tokens per second of batches; `generate_batch` is not compiled, so the language model runs plain."""
+    """Output tokens per second of batches."""
     workspace = bench.workspace("llava-1.5")
     floors, peaks = bench.floors(workspace)
-    variants = bench.variants(workspace)
     asked = {"batch_size": BATCH_SIZE, "num_new_tokens": BATCH_TOKENS}
     model = {"open_system": throughput.open_hugging_face, "checkpoint": workspace.checkpoint, "device": bench.device}
-    language = Language(workspace.checkpoint, bench.device)
-    ours = {"open_system": open_batches, "variants": variants, "language": language, **asked}
-    found = bench.measure(
-        [
-            System(HUGGING_FACE, open_warm, {**model, **asked}),
-            System("our bundles", open_warm, ours, is_optional=True),
-        ]
-    )
+    ours, bundles = our_systems(bench, workspace, {"open_system": open_batches, **asked})
+    found = bench.measure([System(HUGGING_FACE, open_warm, {**model, **asked}), *ours])
     precision = LANGUAGE_PRECISIONS[bench.device]
     by_name = {}
-    for variant in variants:
-        if variant.name in found.samples:
+    for name, bundle in bundles.items():
+        if name in found.samples:
             # An answer may end before all its tokens.
-            num_new_tokens = int(min(found.values(variant.name, "num_new_tokens"))) // BATCH_SIZE
-            by_name[variant.name] = floors.batch_ms(variant.bundle, precision, BATCH_SIZE, num_new_tokens)
+            num_new_tokens = int(min(found.values(name, "num_new_tokens"))) // BATCH_SIZE
+            by_name[name] = floors.batch_ms(bundle, precision, BATCH_SIZE, num_new_tokens)
     rows = [Row.of(found, name, "batch_ms", HUGGING_FACE, floor_ms=by_name.get(name)) for name in found.samples]
     goal = Goal(f"output tokens per second, batch {BATCH_SIZE}, {PRUNED}, by {HUGGING_FACE}", 1.6, None)
     base = found.values(HUGGING_FACE, "tokens_per_s")

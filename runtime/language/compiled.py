@@ -30,9 +30,9 @@ NUM_EXACT_LENGTHS = 4
 class CompiledDecoder:
     """A causal language model of transformers over static caches, compiled.
 
-    There are three kinds of runs: a prompt, which is alone in its cache; more positions after it; and one, which is a
-    step. The first two are padded to a `padded_length`. Each shape is compiled when it first occurs, which takes from
-    seconds to minutes, and on CUDA recorded as a CUDA graph.
+    There are four kinds of runs: a prompt, which is alone in its cache; more positions after it; one, which is a step;
+    and a step of several sequences. The first two are padded to a `padded_length`. Each shape is compiled when it first
+    occurs, which takes from seconds to minutes, and on CUDA recorded as a CUDA graph.
 
     A CUDA graph belongs to the thread that recorded it, so all runs are made in one thread, one at a time, and are
     asked for through `call`.
@@ -58,9 +58,16 @@ class CompiledDecoder:
         self._thread = ThreadPoolExecutor(1, "hivtp-language", torch.set_grad_enabled, (False,))
         mode = "reduce-overhead" if self._weight.device.type == "cuda" else None
         with self._errors():
-            self._begin, self._extend = (
-                torch.compile(function, fullgraph=True, dynamic=False, mode=mode) for function in (_begin, _extend)
+            self._begin, self._extend, self._step_rows = (
+                torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+                for function in (_begin, _extend, _step_rows)
             )
+
+    @property
+    def table(self) -> torch.Tensor:
+        """The embeddings of all tokens, [vocab, hidden], on the model's device and in its dtype."""
+        weight: torch.Tensor = self._weight
+        return weight
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in the thread of the model, without gradients."""
@@ -113,6 +120,30 @@ class CompiledDecoder:
             logits = (self._begin if is_first else self._extend)(self._model, padded, num_new, cache)
             return to_numpy(logits)
 
+    def step(
+        self, embeds: torch.Tensor, positions: torch.Tensor, is_used: torch.Tensor, cache: Any
+    ) -> NDArray[np.float32]:
+        """Run the model on one new position of each row of a cache.
+
+        Args:
+            embeds: [rows, 1, hidden] in the table's dtype; like the others on its device.
+            positions: [rows, 1] int64, of each row by itself, its padding not counted.
+            is_used: [rows, capacity] bool, False where a row is padded.
+            cache: a static one, to which they are added.
+
+        Returns:
+            The logits [rows, vocab].
+
+        Raises:
+            EngineError: torch failed, or cannot compile the model.
+            OutOfMemoryError: the memory of the device ran out.
+        """
+        import torch
+
+        with self._errors():
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            return to_numpy(self._step_rows(self._model, embeds, positions, is_used, cache))
+
     def _errors(self) -> AbstractContextManager[None]:
         return compiled_runs(self._weight.device, "language model", "language_compile")
 
@@ -144,4 +175,20 @@ def _extend(model: Any, embeds: torch.Tensor, num_new: torch.Tensor, cache: Any)
     for layer in cache.layers:
         layer.cumulative_length.add_(num_new[0] - embeds.shape[1])
     logits: torch.Tensor = outputs.logits[0, 0]
+    return logits
+
+
+def _step_rows(
+    model: Any, embeds: torch.Tensor, positions: torch.Tensor, is_used: torch.Tensor, cache: Any
+) -> torch.Tensor:
+    """Run one more position [rows, 1, hidden] of each row; see `CompiledDecoder.step`."""
+    outputs = model(
+        inputs_embeds=embeds,
+        position_ids=positions,
+        attention_mask=is_used,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits: torch.Tensor = outputs.logits[:, 0]
     return logits

@@ -97,6 +97,25 @@ def decode_batch(
                 rows.pop()
 
 
+def generate_halves(
+    language: LanguageBackend, requests: Sequence[DecodeRequest], error: HivtpError
+) -> Iterator[dict[int, int | HivtpError]]:
+    """Decode a batch that was too large as two; see LanguageBackend.generate_batch.
+
+    Args:
+        language: the backend.
+        requests: at least one.
+        error: what there was no memory for; a request that is alone gets it.
+    """
+    if len(requests) == 1:
+        yield {0: error}
+        return
+    middle = len(requests) // 2
+    for start, half in ((0, requests[:middle]), (middle, requests[middle:])):
+        for step in language.generate_batch(half):
+            yield {start + index: outcome for index, outcome in step.items()}
+
+
 def num_new_tokens(language: LanguageBackend, request: DecodeRequest) -> int:
     """The most tokens that a request can get."""
     return min(request.max_new_tokens, language.context_length - len(request.inputs_embeds))

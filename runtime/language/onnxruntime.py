@@ -8,7 +8,7 @@ import numpy as np
 
 from hivtp.engines.onnxruntime import open_session
 from hivtp.runtime.language.base import ChooseToken, DecodeRequest, SequenceCache, embedding_table
-from hivtp.runtime.language.decoding import DecoderSequence, decode, decode_batch, num_new_tokens
+from hivtp.runtime.language.decoding import DecoderSequence, decode, decode_batch, generate_halves, num_new_tokens
 from hivtp.runtime.language.kv_cache import BoundRows, allocate_cache
 from hivtp.runtime.outcome import attempt
 from hivtp_ops.errors import HivtpError
@@ -84,7 +84,7 @@ class OnnxRuntimeLanguage:
         capacity = max(len(request.inputs_embeds) + num_new_tokens(self, request) for request in requests)
         batch = attempt(self._new_batch, len(requests), capacity)
         if isinstance(batch, HivtpError):
-            yield from self._generate_halves(requests, batch)
+            yield from generate_halves(self, requests, batch)
             return
         yield from decode_batch(self, batch, requests)
 
@@ -93,17 +93,6 @@ class OnnxRuntimeLanguage:
 
     def _new_batch(self, num_rows: int, capacity: int) -> DecoderBatch:
         return _Batch(self._session, self.manifest, num_rows, capacity)
-
-    def _generate_halves(
-        self, requests: Sequence[DecodeRequest], error: HivtpError
-    ) -> Iterator[dict[int, int | HivtpError]]:
-        if len(requests) == 1:
-            yield {0: error}
-            return
-        middle = len(requests) // 2
-        for start, half in ((0, requests[:middle]), (middle, requests[middle:])):
-            for step in self.generate_batch(half):
-                yield {start + index: outcome for index, outcome in step.items()}
 
 
 class GrowingSequence(DecoderSequence, Protocol):

@@ -20,43 +20,45 @@ MIN_CAPACITY = 1024
 
 
 class CachePool:
-    """Static caches of one row, which are kept for the next sequence.
+    """Static caches, which are kept for the next sequence, or the next batch of as many rows.
 
     A CUDA graph is recorded for the memory that it uses, so the same memory should come back. One free cache of each
-    capacity is kept: powers of two from 1,024, up to `most`.
+    number of rows and capacity is kept. Capacities are powers of two from 1,024, and `most`.
 
     Args:
         model: on its device, in its dtype.
-        most: positions of the largest cache.
+        most: positions of the largest cache of one sequence.
     """
 
     def __init__(self, model: Any, most: int) -> None:
         self._config = model.config
         self._weight = model.get_input_embeddings().weight
         self._most = most
-        self._free: dict[int, Any] = {}
+        self._free: dict[tuple[int, int], Any] = {}
 
-    def take(self, length: int) -> Any:
-        """An empty cache that holds at least so many positions; `give_back` takes it.
+    def take(self, length: int, num_rows: int = 1) -> Any:
+        """An empty cache that holds at least so many positions of each row; `give_back` takes it.
 
         Raises:
             OutOfMemoryError: there is no memory for another.
         """
-        assert length <= self._most, "the context bounds every sequence"
-        capacity = max(MIN_CAPACITY, min(1 << (length - 1).bit_length(), self._most))
+        capacity = max(MIN_CAPACITY, 1 << (length - 1).bit_length())
+        # Rows that are padded on the left may need more than a context.
+        if length <= self._most:
+            capacity = min(capacity, self._most)
         with torch_errors(self._weight.device):
-            cache = self._free.pop(capacity, None)
+            cache = self._free.pop((num_rows, capacity), None)
             if cache is None:
-                return self._new(capacity)
+                return self._new(num_rows, capacity)
             # What is masked is still multiplied by zero, and a NaN of another sequence would stay one.
             cache.reset()
             return cache
 
     def give_back(self, cache: Any) -> None:
         """Keep a cache for the next sequence; also called by the garbage collector, so it takes no lock."""
-        self._free.setdefault(capacity_of(cache), cache)
+        self._free.setdefault((len(cache.layers[0].keys), capacity_of(cache)), cache)
 
-    def _new(self, capacity: int) -> Any:
+    def _new(self, num_rows: int, capacity: int) -> Any:
         from transformers.cache_utils import Cache, StaticLayer
 
         config = self._config
@@ -64,7 +66,7 @@ class CachePool:
         cache = Cache(layers=[StaticLayer(max_cache_len=capacity) for _ in range(config.num_hidden_layers)])
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         weight = self._weight
-        cache.early_initialization(1, config.num_key_value_heads, head_dim, weight.dtype, weight.device)
+        cache.early_initialization(num_rows, config.num_key_value_heads, head_dim, weight.dtype, weight.device)
         return cache
 
 
@@ -101,6 +103,17 @@ class StaticSequence:
         if length < self.length:
             self._decoder.call(self._forget, length)
 
+    def copy_to(self, cache: Any, row: int, start: int) -> None:
+        """Copy what it holds into a row of another static cache, from a column on, and zeros before it.
+
+        To be called in the thread of the model.
+        """
+        stop = start + self.length
+        for old, new in zip(self._cache.layers, cache.layers, strict=True):
+            for source, target in ((old.keys, new.keys), (old.values, new.values)):
+                target[row, :, :start] = 0
+                target[row, :, start:stop] = source[0, :, : self.length]
+
     def _append(self, embeds: Embeddings) -> NDArray[np.float32]:
         padded_length = self._decoder.padded_length(len(embeds), is_first=self.length == 0)
         self._reserve(self.length + padded_length)
@@ -118,7 +131,9 @@ class StaticSequence:
             return
         cache = self._decoder.caches.take(length)
         if self._cache is not None:
-            copy_positions(self._cache, cache, self.length)
+            self.copy_to(cache, 0, 0)
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(self.length)
         self._give_back()
         self._cache = cache
         self._give_back = weakref.finalize(self, self._decoder.caches.give_back, cache)
@@ -136,11 +151,3 @@ def capacity_of(cache: Any) -> int:
     """Positions that a static cache has room for."""
     capacity: int = cache.layers[0].max_cache_len
     return capacity
-
-
-def copy_positions(source: Any, target: Any, length: int) -> None:
-    """Copy the first positions of a static cache to an empty one."""
-    for old, new in zip(source.layers, target.layers, strict=True):
-        new.keys[:, :, :length] = old.keys[:, :, :length]
-        new.values[:, :, :length] = old.values[:, :, :length]
-        new.cumulative_length.fill_(length)

@@ -26,15 +26,15 @@ def gather(embeds: Embeddings, table: torch.Tensor) -> torch.Tensor:
 
     device = table.device
     if not isinstance(embeds, DeviceRows):
-        given = embeds if isinstance(embeds, torch.Tensor) else _upload(embeds, device)
+        given = embeds if isinstance(embeds, torch.Tensor) else upload(embeds, device)
         return given.to(device, table.dtype)
     token_ids = np.where(embeds.source_of == TOKENS, embeds.row_of, 0)
-    gathered = torch.nn.functional.embedding(_upload(token_ids, device), table)
+    gathered = torch.nn.functional.embedding(upload(token_ids, device), table)
     for place, source in enumerate(embeds.sources):
         [positions] = np.nonzero(embeds.source_of == place)
         if len(positions):
             rows = _pick(source, embeds.row_of[positions], device)
-            gathered.index_copy_(0, _upload(positions, device), rows.to(table.dtype))
+            gathered.index_copy_(0, upload(positions, device), rows.to(table.dtype))
     return gathered
 
 
@@ -43,12 +43,12 @@ def _pick(source: Any, row_of: np.ndarray[Any, Any], device: torch.device) -> to
     import torch
 
     if isinstance(source, np.ndarray):
-        return _upload(source.reshape(-1, source.shape[-1])[row_of], device)
+        return upload(source.reshape(-1, source.shape[-1])[row_of], device)
     rows = _tensor_of(source)
     if rows.is_cuda:
         # It was computed on another stream, and its memory must not serve anything new before this has read it.
         rows.record_stream(torch.cuda.current_stream(rows.device))
-    return rows.flatten(0, -2)[_upload(row_of, rows.device)].to(device)
+    return rows.flatten(0, -2)[upload(row_of, rows.device)].to(device)
 
 
 def _tensor_of(source: Any) -> torch.Tensor:
@@ -67,7 +67,8 @@ def _tensor_of(source: Any) -> torch.Tensor:
     return from_dlpack(source.owner).flatten().view(dtype).reshape(source.shape)
 
 
-def _upload(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+def upload(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    """A copy of an array on a device, or the array itself on the CPU; the host does not wait."""
     import torch
 
     tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))

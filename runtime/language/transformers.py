@@ -10,10 +10,12 @@ from hivtp.engines.torch.errors import torch_errors
 from hivtp.engines.weights import CheckpointWeights, locate_weights
 from hivtp.runtime.device_rows import DeviceRows
 from hivtp.runtime.language.compiled import CompiledDecoder
-from hivtp.runtime.language.decoding import decode, decode_batch
+from hivtp.runtime.language.decoding import decode, decode_batch, generate_halves, num_new_tokens
 from hivtp.runtime.language.dynamic_cache import CachedBatch, CachedSequence, Decoder
+from hivtp.runtime.language.static_batch import StaticBatch
 from hivtp.runtime.language.static_cache import StaticSequence
-from hivtp_ops.errors import CheckpointError, MissingExtraError, SettingsError
+from hivtp.runtime.outcome import attempt
+from hivtp_ops.errors import CheckpointError, HivtpError, MissingExtraError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from hivtp.runtime.device_rows import Embeddings
     from hivtp.runtime.language.base import ChooseToken, DecodeRequest, SequenceCache
     from hivtp.runtime.language.settings import LanguageSettings
-    from hivtp_ops.errors import HivtpError
 
 
 class TransformersLanguage:
@@ -34,7 +35,7 @@ class TransformersLanguage:
 
     Compiled, it gives the tokens of the same arithmetic, fused: in float32 those that it gives uncompiled. The first
     runs of each shape take from seconds to minutes, so ask what will be asked once before it counts; CompiledDecoder
-    says which shapes there are. `generate_batch` is not compiled: its sequences have caches that grow.
+    says which shapes there are.
 
     Args:
         manifest: of the bundle.
@@ -98,8 +99,24 @@ class TransformersLanguage:
         yield from decode(self, sequence, inputs_embeds, num_tokens, choose_token)
 
     def generate_batch(self, requests: Sequence[DecodeRequest]) -> Iterator[dict[int, int | HivtpError]]:
-        """See LanguageBackend.generate_batch."""
-        yield from decode_batch(self, CachedBatch(self._decoder), requests)
+        """See LanguageBackend.generate_batch.
+
+        Compiled, all sequences have their place in one cache from the start; where there is no memory for it, the
+        halves are decoded one after the other.
+        """
+        if self._compiled is None or not requests:
+            yield from decode_batch(self, CachedBatch(self._decoder), requests)
+            return
+        longest = max(len(request.inputs_embeds) for request in requests)
+        num_new = max(num_new_tokens(self, request) for request in requests)
+        batch = attempt(StaticBatch, self._compiled, len(requests), longest, num_new)
+        if isinstance(batch, HivtpError):
+            yield from generate_halves(self, requests, batch)
+            return
+        try:
+            yield from decode_batch(self, batch, requests)
+        finally:
+            batch.close()
 
 
 def _has_exact_counts(manifest: Manifest) -> bool:

@@ -21,12 +21,13 @@ from hivtp.export.exporter import ExportSettings, export_bundle
 from hivtp.runtime.cli import main
 from hivtp.runtime.images import load_image
 from hivtp.runtime.language import static_cache
+from hivtp.runtime.language.base import DecodeRequest
 from hivtp.runtime.language.settings import LanguageSettings
 from hivtp_ops.errors import EngineError, OutOfMemoryError, SettingsError
 from tests.answers import alone, assert_same_alone, assert_same_together, embeddings, greedy, same
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from hivtp.runtime.language.transformers import TransformersLanguage
@@ -214,9 +215,9 @@ def test_caches_come_back_for_the_next_sequence(llava: Pair) -> None:
     del stream, streams
     gc.collect()
     # One of each capacity; the memory of the second small one is free.
-    assert sorted(pool._free) == [128, 256]
+    assert sorted(pool._free) == [(1, 128), (1, 256)]
     assert pool.take(120) in caches
-    assert 128 not in pool._free
+    assert (1, 128) not in pool._free
 
 
 def test_what_a_sequence_leaves_in_memory_reaches_no_other(llava: Pair) -> None:
@@ -255,6 +256,88 @@ def test_several_threads_get_the_answers_of_one(llava: Pair, requests: list[Requ
     with ThreadPoolExecutor(3) as threads:
         for answers in threads.map(lambda _: [alone(llava.compiled, request) for request in requests], range(3)):
             assert all(same(answer, single) for answer, single in zip(answers, expected, strict=True))
+
+
+def decode_requests(*counts: int) -> list[DecodeRequest]:
+    return [DecodeRequest(embeddings(5 + 30 * seed, seed), num, greedy) for seed, num in enumerate(counts)]
+
+
+def tokens_of(steps: Iterable[dict[int, Any]], num_requests: int) -> list[list[Any]]:
+    steps = list(steps)
+    return [[step[index] for step in steps if index in step] for index in range(num_requests)]
+
+
+@pytest.mark.parametrize("counts", [(9,), (6, 6, 6), (9, 2, 5), (1, 8, 1, 3, 7), (1, 1)])
+def test_sequences_of_any_number_and_length_give_what_each_gives_alone(llava: Pair, counts: tuple[int, ...]) -> None:
+    requests = decode_requests(*counts)
+    alone_ = [
+        list(llava.plain.language.generate(request.inputs_embeds, num, greedy))
+        for request, num in zip(requests, counts, strict=True)
+    ]
+    assert tokens_of(llava.language.generate_batch(requests), len(counts)) == alone_
+
+
+def test_a_batch_comes_back_to_the_memory_of_one_of_as_many_rows(llava: Pair) -> None:
+    pool = llava.language._compiled.caches
+    expected = tokens_of(llava.language.generate_batch(decode_requests(9, 9, 9)), 3)
+    cache = pool._free[4, 128]
+    for layer in cache.layers:
+        layer.keys.fill_(torch.nan)
+    batch = llava.language.generate_batch(decode_requests(9, 9, 9, 9))
+    assert next(batch)
+    assert (4, 128) not in pool._free
+    batch.close()
+    assert pool._free[4, 128] is cache
+    assert tokens_of(llava.language.generate_batch(decode_requests(9, 9, 9)), 3) == expected
+
+
+def test_a_prompt_that_fails_costs_no_other_its_answer_and_leaves_nothing_in_its_row(llava: Pair) -> None:
+    def fails(_logits: np.ndarray) -> int:
+        raise OutOfMemoryError("no more")
+
+    requests = decode_requests(9, 9, 9)
+    expected = tokens_of(llava.language.generate_batch(requests), 3)
+    poison = DecodeRequest(np.full((60, 64), np.nan, np.float32), 9, fails)
+    found = tokens_of(llava.language.generate_batch([poison, *requests]), 4)
+    assert [type(outcome) for outcome in found[0]] == [OutOfMemoryError]
+    assert found[1:] == expected
+
+
+def test_where_memory_is_short_the_halves_of_a_batch_come_one_after_the_other(llava: Pair, monkeypatch) -> None:
+    new, sizes = static_cache.CachePool._new, []
+
+    def short(self: Any, num_rows: int, capacity: int) -> Any:
+        sizes.append(num_rows)
+        if num_rows > 2:
+            raise torch.OutOfMemoryError("no more")
+        return new(self, num_rows, capacity)
+
+    requests = decode_requests(4, 4, 4, 4, 4)
+    expected = tokens_of(llava.language.generate_batch(requests), 5)
+    llava.language._compiled.caches._free.clear()
+    monkeypatch.setattr(static_cache.CachePool, "_new", short)
+    assert tokens_of(llava.language.generate_batch(requests), 5) == expected
+    assert [size for size in sizes if size > 1] == [8, 2, 4, 2]
+
+
+def test_a_step_that_fails_fails_for_all_and_the_next_batch_is_as_ever(llava: Pair, monkeypatch) -> None:
+    requests = decode_requests(9, 9, 9)
+    expected = tokens_of(llava.language.generate_batch(requests), 3)
+    layer = llava.language._compiled._model.model.layers[1]
+
+    def fail(*_args: Any, **_kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    batch = llava.language.generate_batch(requests)
+    firsts = [next(batch) for _ in requests]
+    with monkeypatch.context() as patched:
+        patched.setattr(layer, "forward", fail)
+        rest = list(batch)
+    assert [first[index] for index, first in enumerate(firsts)] == [tokens[0] for tokens in expected]
+    assert [{index: type(outcome) for index, outcome in step.items()} for step in rest] == [
+        dict.fromkeys(range(3), OutOfMemoryError)
+    ]
+    assert tokens_of(llava.language.generate_batch(requests), 3) == expected
 
 
 @pytest.mark.parametrize(
@@ -322,6 +405,12 @@ def test_torch_can_follow_the_model_as_one_graph_for_each_shape(traced, tiny_che
         num_graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     # A prompt and a step; then a prompt of another shape.
     assert num_graphs == [2, 2, 2, 3]
+    for counts in ((4, 3, 5), (2, 6, 2, 2)):
+        expected = tokens_of(pair.plain.language.generate_batch(decode_requests(*counts)), len(counts))
+        assert tokens_of(pair.compiled.language.generate_batch(decode_requests(*counts)), len(counts)) == expected
+        num_graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    # The prompts are padded to one new shape, and three sequences run in four rows.
+    assert num_graphs[4:] == [5, 5]
 
 
 @pytest.mark.slow
@@ -362,6 +451,10 @@ def test_on_a_gpu_it_runs_as_cuda_graphs(tiny_checkpoint: Path, exact_bundle: Pa
     answers += [alone(pair.compiled, request) for request in requests[3:]]
     assert all(same(answer, single) for answer, single in zip(answers, expected, strict=True))
     assert counters["stats"]["unique_graphs"] == num_graphs == 2
+    expected = pair.plain.generate_batch(requests)
+    for _ in range(2):
+        together = pair.compiled.generate_batch(requests)
+        assert all(same(answer, single) for answer, single in zip(together, expected, strict=True))
     assert counters["inductor"]["cudagraph_skips"] == 0
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
         alone(pair.compiled, requests[0])
