@@ -17,9 +17,9 @@ from benchmarks.budgets import PICTURE_SIZE
 from benchmarks.bundle_floors import Floors
 from benchmarks.gpu_goals import Goal, goal_table
 from benchmarks.gpu_systems import Language, Variant, open_answers, open_batches, open_warm
-from benchmarks.harness import Results, System, measure
+from benchmarks.harness import Results, System
 from benchmarks.large_checkpoint import write_large_checkpoint
-from benchmarks.peaks import measure_peaks
+from benchmarks.peaks import measure_with_peaks
 from benchmarks.record import Row, measured, table
 from benchmarks.stages import text
 from benchmarks.ttft import HUGGING_FACE
@@ -88,14 +88,15 @@ class Bench:
             for engine in engines(bundle, self.device)
         ]
 
-    def floors(self, workspace: Workspace) -> tuple[Floors, Results]:
-        """The floors of its bundles, and the peaks that they come from."""
-        peaks, results = measure_peaks(self.device, self.options.threads)
-        return Floors(workspace.checkpoint, self.device, peaks), results
+    def measure(self, systems: Sequence[System], workspace: Workspace) -> tuple[Results, Floors, Results]:
+        """In turns; a GPU's work does not wait for a quiet CPU.
 
-    def measure(self, systems: Sequence[System]) -> Results:
-        """In turns; a GPU's work does not wait for a quiet CPU."""
-        return measure(systems, self.options.rounds, self.options.threads, waits_for_quiet=self.device == "cpu")
+        Returns:
+            The samples; the floors of the workspace's bundles; and the peaks that those come from.
+        """
+        options, waits = self.options, self.device == "cpu"
+        found, peaks, of_peaks = measure_with_peaks(systems, options.rounds, options.threads, self.device, waits)
+        return found, Floors(workspace.checkpoint, self.device, peaks), of_peaks
 
 
 def vision_ways(engine: str) -> dict[str, dict[str, bool]]:
@@ -110,7 +111,6 @@ def measure_vision(bench: Bench) -> Measured:
     """Tower, selection and projector of one image."""
     # One layer of language model is enough: only the vision stage is timed.
     workspace = bench.workspace("vision", language={"num_hidden_layers": 1})
-    floors, peaks = bench.floors(workspace)
     warm = {"num_runs": VISION_RUNS, "num_tiles": 1}
     model = {**warm, "open_system": latency.open_hugging_face, "checkpoint": workspace.checkpoint}
     systems = [
@@ -124,7 +124,7 @@ def measure_vision(bench: Bench) -> Measured:
             bundle = {"bundle": variant.bundle, "engine": variant.engine, "rows_device": bench.device}
             ours = {**warm, "open_system": latency.open_bundle, **bundle, "settings": settings}
             systems.append(System(name, open_warm, ours, is_optional=True))
-    found = bench.measure(systems)
+    found, floors, peaks = bench.measure(systems, workspace)
     by_name = latency.vision_floors(systems, floors)
     rows = [Row.of(found, name, "vision_ms", EAGER, floor_ms=by_name.get(name)) for name in found.samples]
     goals = [
@@ -171,11 +171,10 @@ def measure_answers(
         own_goal: by our own unpruned one; None where there is none.
     """
     workspace = bench.workspace(name, family)
-    floors, peaks = bench.floors(workspace)
     asked = {"num_new_tokens": ANSWER_TOKENS, "picture_size": picture_size}
     model = {"open_system": ttft.open_hugging_face, "checkpoint": workspace.checkpoint, "device": bench.device}
     ours, bundles = our_systems(bench, workspace, {"open_system": open_answers, **asked})
-    found = bench.measure([System(HUGGING_FACE, open_warm, {**model, **asked}), *ours])
+    found, floors, peaks = bench.measure([System(HUGGING_FACE, open_warm, {**model, **asked}), *ours], workspace)
     precision = LANGUAGE_PRECISIONS[bench.device]
     precisions = {label: (bundle, precision) for label, bundle in bundles.items() if label in found.samples}
     ttft_floors, decode_floors = ttft.answer_floors(found, precisions, floors)
@@ -214,11 +213,10 @@ def our_systems(
 def measure_throughput(bench: Bench) -> Measured:
     """Output tokens per second of batches."""
     workspace = bench.workspace("llava-1.5")
-    floors, peaks = bench.floors(workspace)
     asked = {"batch_size": BATCH_SIZE, "num_new_tokens": BATCH_TOKENS}
     model = {"open_system": throughput.open_hugging_face, "checkpoint": workspace.checkpoint, "device": bench.device}
     ours, bundles = our_systems(bench, workspace, {"open_system": open_batches, **asked})
-    found = bench.measure([System(HUGGING_FACE, open_warm, {**model, **asked}), *ours])
+    found, floors, peaks = bench.measure([System(HUGGING_FACE, open_warm, {**model, **asked}), *ours], workspace)
     precision = LANGUAGE_PRECISIONS[bench.device]
     by_name = {}
     for name, bundle in bundles.items():

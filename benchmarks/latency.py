@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.bundle_floors import Floors
 from benchmarks.graph_profile import open_profiled, pixels
-from benchmarks.harness import Pass, Results, Sample, Stopwatch, System, measure, measure_once
+from benchmarks.harness import Pass, Results, Sample, Stopwatch, System, measure_once
 from benchmarks.hugging_face import PapersWay, StageClock, devices, load, place
-from benchmarks.peaks import measure_peaks
+from benchmarks.peaks import in_words, measure_with_peaks
 from benchmarks.record import Row, report
 from benchmarks.stages import by_profile, stages, table, text
 from benchmarks.workspace import Workspace, add_options, engines
@@ -147,17 +147,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # One layer of language model is enough: only the vision stage is timed.
     workspace = Workspace.open(options, "latency", text={"num_hidden_layers": 1})
     bundles = workspace.bundles(BUNDLES)
-    tables, results, printed, floors = {}, {}, [], {}
-    for device in devices():
-        peaks, results[f"peaks{place(device)}"] = measure_peaks(device, options.threads)
-        floors[device] = Floors(workspace.checkpoint, device, peaks)
+    tables, results, printed = {}, {}, []
     for num_tiles in options.tiles:
         for device in devices():
             title = f"vision stage{place(device)}, tiles: {num_tiles}"
             print(title)
             timed = systems(workspace.checkpoint, bundles, device, num_tiles)
-            results[title] = measure(timed, options.rounds, options.threads)
-            tables[title] = vision_rows(results[title], device, vision_floors(timed, floors[device]))
+            found, peaks, results[f"peaks, {title}"] = measure_with_peaks(
+                timed, options.rounds, options.threads, device
+            )
+            results[title] = found
+            floors = vision_floors(timed, Floors(workspace.checkpoint, device, peaks))
+            tables[title] = vision_rows(found, device, floors)
         title = f"vision stage, tiles: {num_tiles}"
         print(by_profile(title))
         profiled = [System(name, open_profiled, {"bundle": bundles[name], "num_tiles": num_tiles}) for name in PROFILED]
@@ -165,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tables[f"selecting as a share of the vision stage, tiles: {num_tiles}"] = selection_rows(profiles)
         printed.append(f"{title}\n{text(table(stages(results[title].samples, profiles.samples)))}")
     report(options, tables, results)
+    print("\n" + "\n".join(in_words(found) for title, found in results.items() if title.startswith("peaks")))
     print("\n" + "\n\n".join(printed))
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.floor import Peaks
-from benchmarks.harness import Results, System, measure_once
+from benchmarks.harness import Results, System, measure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -22,14 +23,31 @@ NAME = "large products and copies"
 PRODUCT_SIDE = {"cpu": 3072, "cuda": 8192}
 # Many times the caches.
 COPIED_SIDE = {"cpu": 8192, "cuda": 24576}
-NUM_TRIALS = 10
+NUM_TRIALS = 3
 
 
-def measure_peaks(device: str, num_threads: int) -> tuple[Peaks, Results]:
-    """The peaks of a device, from a process of their own; and the sample that says them."""
-    results = measure_once([System(NAME, open_peaks, {"device": device})], num_threads)
-    [sample] = results.samples[NAME]
-    return Peaks(sample["flops_per_s"], sample["bytes_per_s"]), results
+def measure_with_peaks(
+    systems: Sequence[System], num_rounds: int, num_threads: int, device: str, waits_for_quiet: bool = True
+) -> tuple[Results, Peaks, Results]:
+    """Time systems in turns, as `harness.measure` does, and the peaks of their device with them, in the same rounds.
+
+    Returns:
+        The samples of the systems; the peaks, the best of all rounds; and their samples, which also say how much of
+        the machine others left in each round.
+    """
+    found = measure([*systems, System(NAME, open_peaks, {"device": device})], num_rounds, num_threads, waits_for_quiet)
+    samples = dict(found.samples)
+    of_peaks = samples.pop(NAME)
+    best = (max(sample[rate] for sample in of_peaks) for rate in ("flops_per_s", "bytes_per_s"))
+    return Results(samples, found.other_cores), Peaks(*best), Results({NAME: of_peaks}, found.other_cores)
+
+
+def in_words(peaks: Results) -> str:
+    """What was reached: the median of the rounds, and their range."""
+    units = {"flops_per_s": "GFLOP/s", "bytes_per_s": "GB/s"}
+    rates = {unit: [value / 1e9 for value in peaks.values(NAME, rate)] for rate, unit in units.items()}
+    parts = [f"{median(found):.0f} {unit} ({min(found):.0f} to {max(found):.0f})" for unit, found in rates.items()]
+    return f"{NAME}: {', '.join(parts)}"
 
 
 def open_peaks(num_threads: int, device: str) -> Pass:

@@ -11,9 +11,9 @@ import numpy as np
 
 from benchmarks.bundle_floors import Floors
 from benchmarks.graph_profile import open_profiled
-from benchmarks.harness import Pass, Results, Sample, Stopwatch, System, measure, measure_once
+from benchmarks.harness import Pass, Results, Sample, Stopwatch, System, measure_once
 from benchmarks.hugging_face import DTYPES, PapersWay, StageClock, devices, load, place
-from benchmarks.peaks import measure_peaks
+from benchmarks.peaks import in_words, measure_with_peaks
 from benchmarks.record import Row, report
 from benchmarks.stages import by_profile, stages, table, text
 from benchmarks.workspace import Workspace, add_options, engines
@@ -251,8 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             *bundle_systems(workspace.checkpoint, bundles, device, open_bundle, length),
         ]
         where = place(device)
-        peaks, results[f"peaks{where}"] = measure_peaks(device, options.threads)
-        found = results[TITLE + where] = measure(systems, options.rounds, options.threads)
+        timed = measure_with_peaks(systems, options.rounds, options.threads, device)
+        found, peaks, results[f"peaks{where}"] = timed
+        results[TITLE + where] = found
         precisions = language_precisions(systems, bundles, device)
         ttft_floors, decode_floors = answer_floors(found, precisions, Floors(workspace.checkpoint, device, peaks))
         tables[f"time to first token{where}"] = rows(found, "ttft_ms", TTFT_GOALS, ttft_floors)
@@ -264,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report(options, tables, results)
     answers = results[TITLE]
     [first, *_] = answers.samples[HUGGING_FACE]
+    print("\n" + "\n".join(in_words(found) for title, found in results.items() if title.startswith("peaks")))
     lengths = {name: int(answers.values(name, "num_new_tokens")[0]) for name in answers.samples}
     print(f"\n{text(table(stages(answers.samples, profiles.samples)))}")
     print(f"\nprompt: {first['num_image_tokens']:.0f} image and {first['num_text_tokens']:.0f} text tokens")

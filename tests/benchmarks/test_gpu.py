@@ -23,15 +23,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def measure_here(systems: Sequence[System], num_rounds: int, num_threads: int, waits_for_quiet: bool) -> Results:
-    """As `measure` does, but in this process: to start one for each system would take most of the time."""
+def measure_here(
+    systems: Sequence[System], num_rounds: int, num_threads: int, device: str, waits_for_quiet: bool
+) -> tuple[Results, Peaks, Results]:
+    """As `measure_with_peaks` does, but in this process, with given peaks: the rest would take most of the time."""
+    assert device == "cpu"
     assert waits_for_quiet, "a CPU's work does"
     local = []
     for system in systems:
         opened = system.open(num_threads=num_threads, **system.arguments)
         passes = opened if isinstance(opened, dict) else {system.name: opened}
         local += [LocalSystem(name, run) for name, run in passes.items()]
-    return measure_in_turns(local, num_rounds, waits_for_quiet=False)
+    return measure_in_turns(local, num_rounds, waits_for_quiet=False), Peaks(1e12, 1e11), Results({}, [0.0])
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +43,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("gpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, "PAUSE_S", 0.0)
-        patch.setattr(gpu, "measure", measure_here)
-        patch.setattr(gpu, "measure_peaks", lambda *_: (Peaks(1e12, 1e11), Results({}, [0.0])))
+        patch.setattr(gpu, "measure_with_peaks", measure_here)
         patch.setattr(gpu, "VISION_RUNS", 2)
         patch.setattr(gpu, "BATCH_TOKENS", 4)
         # The one leaves its embeddings on the device, as the engines of a GPU do; the other does not.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from benchmarks import peaks
 from benchmarks.floor import Peaks
 from benchmarks.harness import Results
-from benchmarks.peaks import NAME, measure_peaks, open_peaks
+from benchmarks.peaks import NAME, in_words, measure_with_peaks, open_peaks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,13 +25,17 @@ def test_the_peaks_are_the_best_that_is_reached(monkeypatch: pytest.MonkeyPatch)
     assert sample["bytes_per_s"] == max(sample["copied_bytes_per_s"], sample["read_bytes_per_s"])
 
 
-def test_they_are_read_from_the_sample_of_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(systems: Sequence[System], num_threads: int) -> Results:
-        [system] = systems
-        assert (system.open, system.arguments, num_threads) == (open_peaks, {"device": "cpu"}, 3)
-        return Results({system.name: [{"flops_per_s": 2.0, "bytes_per_s": 3.0}]}, [0.0])
+def test_they_are_the_best_of_the_rounds_in_which_the_systems_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(systems: Sequence[System], num_rounds: int, num_threads: int, waits_for_quiet: bool) -> Results:
+        *others, last = systems
+        assert (others, last.open, last.arguments) == (["ours"], open_peaks, {"device": "cpu"})
+        assert (num_rounds, num_threads, waits_for_quiet) == (2, 3, False)
+        rates = [{"flops_per_s": 2e9, "bytes_per_s": 5e9}, {"flops_per_s": 4e9, "bytes_per_s": 3e9}]
+        return Results({"ours": [{"ms": 7.0}], last.name: rates}, [0.0, 0.1])
 
-    monkeypatch.setattr(peaks, "measure_once", measured)
-    found, results = measure_peaks("cpu", 3)
-    assert found == Peaks(flops_per_s=2.0, bytes_per_s=3.0)
-    assert list(results.samples) == [NAME]
+    monkeypatch.setattr(peaks, "measure", measured)
+    found, best, of_peaks = measure_with_peaks(["ours"], 2, 3, "cpu", waits_for_quiet=False)
+    assert best == Peaks(flops_per_s=4e9, bytes_per_s=5e9)
+    assert found == Results({"ours": [{"ms": 7.0}]}, [0.0, 0.1])
+    assert list(of_peaks.samples) == [NAME]
+    assert in_words(of_peaks) == f"{NAME}: 3 GFLOP/s (2 to 4), 4 GB/s (3 to 5)"
