@@ -80,12 +80,11 @@ def test_a_compiled_engine_gives_the_same(bundle: Bundle, reference: Engine) -> 
         check(engine.run(inputs), reference.run(inputs))
 
 
-def test_a_compiler_that_is_missing_is_named(bundle: Bundle, monkeypatch) -> None:
+def test_a_compiler_that_is_missing_is_named(bundle: Bundle) -> None:
     engine = TorchEngine(bundle.vision_file, EngineSettings(1, is_compiled=True), "cpu")
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     with (
-        torch._inductor.config.patch(force_disable_caches=True),
+        # What was compiled before would not be compiled again.
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}),
         pytest.raises(EngineError, match=r"cannot compile the vision graph for cpu: .*without vision_compile"),
     ):
         engine.run({"pixel_values": sample_pixels(4, 64)})
