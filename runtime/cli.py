@@ -158,6 +158,7 @@ def _run(options: argparse.Namespace) -> None:
     pipeline = Pipeline.load(
         options.bundle,
         engine=options.engine,
+        vision_compile=options.vision_compile,
         num_threads=options.threads,
         check_hashes=options.check_hashes,
         max_tiles_per_run=options.max_tiles_per_run,

@@ -191,3 +191,8 @@ def test_an_overlay_that_cannot_be_written_is_refused_before_the_model_runs(prun
     assert "is not a folder" in refused(pruned_bundle, PROMPT, *image, "--overlay", tmp_path / "absent" / "a.png")
     assert "ends in .png" in refused(pruned_bundle, PROMPT, *image, "--overlay", tmp_path / "a.picture")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_compiling_an_engine_that_compiles_nothing_is_refused(pruned_bundle, photo):
+    message = refused(pruned_bundle, PROMPT, "--image", photo, "--vision-compile")
+    assert "the engine auto compiles nothing: choose torch or torch-cuda, or no vision_compile" in message

@@ -376,13 +376,18 @@ def test_a_model_that_torch_cannot_compile_is_an_error_that_says_what_to_do(llav
     assert list(llava.language.generate(embeddings(90), 3, greedy)) == expected
 
 
-def test_the_command_answers_compiled(llava: Pair, photo: Path, capsys) -> None:
+def test_the_command_answers_compiled(llava: Pair, photo: Path, capsys, monkeypatch) -> None:
     arguments = [str(llava.bundle), "What is it?", "--image", str(photo), "--max-new-tokens", "9", "--json"]
     assert main(arguments) == 0
     expected = json.loads(capsys.readouterr().out)
+    compiled: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_settings: compiled.append(function) or function)
     language = ["--language", "transformers", "--checkpoint", str(llava.checkpoint), "--language-compile"]
-    assert main([*arguments, *language]) == 0
-    assert json.loads(capsys.readouterr().out)["token_ids"] == expected["token_ids"]
+    for vision, num_compiled in (([], 3), (["--engine", "torch"], 3), (["--engine", "torch", "--vision-compile"], 4)):
+        compiled.clear()
+        assert main([*arguments, *language, *vision]) == 0
+        assert json.loads(capsys.readouterr().out)["token_ids"] == expected["token_ids"]
+        assert len(compiled) == num_compiled
 
 
 @pytest.fixture
