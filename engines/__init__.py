@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from hivtp.engines.base import Device
     from hivtp.engines.bundle import Bundle
 
 __all__ = ["Engine", "EngineName", "EngineSettings", "create_engine", "open_vision_engine"]
 
 EngineName = Literal["auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "torch", "torch-cuda"]
+
+_TORCH_DEVICES: dict[str, Device] = {"torch": "cpu", "torch-cuda": "cuda"}
 
 
 def create_engine(name: str, file: Path, settings: EngineSettings | None = None) -> Engine:
@@ -39,10 +42,10 @@ def create_engine(name: str, file: Path, settings: EngineSettings | None = None)
         from hivtp.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
 
         return OnnxRuntimeCudaEngine(file, settings)
-    if name in ("torch", "torch-cuda"):
+    if name in _TORCH_DEVICES:
         from hivtp.engines.torch.session import TorchEngine
 
-        return TorchEngine(file, settings or EngineSettings(), "cpu" if name == "torch" else "cuda")
+        return TorchEngine(file, settings or EngineSettings(), _TORCH_DEVICES[name])
     raise EngineError(f"no engine is named {name!r}; there are onnxruntime, onnxruntime-cuda, torch and torch-cuda")
 
 
@@ -63,7 +66,7 @@ def open_vision_engine(bundle: Bundle, name: str = "auto", settings: EngineSetti
     if name not in get_args(EngineName):
         raise EngineError(f"no engine is named {name!r}; there are {', '.join(get_args(EngineName))}")
     settings = settings or EngineSettings()
-    if settings.is_compiled and name not in ("torch", "torch-cuda"):
+    if settings.is_compiled and name not in _TORCH_DEVICES:
         raise EngineError(f"the engine {name} compiles nothing: choose torch or torch-cuda, or no vision_compile")
     if name != "auto":
         return _CREATORS[name](bundle, settings)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hivtp.engines.gpu import find_gpu
+from hivtp.engines.inputs import check_inputs
 from hivtp.engines.tensorrt.library import Library, LibraryName, load_library
 from hivtp.engines.tensorrt.plan import PlanRecord, read_plan
 from hivtp.engines.tensorrt.profile import find_profile, most_tiles
@@ -103,17 +104,8 @@ class TensorRtEngine:
 
     def _check(self, inputs: Arrays) -> int:
         """The number of tiles of inputs that fit."""
-        expected = {tensor.name: tensor for tensor in self._tensors if tensor.is_input}
-        if set(inputs) != set(expected):
-            raise EngineError(f"the plan takes {sorted(expected)}, not {sorted(inputs)}")
-        for name, array in inputs.items():
-            tensor = expected[name]
-            if array.dtype != tensor.dtype or array.shape[1:] != tensor.tail:
-                raise EngineError(
-                    f"{name} is {array.dtype} {list(array.shape)}; the plan takes {tensor.dtype} "
-                    f"of shape {['tiles', *tensor.tail]}"
-                )
-        numbers = {len(array) for array in inputs.values()}
+        expected = {tensor.name: (tensor.dtype, tensor.tail) for tensor in self._tensors if tensor.is_input}
+        numbers = check_inputs(inputs, expected, "plan")
         [num_tiles] = numbers if len(numbers) == 1 else [0]
         if find_profile(self._profiles, num_tiles) is None:
             raise EngineError(

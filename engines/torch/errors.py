@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from typing import TYPE_CHECKING
 
-from hivtp_ops.errors import EngineError, OutOfMemoryError
+from hivtp_ops.errors import EngineError, MissingExtraError, OutOfMemoryError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # Every shape is compiled once; by itself torch gives up after 8 of one function.
 MAX_SHAPES = 256
+
+
+def require_packages(*packages: str, extra: str) -> None:
+    """Import what runs in torch needs.
+
+    Raises:
+        MissingExtraError: one is not installed, and which extra brings it.
+    """
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise MissingExtraError(package, extra) from error
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from hivtp.engines.torch.memory import to_tensor
 from hivtp.engines.torch.operators import OPERATORS
 from hivtp_ops.errors import EngineError
 
@@ -48,25 +49,19 @@ def load_graph(file: Path) -> tuple[ir.Model, fx.GraphModule]:
 
 @dataclass(frozen=True)
 class _Linear:
-    """A product with a constant matrix [in, out], the constant row that is added to it, and the value that this gives.
+    """A product with a constant matrix [in, out], and the constant row that is added to it.
 
     Attributes:
-        nodes: what it consists of.
+        nodes: what it consists of, the product first.
     """
 
     matrix: str
     bias: str | None
-    output: str
     nodes: tuple[ir.Node, ...]
 
 
 class Translation:
-    """Adds a call for each node of an ONNX graph, in their order.
-
-    Attributes:
-        values: by ONNX name what computes a value; small numbers stand in the calls themselves.
-        shapes: by ONNX name the lengths in a value that is a shape.
-    """
+    """Adds a call for each node of an ONNX graph, in their order."""
 
     def __init__(self, model: ir.Model) -> None:
         import torch
@@ -75,7 +70,9 @@ class Translation:
         self._onnx = model.graph
         self._root = torch.nn.Module()
         self._calls = fx.Graph()
+        # By ONNX name what computes a value; small numbers stand in the calls themselves.
         self._values: dict[str, Any] = {}
+        # By ONNX name the lengths in a value that is a shape.
         self._shapes: dict[str, list[Length]] = {}
         self._linears = _find_linears(model.graph)
 
@@ -89,7 +86,7 @@ class Translation:
             if any(_name(output) in self._values for output in node.outputs):
                 continue
             if group := self._linears.get(node):
-                self._add_linears(node, group)
+                self._add_linears(group)
                 continue
             translate = OPERATORS.get((node.domain, node.op_type))
             if translate is None:
@@ -115,7 +112,7 @@ class Translation:
         name = _name(node.inputs[index])
         if name not in self._values:
             array = self._array(name)
-            self._values[name] = array.item() if array.ndim == 0 else self._weight(name, array)
+            self._values[name] = array.item() if array.ndim == 0 else self._weight(array)
         return self._values[name]
 
     def lengths(self, node: ir.Node, index: int) -> list[Length]:
@@ -146,20 +143,20 @@ class Translation:
         """A length of a value."""
         return self._calls.call_method("size", (value, axis))
 
-    def _add_linears(self, node: ir.Node, group: Sequence[_Linear]) -> None:
+    def _add_linears(self, group: Sequence[_Linear]) -> None:
         """One product for all that multiply the same value: a GPU has more to do at once, and one launch."""
         from torch.nn.functional import linear
 
         matrices = [self._array(item.matrix) for item in group]
-        matrix = self._weight("+".join(item.matrix for item in group), np.concatenate(matrices, axis=1))
+        matrix = self._weight(np.concatenate(matrices, axis=1))
         bias = None
         if any(item.bias for item in group):
             rows = [
                 np.zeros(part.shape[1], part.dtype) if item.bias is None else self._array(item.bias)
                 for item, part in zip(group, matrices, strict=True)
             ]
-            bias = self._weight("+".join(item.bias or "0" for item in group), np.concatenate(rows))
-        product = self.call(linear, self.input(node, 0), self._calls.call_method("t", (matrix,)), bias)
+            bias = self._weight(np.concatenate(rows))
+        product = self.call(linear, self.input(group[0].nodes[0], 0), self._calls.call_method("t", (matrix,)), bias)
         if len(group) == 1:
             results = [product]
         else:
@@ -175,27 +172,20 @@ class Translation:
         assert tensor is not None, "an initializer has a value"
         return tensor.numpy()
 
-    def _weight(self, name: str, array: np.ndarray[Any, Any]) -> fx.Node:
-        import torch
-
-        # A copy: the file is mapped into memory, and the module is moved to a device.
-        attribute = f"weight_{len(list(self._root.buffers()))}"
-        self._root.register_buffer(attribute, torch.from_numpy(np.array(array)))
-        node = self._calls.get_attr(attribute)
-        node.meta["onnx_name"] = name
-        return node
+    def _weight(self, array: np.ndarray[Any, Any]) -> fx.Node:
+        # What is mapped from the file must not be written to, and is copied by this.
+        name = f"weight_{len(self._root._buffers)}"
+        self._root.register_buffer(name, to_tensor(array))
+        return self._calls.get_attr(name)
 
 
 def _find_linears(graph: ir.Graph) -> dict[ir.Node, list[_Linear]]:
     """The products with constant matrices, grouped by what they multiply, under the first node of each group."""
     groups: dict[str, list[_Linear]] = defaultdict(list)
-    first: dict[str, ir.Node] = {}
     for node in graph:
         if node.op_type != "MatMul" or _rank(graph, node.inputs[1]) != 2:
             continue
         [product] = node.outputs
-        multiplied = _name(node.inputs[0])
-        first.setdefault(multiplied, node)
         bias: str | None = None
         nodes: tuple[ir.Node, ...] = (node,)
         users = [usage.node for usage in product.uses()]
@@ -203,8 +193,8 @@ def _find_linears(graph: ir.Graph) -> dict[ir.Node, list[_Linear]]:
             [other] = [value for value in users[0].inputs if value is not product] or [product]
             if _rank(graph, other) == 1:
                 bias, nodes = _name(other), (node, users[0])
-        groups[multiplied].append(_Linear(_name(node.inputs[1]), bias, _name(nodes[-1].outputs[0]), nodes))
-    return {first[multiplied]: group for multiplied, group in groups.items()}
+        groups[_name(node.inputs[0])].append(_Linear(_name(node.inputs[1]), bias, nodes))
+    return {group[0].nodes[0]: group for group in groups.values()}
 
 
 def _rank(graph: ir.Graph, value: ir.Value | None) -> int | None:

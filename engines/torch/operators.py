@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, Any
 
+from hivtp.engines.torch.memory import torch_dtype
 from hivtp_ops import torch_op
 from hivtp_ops.op import ATTRIBUTES, DOMAIN, NAME
 
@@ -59,7 +60,7 @@ def _cast(graph: Translation, node: ir.Node) -> None:
     import onnx_ir as ir
     import torch
 
-    dtype = torch.from_numpy(ir.DataType(_attribute(node, "to")).numpy().type([0])).dtype
+    dtype = torch_dtype(ir.DataType(_attribute(node, "to")).numpy())
     graph.give(node, graph.call(torch.Tensor.to, graph.input(node, 0), dtype))
 
 

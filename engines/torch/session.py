@@ -5,17 +5,18 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from hivtp.engines.torch.errors import compiled_runs, torch_errors
+from hivtp.engines.inputs import InputType, check_inputs
+from hivtp.engines.torch.errors import compiled_runs, require_packages, torch_errors
+from hivtp.engines.torch.memory import pinned, to_host, upload
 from hivtp.engines.view import View
-from hivtp_ops.errors import EngineError, MissingExtraError
+from hivtp_ops.errors import EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    import numpy as np
     import torch
 
     from hivtp.engines.base import Arrays, Device, EngineSettings
@@ -44,11 +45,7 @@ class TorchEngine:
     max_tiles: int | None = None
 
     def __init__(self, file: Path, settings: EngineSettings, device: Device) -> None:
-        for package in ("torch", "onnx_ir"):
-            try:
-                __import__(package)
-            except ImportError as error:
-                raise MissingExtraError(package, "torch") from error
+        require_packages("torch", "onnx_ir", extra="torch")
         import torch
 
         from hivtp.engines.torch.graph import load_graph
@@ -98,7 +95,7 @@ class TorchEngine:
             if tensor is not None and self._captures:
                 # The next run writes to the same memory.
                 tensor = tensor.clone()
-            on_host = {name: _to_host(output) for name, output in outputs.items()}
+            on_host = {name: to_host(output) for name, output in outputs.items()}
             if self._stream is not None:
                 self._stream.synchronize()
         return tensor, {name: output.numpy() for name, output in on_host.items()}
@@ -106,23 +103,15 @@ class TorchEngine:
     def _compute(self, inputs: Arrays, num_tiles: int) -> Tensors:
         """Enqueue a run, and its outputs on the device."""
         if not self._captures:
-            return self._function(*(_to_device(inputs[name], self._device) for name in self._inputs))
+            return self._function(*(upload(inputs[name], self._device) for name in self._inputs))
         if num_tiles not in self._captured:
-            tensors = [_to_device(inputs[name], self._device) for name in self._inputs]
+            tensors = [upload(inputs[name], self._device) for name in self._inputs]
             self._captured[num_tiles] = _Captured(self._function, tensors, self._stream)
         return self._captured[num_tiles]([inputs[name] for name in self._inputs])
 
     def _check(self, inputs: Arrays) -> int:
         """The number of tiles of inputs that fit."""
-        if set(inputs) != set(self._inputs):
-            raise EngineError(f"the graph takes {sorted(self._inputs)}, not {sorted(inputs)}")
-        for name, (dtype, tail) in self._inputs.items():
-            array = inputs[name]
-            if array.dtype != dtype or array.shape[1:] != tail:
-                raise EngineError(
-                    f"{name} is {array.dtype} {list(array.shape)}; the graph takes {dtype} of shape {['tiles', *tail]}"
-                )
-        numbers = {len(array) for array in inputs.values()}
+        numbers = check_inputs(inputs, self._inputs, "graph")
         if len(numbers) != 1 or 0 in numbers:
             raise EngineError(f"the inputs have {sorted(numbers)} tiles; all must have the same number, 1 or more")
         return numbers.pop()
@@ -155,7 +144,7 @@ class _Captured:
 
     def __call__(self, arrays: list[np.ndarray[Any, Any]]) -> Tensors:
         for buffer, array in zip(self._inputs, arrays, strict=True):
-            buffer.copy_(_pinned(array), non_blocking=True)
+            buffer.copy_(pinned(array), non_blocking=True)
         self._graph.replay()
         return self._outputs
 
@@ -165,36 +154,10 @@ def _name(value: Any) -> str:
     return name
 
 
-def _describe(value: Any) -> tuple[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-    """Name, dtype and shape of an input, the latter without the number of tiles."""
+def _describe(value: Any) -> tuple[str, InputType]:
     return _name(value), (value.dtype.numpy(), tuple(int(length) for length in value.shape[1:]))
 
 
 def _dtype(tensor: torch.Tensor) -> np.dtype[Any]:
     dtype: np.dtype[Any] = tensor.new_empty(0, device="cpu").numpy().dtype
     return dtype
-
-
-def _to_device(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
-    return _pinned(array).to(device, non_blocking=True) if device.type == "cuda" else _tensor(array)
-
-
-def _pinned(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    """A copy in pinned memory, which the GPU reads without the host's waiting."""
-    return _tensor(array).pin_memory()
-
-
-def _tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    import torch
-
-    # torch warns of memory that it must not write to, though it will not.
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
-
-
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host, which holds the values once the stream was waited for."""
-    import torch
-
-    if tensor.device.type == "cpu":
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

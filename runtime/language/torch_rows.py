@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hivtp.engines.torch.memory import torch_dtype, upload
 from hivtp.engines.view import View
 from hivtp.runtime.device_rows import TOKENS, DeviceRows
 
@@ -63,14 +64,4 @@ def _tensor_of(source: Any) -> torch.Tensor:
     if isinstance(source.owner, torch.Tensor):
         return source.owner
     # What TensorRT wrote is owned as bytes.
-    dtype = torch.from_numpy(np.empty(0, source.dtype)).dtype
-    return from_dlpack(source.owner).flatten().view(dtype).reshape(source.shape)
-
-
-def upload(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
-    """A copy of an array on a device, or the array itself on the CPU; the host does not wait."""
-    import torch
-
-    tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-    # Out of pinned memory the GPU reads while the host goes on.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return from_dlpack(source.owner).flatten().view(torch_dtype(source.dtype)).reshape(source.shape)
