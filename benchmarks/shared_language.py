@@ -8,7 +8,6 @@ from hivtp import Pipeline
 from hivtp.engines.bundle import Bundle
 from hivtp.runtime.embedding_cache import EmbeddingCache
 from hivtp.runtime.image_encoder import open_image_encoder
-from hivtp.runtime.language import rows_device
 from hivtp.runtime.vision import DEFAULT_MAX_TILES_PER_RUN, VisionStage
 
 if TYPE_CHECKING:
@@ -28,5 +27,5 @@ def with_language_of(first: Pipeline, folder: Path, settings: EngineSettings, en
     """
     bundle = Bundle.open(folder)
     vision = VisionStage.open(bundle, settings, DEFAULT_MAX_TILES_PER_RUN, engine)
-    images = open_image_encoder(bundle, vision.leaving_rows_on(rows_device(first.language)), EmbeddingCache(0))
+    images = open_image_encoder(bundle, vision.leaving_rows_on(first.language.rows_device), EmbeddingCache(0))
     return Pipeline(bundle, images, first.template, first.tokenizer, first.language)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Unpack
 
 from hivtp.engines import EngineSettings
@@ -22,7 +22,6 @@ from hivtp.runtime.language import (
     LanguageSettings,
     check_backend,
     create_language,
-    rows_device,
 )
 from hivtp.runtime.lookahead import answer_each
 from hivtp.runtime.outcome import memory_errors
@@ -130,7 +129,7 @@ class Pipeline:
         language_settings = LanguageSettings(
             language, settings, checkpoint, language_device, language_dtype, language_compile
         )
-        vision_settings = EngineSettings(num_threads, uses_cuda_graph, vision_compile)
+        vision_settings = replace(settings, is_compiled=vision_compile)
         bundle = Bundle.open(folder, check_hashes=check_hashes)
         check_backend(bundle, language)
         vision = VisionStage.open(bundle, vision_settings, max_tiles_per_run, engine)
@@ -139,7 +138,7 @@ class Pipeline:
             bundle,
             open_image_encoder(
                 bundle,
-                vision.leaving_rows_on(rows_device(decoder)),
+                vision.leaving_rows_on(decoder.rows_device),
                 EmbeddingCache(image_cache_bytes),
                 max_tiles,
             ),

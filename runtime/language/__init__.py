@@ -13,7 +13,6 @@ from hivtp_ops.errors import BundleError, EngineWarning, HivtpError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from hivtp.engines.base import Device
     from hivtp.engines.bundle import Bundle
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     "LanguageSettings",
     "check_backend",
     "create_language",
-    "rows_device",
 ]
 
 
@@ -64,19 +62,6 @@ def create_language(bundle: Bundle, settings: LanguageSettings | None = None) ->
     """
     settings = settings or LanguageSettings()
     return _CREATORS[settings.backend](bundle, settings)
-
-
-def rows_device(language: LanguageBackend) -> Device | None:
-    """The device whose memory a backend takes embeddings from, as DeviceRows; None where it takes arrays alone."""
-    from hivtp.runtime.language.onnxruntime_device import OnnxRuntimeDeviceLanguage
-    from hivtp.runtime.language.transformers import TransformersLanguage
-
-    if isinstance(language, OnnxRuntimeDeviceLanguage):
-        return language.device.device
-    if isinstance(language, TransformersLanguage):
-        # Vision engines take the first GPU; from there rows also go to another.
-        return "cuda" if language.device.type == "cuda" else "cpu"
-    return None
 
 
 def _create_onnxruntime(bundle: Bundle, settings: LanguageSettings) -> LanguageBackend:

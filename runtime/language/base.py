@@ -14,6 +14,7 @@ from hivtp_ops.errors import BundleError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hivtp.engines.base import Device
     from hivtp.runtime.device_rows import Embeddings
     from hivtp_ops.errors import HivtpError
 
@@ -52,8 +53,12 @@ class LanguageBackend(Protocol):
 
     context_length: int
 
+    @property
+    def rows_device(self) -> Device | None:
+        """The device whose memory it takes embeddings from, as DeviceRows; None where it takes arrays alone."""
+
     def embed(self, token_ids: Sequence[int]) -> Embeddings:
-        """Look up token embeddings: [num_tokens, hidden], a float32 array, or DeviceRows of a decoder on a device."""
+        """Look up token embeddings: [num_tokens, hidden], a float32 array, or DeviceRows where it takes them."""
 
     def new_cache(self) -> SequenceCache:
         """An empty cache for `generate` of this backend. One thread at a time uses it."""

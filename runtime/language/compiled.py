@@ -42,6 +42,9 @@ class CompiledDecoder:
         context_length: the most positions of a sequence.
         has_exact_lengths: every picture becomes as many tokens, so the lengths of prompts recur.
 
+    Attributes:
+        table: the embeddings of all tokens, [vocab, hidden], on the model's device and in its dtype.
+
     Raises:
         EngineError: torch cannot compile here.
     """
@@ -50,24 +53,18 @@ class CompiledDecoder:
         import torch
 
         self._model = model
-        self._weight = model.get_input_embeddings().weight
+        self.table: torch.Tensor = model.get_input_embeddings().weight
         self.caches = CachePool(model, context_length + _step(context_length))
         self._num_exact = NUM_EXACT_LENGTHS if has_exact_lengths else 0
         self._exact_lengths: set[int] = set()
         # Gradients are switched off thread by thread.
         self._thread = ThreadPoolExecutor(1, "hivtp-language", torch.set_grad_enabled, (False,))
-        mode = "reduce-overhead" if self._weight.device.type == "cuda" else None
+        mode = "reduce-overhead" if self.table.device.type == "cuda" else None
         with self._errors():
             self._begin, self._extend, self._step_rows = (
                 torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
                 for function in (_begin, _extend, _step_rows)
             )
-
-    @property
-    def table(self) -> torch.Tensor:
-        """The embeddings of all tokens, [vocab, hidden], on the model's device and in its dtype."""
-        weight: torch.Tensor = self._weight
-        return weight
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in the thread of the model, without gradients."""
@@ -113,8 +110,8 @@ class CompiledDecoder:
         with self._errors():
             # Padding comes last, where no position before it sees it, and later ones overwrite it.
             padding = (0, 0, 0, padded_length - len(embeds))
-            padded = torch.nn.functional.pad(gather(embeds, self._weight), padding)[None]
-            num_new = torch.full((1,), len(embeds), device=self._weight.device)
+            padded = torch.nn.functional.pad(gather(embeds, self.table), padding)[None]
+            num_new = torch.full((1,), len(embeds), device=self.table.device)
             # The logits of the run before are copied by now, so its memory is free.
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             logits = (self._begin if is_first else self._extend)(self._model, padded, num_new, cache)
@@ -145,7 +142,7 @@ class CompiledDecoder:
             return to_numpy(self._step_rows(self._model, embeds, positions, is_used, cache))
 
     def _errors(self) -> AbstractContextManager[None]:
-        return compiled_runs(self._weight.device, "language model", "language_compile")
+        return compiled_runs(self.table.device, "language model", "language_compile")
 
 
 def _step(num_new: int) -> int:

@@ -10,7 +10,7 @@ from hivtp.runtime.outcome import attempt
 from hivtp_ops.errors import HivtpError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -97,18 +97,22 @@ def decode_batch(
                 rows.pop()
 
 
-def generate_halves(
-    language: LanguageBackend, requests: Sequence[DecodeRequest], error: HivtpError
+def decode_batch_or_halves(
+    language: LanguageBackend, requests: Sequence[DecodeRequest], open_batch: Callable[[], DecoderBatch]
 ) -> Iterator[dict[int, int | HivtpError]]:
-    """Decode a batch that was too large as two; see LanguageBackend.generate_batch.
+    """Decode sequences together; where there is no memory for all at once, the halves one after the other.
 
     Args:
         language: the backend.
-        requests: at least one.
-        error: what there was no memory for; a request that is alone gets it.
+        requests: at least one; one that is alone gets the error.
+        open_batch: makes a batch with room for all of them.
     """
+    batch = attempt(open_batch)
+    if not isinstance(batch, HivtpError):
+        yield from decode_batch(language, batch, requests)
+        return
     if len(requests) == 1:
-        yield {0: error}
+        yield {0: batch}
         return
     middle = len(requests) // 2
     for start, half in ((0, requests[:middle]), (middle, requests[middle:])):

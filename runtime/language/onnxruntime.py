@@ -8,7 +8,7 @@ import numpy as np
 
 from hivtp.engines.onnxruntime import open_session
 from hivtp.runtime.language.base import ChooseToken, DecodeRequest, SequenceCache, embedding_table
-from hivtp.runtime.language.decoding import DecoderSequence, decode, decode_batch, generate_halves, num_new_tokens
+from hivtp.runtime.language.decoding import DecoderSequence, decode, decode_batch_or_halves, num_new_tokens
 from hivtp.runtime.language.kv_cache import BoundRows, allocate_cache
 from hivtp.runtime.outcome import attempt
 from hivtp_ops.errors import HivtpError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hivtp.engines.base import EngineSettings
+    from hivtp.engines.base import Device, EngineSettings
     from hivtp.engines.bundle import LanguageManifest
     from hivtp.runtime.device_rows import Embeddings
     from hivtp.runtime.language.decoding import DecoderBatch
@@ -50,6 +50,11 @@ class OnnxRuntimeLanguage:
     def embed(self, token_ids: Sequence[int]) -> Embeddings:
         """See LanguageBackend.embed."""
         return self._embeddings[np.asarray(token_ids, dtype=np.int64)].astype(np.float32, copy=False)
+
+    @property
+    def rows_device(self) -> Device | None:
+        """See LanguageBackend.rows_device."""
+        return None
 
     def is_end(self, token_id: int) -> bool:
         """See LanguageBackend.is_end."""
@@ -82,11 +87,7 @@ class OnnxRuntimeLanguage:
         if not requests:
             return
         capacity = max(len(request.inputs_embeds) + num_new_tokens(self, request) for request in requests)
-        batch = attempt(self._new_batch, len(requests), capacity)
-        if isinstance(batch, HivtpError):
-            yield from generate_halves(self, requests, batch)
-            return
-        yield from decode_batch(self, batch, requests)
+        yield from decode_batch_or_halves(self, requests, lambda: self._new_batch(len(requests), capacity))
 
     def _new_sequence(self, capacity: int) -> GrowingSequence:
         return _Sequence(self._session, self.manifest, capacity)

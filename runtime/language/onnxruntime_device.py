@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hivtp.engines.base import EngineSettings
+    from hivtp.engines.base import Device, EngineSettings
     from hivtp.engines.bundle import LanguageManifest
     from hivtp.engines.view import View
     from hivtp.runtime.device_rows import Embeddings
@@ -59,6 +59,11 @@ class OnnxRuntimeDeviceLanguage(OnnxRuntimeLanguage):
     def device(self) -> DeviceContext:
         """Where it runs."""
         return self._decoder.device
+
+    @property
+    def rows_device(self) -> Device:
+        """See LanguageBackend.rows_device."""
+        return self.device.device
 
     def embed(self, token_ids: Sequence[int]) -> DeviceRows:
         """See LanguageBackend.embed."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hivtp.engines.torch.memory import upload
 from hivtp.runtime.language.static_cache import StaticSequence, capacity_of
-from hivtp.runtime.language.torch_rows import gather, upload
+from hivtp.runtime.language.torch_rows import gather
 from hivtp.runtime.outcome import attempt
 from hivtp_ops.errors import HivtpError
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class StaticBatch:
-    """Sequences that are decoded together; a DecoderBatch. `close` gives its cache back.
+    """Sequences that are decoded together; a DecoderBatch, which gives its cache back when nothing refers to it.
 
     They stand in the rows of one cache with their last positions in one column, so the shorter ones are padded on the
     left. The number of rows is a power of two, so that batches of other sizes run what was compiled already; a row
@@ -46,11 +48,8 @@ class StaticBatch:
         self._free = list(reversed(range(num_rows)))
         self._longest = longest
         self._cache = decoder.call(decoder.caches.take, longest + num_new, num_rows)
+        weakref.finalize(self, decoder.caches.give_back, self._cache)
         decoder.call(self._begin, num_rows)
-
-    def close(self) -> None:
-        """Keep the cache for the next batch; this one is over."""
-        self._decoder.caches.give_back(self._cache)
 
     def append(self, slot: int, embeds: Embeddings) -> NDArray[np.float32]:
         """See DecoderBatch.append."""

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hivtp.engines.torch.errors import torch_errors
+from hivtp.engines.torch.errors import require_packages, torch_errors
 from hivtp.engines.weights import CheckpointWeights, locate_weights
 from hivtp.runtime.device_rows import DeviceRows
 from hivtp.runtime.language.compiled import CompiledDecoder
-from hivtp.runtime.language.decoding import decode, decode_batch, generate_halves, num_new_tokens
+from hivtp.runtime.language.decoding import decode, decode_batch, decode_batch_or_halves, num_new_tokens
 from hivtp.runtime.language.dynamic_cache import CachedBatch, CachedSequence, Decoder
 from hivtp.runtime.language.static_batch import StaticBatch
 from hivtp.runtime.language.static_cache import StaticSequence
-from hivtp.runtime.outcome import attempt
-from hivtp_ops.errors import CheckpointError, HivtpError, MissingExtraError, SettingsError
+from hivtp_ops.errors import CheckpointError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import torch
-
+    from hivtp.engines.base import Device
     from hivtp.engines.bundle import Manifest
     from hivtp.runtime.device_rows import Embeddings
     from hivtp.runtime.language.base import ChooseToken, DecodeRequest, SequenceCache
     from hivtp.runtime.language.settings import LanguageSettings
+    from hivtp_ops.errors import HivtpError
 
 
 class TransformersLanguage:
@@ -52,11 +50,7 @@ class TransformersLanguage:
     def __init__(self, manifest: Manifest, settings: LanguageSettings) -> None:
         assert manifest.language is not None, "check_backend refuses an encoder bundle"
         assert settings.checkpoint is not None, "LanguageSettings asks for it"
-        for package in ("torch", "transformers", "safetensors"):
-            try:
-                importlib.import_module(package)
-            except ImportError as error:
-                raise MissingExtraError(package, "transformers") from error
+        require_packages("torch", "transformers", "safetensors", extra="transformers")
         self.manifest = manifest.language
         self.context_length = manifest.language.context_length
         weights = _open_source(Path(settings.checkpoint), manifest)
@@ -67,9 +61,9 @@ class TransformersLanguage:
             self._compiled = CompiledDecoder(model, self.context_length, _has_exact_counts(manifest))
 
     @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        return self._decoder.device
+    def rows_device(self) -> Device:
+        """See LanguageBackend.rows_device. Vision engines take the first GPU; from there rows also go to another."""
+        return "cuda" if self._decoder.device.type == "cuda" else "cpu"
 
     def embed(self, token_ids: Sequence[int]) -> DeviceRows:
         """See LanguageBackend.embed."""
@@ -104,19 +98,15 @@ class TransformersLanguage:
         Compiled, all sequences have their place in one cache from the start; where there is no memory for it, the
         halves are decoded one after the other.
         """
-        if self._compiled is None or not requests:
+        compiled = self._compiled
+        if compiled is None or not requests:
             yield from decode_batch(self, CachedBatch(self._decoder), requests)
             return
         longest = max(len(request.inputs_embeds) for request in requests)
         num_new = max(num_new_tokens(self, request) for request in requests)
-        batch = attempt(StaticBatch, self._compiled, len(requests), longest, num_new)
-        if isinstance(batch, HivtpError):
-            yield from generate_halves(self, requests, batch)
-            return
-        try:
-            yield from decode_batch(self, batch, requests)
-        finally:
-            batch.close()
+        yield from decode_batch_or_halves(
+            self, requests, lambda: StaticBatch(compiled, len(requests), longest, num_new)
+        )
 
 
 def _has_exact_counts(manifest: Manifest) -> bool:

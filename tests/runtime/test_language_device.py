@@ -21,7 +21,7 @@ from hivtp.runtime.cli import main
 from hivtp.runtime.device_rows import DeviceRows, concatenate
 from hivtp.runtime.embedding_cache import EmbeddingCache
 from hivtp.runtime.image_encoder import open_image_encoder
-from hivtp.runtime.language import LanguageSettings, create_language, rows_device
+from hivtp.runtime.language import LanguageSettings, create_language
 from hivtp.runtime.language import onnxruntime_device as backend
 from hivtp.runtime.language.base import DecodeRequest
 from hivtp.runtime.language.onnxruntime import OnnxRuntimeLanguage
@@ -199,7 +199,7 @@ def bound_pipeline(bundle: Bundle, device: DeviceContext, *, is_bound: bool = Tr
     loaded = Pipeline.load(bundle.folder, num_threads=1, language_device="cpu")
     language = open_language(bundle, device)
     engine = OnnxRuntimeCudaEngine(bundle.vision_file, SETTINGS, device=device.device)
-    stage = VisionStage(engine, bundle.manifest.vision, 2, rows_device(language) if is_bound else None)
+    stage = VisionStage(engine, bundle.manifest.vision, 2, language.rows_device if is_bound else None)
     images = open_image_encoder(bundle, stage, EmbeddingCache())
     return Pipeline(bundle, images, loaded.template, loaded.tokenizer, language)
 
@@ -265,7 +265,7 @@ def test_a_float16_decoder_is_taken_to_the_cpu_where_there_is_no_cuda(bundle, mo
             warnings.simplefilter("error")
             opened = create_language(bundle, LanguageSettings(device=device))
         assert isinstance(opened, OnnxRuntimeDeviceLanguage)
-        assert rows_device(opened) == "cpu"
+        assert opened.rows_device == "cpu"
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
@@ -276,7 +276,7 @@ def test_cuda_that_does_not_start_is_named_and_the_cpu_answers(bundle, monkeypat
     monkeypatch.setattr(onnxruntime_cuda, "check_cuda_package", lambda: None)
     with pytest.warns(EngineWarning, match=r"cannot run on a GPU, taking the CPU: .*could not start CUDA"):
         opened = create_language(bundle)
-    assert rows_device(opened) == "cpu"
+    assert opened.rows_device == "cpu"
     with pytest.raises(EngineError, match="could not start CUDA"):
         create_language(bundle, LanguageSettings(device="cuda"))
 
@@ -292,7 +292,7 @@ def test_a_float32_decoder_runs_on_the_cpu_and_is_refused_on_a_gpu(pruned_bundle
     monkeypatch.setattr(onnxruntime_cuda, "has_cuda_provider", lambda: True)
     opened = create_language(bundle)
     assert type(opened) is OnnxRuntimeLanguage
-    assert rows_device(opened) is None
+    assert opened.rows_device is None
     with pytest.raises(EngineError, match=r"is fp32, made for the CPU.*--language-precision fp16 or int4-fp16"):
         create_language(bundle, LanguageSettings(device="cuda"))
 
@@ -404,5 +404,5 @@ def test_from_image_to_tokens_the_embeddings_never_leave_the_gpu(bundle, gpu, ph
 @pytest.mark.gpu
 def test_auto_takes_the_gpu(bundle, photo):
     pipeline = Pipeline.load(bundle.folder)
-    assert rows_device(pipeline.language) == "cuda"
+    assert pipeline.language.rows_device == "cuda"
     assert len(pipeline.generate("what", [photo], max_new_tokens=4).token_ids) == 4

@@ -19,7 +19,6 @@ from hivtp.runtime.device_rows import DeviceRows
 from hivtp.runtime.embedding_cache import EmbeddingCache
 from hivtp.runtime.image_encoder import open_image_encoder
 from hivtp.runtime.images import load_image
-from hivtp.runtime.language import rows_device
 from hivtp.runtime.tiling import Tiler
 from hivtp.runtime.vision import VisionStage
 from hivtp_ops import PruningSpec, select
@@ -226,7 +225,7 @@ def test_tiles_that_stay_on_the_device_give_the_tokens_of_those_that_come_to_the
     by_host = Pipeline.load(bundle.folder, num_threads=1, language_device="cpu")
     engine = OnnxRuntimeCudaEngine(bundle.vision_file, EngineSettings(num_threads=1), device="cpu")
     # Two tiles in a run, so that a picture comes from several.
-    stage = VisionStage(engine, bundle.manifest.vision, 2, rows_device(by_host.language))
+    stage = VisionStage(engine, bundle.manifest.vision, 2, by_host.language.rows_device)
     images = open_image_encoder(bundle, stage, EmbeddingCache())
     on_device = Pipeline(bundle, images, by_host.template, by_host.tokenizer, by_host.language)
     for size in SIZES[:2]:
