@@ -24,6 +24,7 @@ from benchmarks.record import Row, measured, table
 from benchmarks.stages import text
 from benchmarks.ttft import HUGGING_FACE
 from benchmarks.workspace import Workspace, add_run_options, engines
+from hivtp.engines.files import write_whole
 from hivtp.export.exporter import ExportSettings
 from hivtp_ops import PRESETS
 from hivtp_ops.torch_kernel import load_kernel
@@ -274,9 +275,7 @@ def write_part(output: Path, name: str, found: Mapping[str, Any]) -> None:
     written = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"parts": {}}
     written["parts"][name] = found
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_suffix(".partial")
-    unfinished.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(output)
+    write_whole(output, (json.dumps(written, indent=1) + "\n").encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
