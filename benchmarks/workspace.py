@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Mapping
 
+    from hivtp.export.decoder import DecoderKind
     from hivtp.export.exporter import ExportSettings
 
 GpuEngine = Literal["torch-cuda", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
@@ -89,13 +90,13 @@ class Workspace:
     def bundles(self, settings: Mapping[str, ExportSettings]) -> dict[str, Path]:
         """The bundles of these names; those whose language model is rounded alike share one decoder."""
         folders: dict[str, Path] = {}
-        decoders: dict[object, Path] = {}
+        decoders: dict[DecoderKind, Path] = {}
         for name, wanted in settings.items():
-            rounding = (wanted.decoder_precision, wanted.resolved_block_size)
-            source = decoders.get(rounding)
+            kind = wanted.decoder
+            source = None if kind is None else decoders.get(kind)
             folders[name] = self.bundle(name, replace(wanted, decoder_from=source))
-            if wanted.decoder_precision is not None:
-                decoders.setdefault(rounding, folders[name])
+            if kind is not None:
+                decoders.setdefault(kind, folders[name])
         return folders
 
 

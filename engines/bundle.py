@@ -13,7 +13,7 @@ from hivtp.engines.record import read_record
 from hivtp_ops.errors import BundleError
 from hivtp_ops.spec import PruningSpec
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 PROCESSOR_FOLDER = "processor"
 
@@ -77,8 +77,10 @@ class DecoderManifest:
     Attributes:
         file: the decoder, `inputs_embeds` and a KV cache in, logits of the last position out.
         embeddings: the token embedding table, [vocab, hidden] in a .npy file.
-        precision: fp32, int8, int4, fp16 or int4-fp16.
-        block_size: weights that share a scale; None where they are not rounded.
+        precision: fp32, int8, int4, w8a8, fp16 or int4-fp16.
+        block_size: weights that share a scale; None where they are not rounded in blocks.
+        prefill_file: a second decoder with the same inputs and outputs, for prompts; None where `file` runs them.
+        prefill_precision: of that: w8a8; likewise.
         dtype: what the decoder takes and gives and its KV cache holds, float32 or float16.
         embed_file: token ids to rows of the table, as a graph; None where the decoder is not made for a GPU.
         insert_file: rows put into such rows, as a graph; likewise.
@@ -88,6 +90,8 @@ class DecoderManifest:
     embeddings: str
     precision: str
     block_size: int | None
+    prefill_file: str | None
+    prefill_precision: str | None
     dtype: str
     embed_file: str | None
     insert_file: str | None

@@ -6,11 +6,10 @@ import argparse
 import json
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from hivtp.export.decoder import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, NUM_BITS
+from hivtp.export.decoder import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, PrefillPrecision
 from hivtp.export.exporter import ExportSettings, NewlineRule, export_bundle
 from hivtp.export.graph import VisionPrecision
 from hivtp.export.language import LanguagePrecision
@@ -18,14 +17,14 @@ from hivtp.export.layer_choice import choose_layers
 from hivtp.export.layer_ranking import ChoiceSettings, Criterion
 from hivtp.export.plan import Builder, export_plan
 from hivtp.export.plan_cli import add_plan_options, make_engine_parser, plan_settings_from, plan_summary
+from hivtp.export.summary import summary
 from hivtp.export.vision import GraphKind
 from hivtp_ops.errors import EngineError, HivtpError, SpecError
-from hivtp_ops.spec import PAPER_LAYERS, PRESETS, PruningSpec
+from hivtp_ops.spec import PRESETS, PruningSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hivtp.engines.bundle import Bundle, Manifest
     from hivtp.export.plan import PlanSettings
 
 DESCRIPTION = """\
@@ -124,7 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--language-precision",
         choices=get_args(LanguagePrecision),
         default=defaults.language_precision,
-        help="what the decoder computes in: fp32, int8 and int4 are for a CPU, fp16 and int4-fp16 for a GPU; "
+        help="what the decoder computes in: fp32, int8, int4 and w8a8 are for a CPU, fp16 and int4-fp16 for a GPU; "
         "none leaves it out, for hivtp-run --language transformers (default: %(default)s)",
     )
     precision.add_argument(
@@ -133,6 +132,12 @@ def make_parser() -> argparse.ArgumentParser:
         choices=BLOCK_SIZES,
         help="weights of an int8 or int4 decoder that share a scale; 128 answers sooner than the default, and rounds "
         f"more coarsely, by as much as the summary says (default: {DEFAULT_BLOCK_SIZE})",
+    )
+    precision.add_argument(
+        "--prefill-precision",
+        choices=get_args(PrefillPrecision),
+        help="write a second decoder, which runs the prompts: w8a8 halves the time of an int8 or int4 prefill on a "
+        "CPU and rounds less than int4 does, for one byte more per weight (default: one decoder runs all)",
     )
     precision.add_argument(
         "--decoder-from",
@@ -204,6 +209,7 @@ def settings_from(options: argparse.Namespace) -> ExportSettings:
         vision_precision=options.vision_precision,
         language_precision=options.language_precision,
         block_size=options.block_size,
+        prefill_precision=options.prefill_precision,
         newline=options.newline,
         keep_total=options.keep_total,
         graph=options.graph,
@@ -235,63 +241,6 @@ def choice_from(options: argparse.Namespace) -> ChoiceSettings | None:
     if options.criterion == "features" and len(given) > 1:
         raise SpecError("features are judged without questions; leave --question and --max-answer-tokens out")
     return ChoiceSettings(**given)
-
-
-def summary(bundle: Bundle, checkpoint: Path) -> str:
-    """What was written from a checkpoint, how large it is, how close to PyTorch, and how to run it."""
-    manifest = bundle.manifest
-    vision, language = manifest.vision, manifest.language
-    lines = [f"wrote {bundle.folder}"]
-
-    def describe(part: str, folder: str, precision: str, checks: Sequence[str]) -> None:
-        size = sum(record.num_bytes for path, record in manifest.files.items() if path.startswith(folder))
-        lines.append(f"  {part:<9} {precision:<9} {size / 1e6:9.1f} MB   {', '.join(checks)}")
-
-    found = manifest.verification["vision"]
-    checks = [f"relative error {found['relative_error']:.1e} (allowed {found['tolerance']['relative_error']:.0e})"]
-    if found["importance_error"] is not None:
-        checks.append(f"importance error {found['importance_error']:.1e}")
-    if found["kept_jaccard"] is not None:
-        checks.append(f"kept-token agreement {found['kept_jaccard']:.1%}")
-    describe("vision", "vision/", vision.precision, checks)
-    decoder = None if language is None else language.decoder
-    if decoder is not None:
-        found = manifest.verification["language"]
-        checks = [f"relative error {found['relative_error']:.1e} (allowed {found['tolerance']['relative_error']:.0e})"]
-        if decoder.precision in NUM_BITS:
-            checks.append(f"quantisation error {found['quantization_error']:.1e}")
-        checks.append(f"same greedy token {found['argmax_agreement']:.0%}")
-        describe("language", "language/", decoder.precision, checks)
-    elif language is not None:
-        lines.append("  language  none      no decoder: transformers answers, from the checkpoint")
-    lines.append(f"  tokens    {_tokens(manifest)}")
-    if manifest.pruning is not None and _has_scaled_layers(manifest.pruning, vision.num_layers):
-        lines.append(
-            f"  layers    those are the paper's for a tower of {PAPER_LAYERS} layers, scaled to one of "
-            f"{vision.num_layers}; others may see better: rank them with --choose-layers (docs/choosing-layers.md)"
-        )
-    if language is not None:
-        backend = f"--language transformers --checkpoint {checkpoint} " if decoder is None else ""
-        lines.append(f"\nask it: hivtp-run {bundle.folder} {backend}--image PHOTO 'What is in the picture?'")
-    return "\n".join(lines)
-
-
-def _has_scaled_layers(spec: PruningSpec, num_layers: int) -> bool:
-    return num_layers != PAPER_LAYERS and spec == replace(spec, first_layer=None, num_layers=None).resolve(num_layers)
-
-
-def _tokens(manifest: Manifest) -> str:
-    vision, spec, tiling = manifest.vision, manifest.pruning, manifest.tiling
-    unit = "image" if tiling is None else "tile"
-    if spec is None:
-        return f"{vision.num_image_tokens} per {unit}, not pruned"
-    assert spec.first_layer is not None, "a manifest holds resolved specs"
-    assert spec.num_layers is not None, "a manifest holds resolved specs"
-    layers = f"scored by layers {spec.first_layer} to {spec.first_layer + spec.num_layers - 1}"
-    if tiling is not None and tiling.keep_total is not None:
-        return f"{tiling.keep_total} per image over all its tiles of {vision.num_image_tokens}, {layers}"
-    bound = "" if spec.keep else "up to "
-    return f"{bound}{vision.num_prefix_tokens + vision.capacity} of {vision.num_image_tokens} per {unit}, {layers}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,10 +7,12 @@ import io
 import logging
 import tempfile
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from hivtp.export.dynamic_int8 import quantize_products
 from hivtp.export.graph import save_model
 from hivtp.export.last_position import cut_to_last_position
 from hivtp.export.weight_only import WeightOnlySettings, quantize_weights
@@ -24,14 +26,18 @@ if TYPE_CHECKING:
 
     from hivtp.export.checkpoint import Checkpoint
 
-DecoderPrecision = Literal["fp32", "int8", "int4", "fp16", "int4-fp16"]
+DecoderPrecision = Literal["fp32", "int8", "int4", "w8a8", "fp16", "int4-fp16"]
+# What a second decoder for prompts may compute in.
+PrefillPrecision = Literal["w8a8"]
 NUM_BITS = {"int8": 8, "int4": 4, "int4-fp16": 4}
+ROUNDED_PRECISIONS = {*NUM_BITS, "w8a8"}
 # Made for a GPU: ONNX Runtime's attention there computes in half precision only.
 HALF_PRECISIONS = ("fp16", "int4-fp16")
 # Weights that share a scale. Larger blocks round more coarsely, and leave the kernels less to do besides multiplying.
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 DEFAULT_BLOCK_SIZE = 32
 DECODER_NAME = "decoder.onnx"
+PREFILL_NAME = "prefill.onnx"
 EMBEDDINGS_NAME = "embeddings.npy"
 # The KV cache holds the whole context, in which a chat can go back, even where attention sees a window of it.
 BUILDER_OPTIONS: Mapping[str, Any] = {
@@ -42,6 +48,21 @@ BUILDER_OPTIONS: Mapping[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class DecoderKind:
+    """Which decoder a bundle holds.
+
+    Attributes:
+        precision: see write_decoder.
+        block_size: likewise; None where weights are not rounded in blocks.
+        prefill_precision: of a second decoder, which runs the prompts; None where one decoder runs all.
+    """
+
+    precision: DecoderPrecision
+    block_size: int | None = None
+    prefill_precision: PrefillPrecision | None = None
+
+
 def write_decoder(
     checkpoint: Checkpoint,
     folder: Path,
@@ -49,19 +70,21 @@ def write_decoder(
     on_weight: Callable[[int, int], None] = lambda _done, _total: None,
     *,
     block_size: int | None = None,
+    name: str = DECODER_NAME,
 ) -> Path:
-    """Write `decoder.onnx` and its weights: embeddings and KV cache in, logits of the last position out.
+    """Write a decoder and its weights: embeddings and KV cache in, logits of the last position out.
 
     The builder gets the checkpoint's memory-mapped weights, so no copy of the language model is made.
 
     Args:
         checkpoint: an open checkpoint; only its language weights are read.
         folder: where to write; made if absent.
-        precision: for a CPU "fp32", or "int8" or "int4": weights of 8 or 4 bits in blocks (activations become
-            int8 in the kernels), all else in float32. For a GPU "fp16", or "int4-fp16": weights of 4 bits, all else
-            in float16: inputs, outputs, KV cache.
+        precision: for a CPU "fp32"; or "int8" or "int4": weights of 8 or 4 bits in blocks (activations become
+            int8 in the kernels), all else in float32; or "w8a8": see quantize_products. For a GPU "fp16", or
+            "int4-fp16": weights of 4 bits, all else in float16: inputs, outputs, KV cache.
         on_weight: called with (weights done, all weights).
         block_size: weights in a block, one of BLOCK_SIZES; None for DEFAULT_BLOCK_SIZE.
+        name: of the file; the weights lie beside it.
 
     Raises:
         MissingExtraError: onnxruntime-genai is not installed.
@@ -87,16 +110,20 @@ def write_decoder(
         ) from error
     cut_to_last_position(decoder.model)
     decoder.model.graph.sort()
-    if precision not in NUM_BITS:
-        save_model(decoder.model, folder / DECODER_NAME, on_weight)
+    file = folder / name
+    if precision not in ROUNDED_PRECISIONS:
+        save_model(decoder.model, file, on_weight)
+        return file
+    if precision == "w8a8":
+        quantize_products(decoder.model, on_weight)
     else:
+        settings = WeightOnlySettings(
+            NUM_BITS[precision], block_size or DEFAULT_BLOCK_SIZE, accuracy_level=0 if is_half else 4
+        )
         with _silenced():
-            settings = WeightOnlySettings(
-                NUM_BITS[precision], block_size or DEFAULT_BLOCK_SIZE, accuracy_level=0 if is_half else 4
-            )
             quantize_weights(decoder.model, settings, on_weight)
-        save_model(decoder.model, folder / DECODER_NAME)
-    return folder / DECODER_NAME
+    save_model(decoder.model, file)
+    return file
 
 
 def decoder_dtype(precision: str) -> Literal["float32", "float16"]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hivtp.export.dynamic_int8 import PRODUCT
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -22,7 +24,7 @@ _BLOCKS = {"attn": "self_attn", "mlp": "mlp"}
 
 
 class DecoderWeights:
-    """Reads weights as a decoder of the model builder holds them: blockwise quantised ones are dequantised.
+    """Reads weights as a decoder of the model builder holds them: quantised ones are dequantised.
 
     Args:
         checkpoint: gives the weights that the decoder does not quantise.
@@ -36,7 +38,7 @@ class DecoderWeights:
         # By the weight's name: the node that holds it, and which of the node's rows.
         self._places: dict[str, tuple[ir.Node, slice]] = {}
         for node in ir.load(file).graph:
-            if node.op_type == "MatMulNBits":
+            if node.op_type in ("MatMulNBits", PRODUCT):
                 self._register(node)
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -66,7 +68,15 @@ class DecoderWeights:
 
 
 def dequantize(node: Any, rows: slice = slice(None)) -> NDArray[np.float32]:
-    """Rows of the weight [out, in] float32 of a com.microsoft MatMulNBits node with symmetric blocks of 4 or 8 bits."""
+    """Rows of the weight [out, in] float32 of a com.microsoft node.
+
+    Args:
+        node: a MatMulNBits with symmetric blocks of 4 or 8 bits, or what quantize_products leaves.
+        rows: which.
+    """
+    if node.op_type == PRODUCT:
+        matrix, channel_scales = (node.inputs[index].const_value.numpy() for index in (1, 3))
+        return np.ascontiguousarray((matrix[:, rows] * channel_scales[rows]).T)
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     packed, scales = (node.inputs[index].const_value.numpy() for index in (1, 2))
     num_out, num_in, bits = attributes["N"], attributes["K"], attributes["bits"]

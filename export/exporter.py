@@ -21,9 +21,16 @@ from hivtp.engines.bundle import (
 )
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.clip import VisionShape
-from hivtp.export.decoder import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, NUM_BITS, DecoderPrecision
+from hivtp.export.decoder import (
+    BLOCK_SIZES,
+    DEFAULT_BLOCK_SIZE,
+    HALF_PRECISIONS,
+    NUM_BITS,
+    DecoderKind,
+    PrefillPrecision,
+)
 from hivtp.export.graph import VisionPrecision, save_model
-from hivtp.export.language import LanguagePrecision, export_decoder, language_manifest
+from hivtp.export.language import LanguagePrecision, export_decoder, language_manifest, num_decoder_steps
 from hivtp.export.processor import Processor
 from hivtp.export.progress import Progress
 from hivtp.export.reuse import open_source
@@ -53,9 +60,11 @@ class ExportSettings:
         num_layers: number of scoring layers; None leaves it to the spec.
         is_pruned: False exports the unpruned model.
         vision_precision: fp32, fp16 or int8.
-        language_precision: of the decoder: fp32, int8 or int4 for a CPU; fp16 or int4-fp16 for a GPU; "none" leaves
-            it out, for those who run the language model of the checkpoint in transformers.
+        language_precision: of the decoder: fp32, int8, int4 or w8a8 for a CPU; fp16 or int4-fp16 for a GPU; "none"
+            leaves it out, for those who run the language model of the checkpoint in transformers.
         block_size: weights of a decoder of int8 or int4 that share a scale; None for DEFAULT_BLOCK_SIZE.
+        prefill_precision: of a second decoder, which runs the prompts: w8a8 multiplies sooner than int8 or int4 do,
+            and takes a byte more for each weight; None lets one decoder run all.
         newline: which picture rows of LLaVA-NeXT end with a newline token.
         keep_total: one budget over all tiles of a LLaVA-NeXT picture; None keeps per tile what the spec says.
         graph: "vision" for a bundle that answers; "encoder" for the graph that emits the features and the
@@ -72,6 +81,7 @@ class ExportSettings:
     vision_precision: VisionPrecision = "fp32"
     language_precision: LanguagePrecision = "fp32"
     block_size: int | None = None
+    prefill_precision: PrefillPrecision | None = None
     newline: NewlineRule = "kept-rows"
     keep_total: int | None = None
     graph: GraphKind = "vision"
@@ -82,12 +92,13 @@ class ExportSettings:
         choices = {
             "vision_precision": get_args(VisionPrecision),
             "language_precision": get_args(LanguagePrecision),
+            "prefill_precision": (*get_args(PrefillPrecision), None),
             "newline": get_args(NewlineRule),
             "graph": get_args(GraphKind),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise SpecError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+                raise SpecError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, allowed))}")
         self._check_decoder()
         if not self.is_pruned and (self.first_layer, self.num_layers) != (None, None):
             raise SpecError("first_layer and num_layers say what scores the patches, and without pruning nothing does")
@@ -97,28 +108,37 @@ class ExportSettings:
             raise SpecError("an encoder bundle has no decoder to take over; drop decoder_from")
 
     @property
-    def decoder_precision(self) -> DecoderPrecision | None:
-        """Precision of the bundle's decoder; None where it holds none."""
-        return None if self.graph == "encoder" or self.language_precision == "none" else self.language_precision
-
-    @property
-    def resolved_block_size(self) -> int | None:
-        """Weights of the decoder that share a scale; None where they are not rounded."""
-        return (self.block_size or DEFAULT_BLOCK_SIZE) if self.language_precision in NUM_BITS else None
+    def decoder(self) -> DecoderKind | None:
+        """Which decoder the bundle holds; None where it holds none."""
+        if self.graph == "encoder" or self.language_precision == "none":
+            return None
+        block_size = (self.block_size or DEFAULT_BLOCK_SIZE) if self.language_precision in NUM_BITS else None
+        return DecoderKind(self.language_precision, block_size, self.prefill_precision)
 
     def _check_decoder(self) -> None:
-        for name in ("block_size", "decoder_from") if self.language_precision == "none" else ():
+        for name in ("block_size", "prefill_precision", "decoder_from") if self.language_precision == "none" else ():
             if getattr(self, name) is not None:
                 raise SpecError(f"{name} is for a decoder, and language_precision none has none; drop one of the two")
+        if self.prefill_precision is not None:
+            self._check_prefill(self.prefill_precision)
         if self.block_size is None:
             return
         if self.language_precision not in NUM_BITS:
             raise SpecError(
-                f"block_size is for rounded weights, and {self.language_precision} has none; "
+                f"block_size is for weights rounded in blocks, and {self.language_precision} has none; "
                 f"drop it, or choose a language_precision of {' or '.join(NUM_BITS)}"
             )
         if self.block_size not in BLOCK_SIZES:
             raise SpecError(f"block_size is {self.block_size}; choose one of {', '.join(map(str, BLOCK_SIZES))}")
+
+    def _check_prefill(self, precision: PrefillPrecision) -> None:
+        if self.language_precision == precision:
+            raise SpecError(f"language_precision {precision} runs prompts in {precision} already; drop one of the two")
+        if self.language_precision in HALF_PRECISIONS:
+            raise SpecError(
+                f"prefill_precision is for a CPU, and language_precision {self.language_precision} for a GPU; "
+                "drop one of the two"
+            )
 
     def resolved_spec(self, shape: VisionShape) -> PruningSpec | None:
         """The spec for a vision tower: preset fitted to its grid, layers to its depth; None without pruning.
@@ -192,9 +212,9 @@ def export_bundle(
     """
     destination = Path(destination)
     check_destination(destination, settings.overwrite)
-    precision = settings.decoder_precision
-    num_decoder_steps = 0 if precision is None else 3 if settings.decoder_from is None else 1
-    progress = Progress(num_steps=4 + num_decoder_steps, is_quiet=is_quiet)
+    kind = settings.decoder
+    num_steps = 4 + num_decoder_steps(kind, is_taken_over=settings.decoder_from is not None)
+    progress = Progress(num_steps, is_quiet=is_quiet)
     with progress.step(f"Checkpoint {checkpoint_folder}"):
         checkpoint = Checkpoint.open(checkpoint_folder)
         shape = VisionShape.of(checkpoint.config)
@@ -202,8 +222,8 @@ def export_bundle(
         spec = settings.resolved_spec(shape)
         processor = None if settings.graph == "encoder" else Processor.open(checkpoint)
         source = None
-        if precision is not None and settings.decoder_from is not None:
-            source = open_source(settings.decoder_from, checkpoint, precision, settings.resolved_block_size)
+        if kind is not None and settings.decoder_from is not None:
+            source = open_source(settings.decoder_from, checkpoint, kind)
     with staged(destination) as folder:
         verification: dict[str, Any] = {}
         with progress.step(f"Vision graph, {settings.vision_precision}"):
@@ -214,10 +234,9 @@ def export_bundle(
                 checkpoint, spec, folder / VISION_FILE, settings.vision_precision, settings.graph
             )
         decoder = None
-        if precision is not None:
-            decoder, verification["language"] = export_decoder(
-                checkpoint, folder, precision, settings.resolved_block_size, source, progress
-            )
+        if kind is not None:
+            decoder, found = export_decoder(checkpoint, folder, kind, source, progress)
+            verification |= found
         with progress.step("Manifest and hashes"):
             tiling = language = None
             if processor is not None:
@@ -241,7 +260,7 @@ def export_bundle(
 
 def _source(checkpoint: Checkpoint, settings: ExportSettings) -> Mapping[str, str]:
     source = {"name": checkpoint.folder.resolve().name, "fingerprint": checkpoint.fingerprint}
-    if settings.decoder_precision is None:
+    if settings.decoder is None:
         return source
     return {**source, "language_fingerprint": checkpoint.language_fingerprint}
 

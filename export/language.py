@@ -8,6 +8,8 @@ from hivtp.engines.bundle import DecoderManifest, LanguageManifest
 from hivtp.export.decoder import (
     DECODER_NAME,
     EMBEDDINGS_NAME,
+    PREFILL_NAME,
+    DecoderKind,
     DecoderPrecision,
     decoder_dtype,
     write_decoder,
@@ -31,53 +33,66 @@ LANGUAGE_FOLDER = "language"
 LanguagePrecision: TypeAlias = Literal[DecoderPrecision, "none"]
 
 
+def num_decoder_steps(kind: DecoderKind | None, is_taken_over: bool) -> int:
+    """How many steps of progress `export_decoder` takes; none where there is no decoder."""
+    if kind is None:
+        return 0
+    if is_taken_over:
+        return 1
+    return 3 if kind.prefill_precision is None else 5
+
+
 def export_decoder(
-    checkpoint: Checkpoint,
-    folder: Path,
-    precision: DecoderPrecision,
-    block_size: int | None,
-    source: Bundle | None,
-    progress: Progress,
+    checkpoint: Checkpoint, folder: Path, kind: DecoderKind, source: Bundle | None, progress: Progress
 ) -> tuple[DecoderManifest, dict[str, Any]]:
     """Put a decoder into a bundle: that of another bundle, or a new one, compared with PyTorch.
 
     Args:
         checkpoint: an open checkpoint.
         folder: the bundle that is being written.
-        precision: of the decoder.
-        block_size: weights that share a scale; None where they are not rounded.
+        kind: which decoder.
         source: from `open_source`, to take its decoder over; None writes one.
         progress: takes `num_decoder_steps` steps.
 
     Returns:
-        What was written, and what was found when it was compared.
+        What was written, and what was found when it was compared: "language", and "prefill" where there is a second
+        decoder.
 
     Raises:
         CheckpointError: the language model cannot be built, or not in that precision.
         MissingExtraError: onnxruntime-genai is not installed.
         VerificationError: the decoder differs from PyTorch by more than its tolerance.
     """
-    is_half = decoder_dtype(precision) == "float16"
+    language = folder / LANGUAGE_FOLDER
+    is_half = decoder_dtype(kind.precision) == "float16"
+    has_prefill = kind.prefill_precision is not None
     if source is not None:
         with progress.step(f"Decoder of {source.folder}"):
             verification = take_decoder(source, folder)
     else:
         with progress.step("Token embeddings"):
-            embeddings = write_embeddings(checkpoint, folder / LANGUAGE_FOLDER, precision)
+            embeddings = write_embeddings(checkpoint, language, kind.precision)
             if is_half:
                 write_embedding_graphs(embeddings)
-        with progress.step(f"Decoder, {precision}"):
-            decoder = write_decoder(
-                checkpoint, folder / LANGUAGE_FOLDER, precision, progress.update, block_size=block_size
-            )
+        with progress.step(f"Decoder, {kind.precision}"):
+            decoder = write_decoder(checkpoint, language, kind.precision, progress.update, block_size=kind.block_size)
         with progress.step("Decoder against PyTorch"):
-            verification = verify_language(checkpoint, decoder, precision)
+            verification = {"language": verify_language(checkpoint, decoder, kind.precision)}
+        if kind.prefill_precision is not None:
+            with progress.step(f"Decoder for prompts, {kind.prefill_precision}"):
+                prefill = write_decoder(
+                    checkpoint, language, kind.prefill_precision, progress.update, name=PREFILL_NAME
+                )
+            with progress.step("Decoder for prompts against PyTorch"):
+                verification["prefill"] = verify_language(checkpoint, prefill, kind.prefill_precision)
     manifest = DecoderManifest(
         file=f"{LANGUAGE_FOLDER}/{DECODER_NAME}",
         embeddings=f"{LANGUAGE_FOLDER}/{EMBEDDINGS_NAME}",
-        precision=precision,
-        block_size=block_size,
-        dtype=decoder_dtype(precision),
+        precision=kind.precision,
+        block_size=kind.block_size,
+        prefill_file=f"{LANGUAGE_FOLDER}/{PREFILL_NAME}" if has_prefill else None,
+        prefill_precision=kind.prefill_precision,
+        dtype=decoder_dtype(kind.precision),
         embed_file=f"{LANGUAGE_FOLDER}/{EMBED_NAME}" if is_half else None,
         insert_file=f"{LANGUAGE_FOLDER}/{INSERT_NAME}" if is_half else None,
     )

@@ -14,20 +14,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hivtp.export.checkpoint import Checkpoint
-    from hivtp.export.decoder import DecoderPrecision
+    from hivtp.export.decoder import DecoderKind
 
 
-def open_source(source: Path, checkpoint: Checkpoint, precision: DecoderPrecision, block_size: int | None) -> Bundle:
+def open_source(source: Path, checkpoint: Checkpoint, kind: DecoderKind) -> Bundle:
     """Open the bundle whose decoder is to be taken over, if it can be.
 
     Args:
         source: the bundle; its hashes are checked.
         checkpoint: what is being exported.
-        precision: of the decoder that is asked for.
-        block_size: likewise.
+        kind: which decoder is asked for.
 
     Raises:
-        BundleError: not a bundle with a decoder, or of another language model or precision.
+        BundleError: not a bundle with a decoder, or of another language model or kind.
     """
     bundle = Bundle.open(source, check_hashes=True)
     manifest = bundle.manifest
@@ -44,15 +43,22 @@ def open_source(source: Path, checkpoint: Checkpoint, precision: DecoderPrecisio
             f"{source} was exported from {manifest.source['name']}, whose language model is another than that of "
             f"{checkpoint.folder}; name a bundle of this one, or export the decoder again"
         )
-    if decoder.precision != precision:
+    if decoder.precision != kind.precision:
         raise BundleError(
-            f"the decoder of {source} is {decoder.precision}, and {precision} is asked for; "
+            f"the decoder of {source} is {decoder.precision}, and {kind.precision} is asked for; "
             f"say --language-precision {decoder.precision}, or export the decoder again"
         )
-    if decoder.block_size != block_size:
+    if decoder.block_size != kind.block_size:
         raise BundleError(
-            f"the decoder of {source} is rounded in blocks of {decoder.block_size}, and {block_size} is asked for; "
-            f"say --block-size {decoder.block_size}, or export the decoder again"
+            f"the decoder of {source} is rounded in blocks of {decoder.block_size}, and {kind.block_size} is asked "
+            f"for; say --block-size {decoder.block_size}, or export the decoder again"
+        )
+    if decoder.prefill_precision != kind.prefill_precision:
+        held = decoder.prefill_precision
+        advice = "leave --prefill-precision out" if held is None else f"say --prefill-precision {held}"
+        raise BundleError(
+            f"for prompts {source} holds a decoder of precision {held or 'none'}, and "
+            f"{kind.prefill_precision or 'none'} is asked for; {advice}, or export the decoder again"
         )
     return bundle
 
@@ -65,7 +71,7 @@ def take_decoder(source: Bundle, folder: Path) -> dict[str, Any]:
         folder: the bundle that is being written.
 
     Returns:
-        What was found when the decoder was compared with PyTorch.
+        What was found when it was compared with PyTorch, as `export_decoder` gives it.
     """
     manifest, language = source.manifest, source.manifest.language
     assert language is not None, "open_source refuses an encoder bundle"
@@ -75,7 +81,7 @@ def take_decoder(source: Bundle, folder: Path) -> dict[str, Any]:
         if name.startswith(f"{part}/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(source.folder / name, folder / name)
-    return dict(manifest.verification["language"])
+    return {part: found for part, found in manifest.verification.items() if part != "vision"}
 
 
 def _link_or_copy(source: Path, destination: Path) -> None:

@@ -12,7 +12,7 @@ from hivtp.engines import create_engine
 from hivtp.engines.base import EngineSettings
 from hivtp.engines.onnxruntime import open_session
 from hivtp.export.clip import VisionShape
-from hivtp.export.decoder import NUM_BITS
+from hivtp.export.decoder import ROUNDED_PRECISIONS
 from hivtp.export.decoder_weights import DecoderWeights
 from hivtp.export.reference import language_reference, vision_reference
 from hivtp_ops.errors import VerificationError
@@ -58,6 +58,7 @@ LANGUAGE_TOLERANCES: Mapping[str, float] = {
     "fp32": 2e-4,
     "int8": 4e-2,
     "int4": 4e-2,
+    "w8a8": 4e-2,
     "fp16": 4e-3,
     "int4-fp16": 4e-3,
 }
@@ -166,7 +167,7 @@ def verify_language(checkpoint: Checkpoint, file: Path, precision: str) -> dict[
         return language_reference(config, read_weight, [embeds])[0][NUM_PREFILL_TOKENS - 1 :]
 
     original = expected(checkpoint.language_tensor)
-    same_weights = expected(DecoderWeights(checkpoint, file).tensor) if precision in NUM_BITS else original
+    same_weights = expected(DecoderWeights(checkpoint, file).tensor) if precision in ROUNDED_PRECISIONS else original
     report = LanguageReport(
         relative_error(found, same_weights),
         relative_error(found, original),

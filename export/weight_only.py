@@ -45,7 +45,7 @@ def quantize_weights(
     """
     from onnx_ir.convenience import replace_nodes_and_values
 
-    nodes = [node for node in model.graph if node.op_type == "MatMul" and _is_constant(node.inputs[1])]
+    nodes = constant_products(model)
     for done, node in enumerate(nodes, start=1):
         quantized = _quantized_alone(node, settings)
         value, weight = node.inputs
@@ -56,11 +56,22 @@ def quantize_weights(
         for initializer in initializers:
             quantized.graph.initializers.pop(str(initializer.name))
             model.graph.register_initializer(initializer)
-        if not weight.uses():
-            model.graph.initializers.pop(str(weight.name))
-            # Now, not when the garbage collector comes: the tensor may map gigabytes of a file.
-            weight.const_value = None
+        drop_unused(model, weight)
         on_node(done, len(nodes))
+
+
+def constant_products(model: ir.Model) -> list[ir.Node]:
+    """Every MatMul with a constant weight, in order."""
+    return [node for node in model.graph if node.op_type == "MatMul" and _is_constant(node.inputs[1])]
+
+
+def drop_unused(model: ir.Model, weight: ir.Value) -> None:
+    """Take a weight out of the model and of memory, unless something still reads it."""
+    if weight.uses():
+        return
+    model.graph.initializers.pop(str(weight.name))
+    # Now, not when the garbage collector comes: the tensor may map gigabytes of a file.
+    weight.const_value = None
 
 
 def _quantized_alone(node: Any, settings: WeightOnlySettings) -> ir.Model:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hivtp import Answer
+from hivtp.engines.onnxruntime import open_session
+from hivtp.runtime.language.onnxruntime import LEAST_PROMPT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hivtp import HivtpError, Pipeline, Request
+    from hivtp.engines.bundle import Bundle
 
 
 def alone(pipeline: Pipeline, request: Request) -> Answer:
@@ -50,3 +53,27 @@ def greedy(logits: NDArray[np.float32]) -> int:
 def embeddings(length: int, seed: int = 0) -> NDArray[np.float32]:
     """Random ones of the tiny language model's width."""
     return np.random.default_rng(seed).normal(size=(length, 64)).astype(np.float32)
+
+
+def logits_of_a_growing_cache(bundle: Bundle, steps: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+    """The decoders run plainly: every step gets the past of the one before as a new, longer array."""
+    manifest = bundle.manifest.language
+    decode = prefill = open_session(bundle.folder / manifest.decoder.file)
+    if manifest.decoder.prefill_file is not None:
+        prefill = open_session(bundle.folder / manifest.decoder.prefill_file)
+    names = [output.name for output in decode.get_outputs()]
+    empty = np.zeros((1, manifest.num_kv_heads, 0, manifest.head_size), np.float32)
+    past = {
+        f"past_key_values.{layer}.{kind}": empty for layer in range(manifest.num_layers) for kind in ("key", "value")
+    }
+    logits, length = [], 0
+    for step in steps:
+        length += len(step)
+        mask = np.ones((1, length), np.int64)
+        session = prefill if len(step) >= LEAST_PROMPT else decode
+        outputs = session.run(names, {"inputs_embeds": step[None], "attention_mask": mask, **past})
+        outputs = dict(zip(names, outputs, strict=True))
+        logits.append(outputs["logits"][0, -1])
+        past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
+        assert past["past_key_values.0.key"].shape[2] == length
+    return logits

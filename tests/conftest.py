@@ -69,6 +69,14 @@ def half_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def prefill_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `unpruned_bundle`, with a second decoder for prompts."""
+    folder = tmp_path_factory.mktemp("prefill") / "bundle"
+    settings = ExportSettings(is_pruned=False, prefill_precision="w8a8")
+    return export_bundle(tiny_checkpoint, folder, settings, is_quiet=True).folder
+
+
+@pytest.fixture(scope="session")
 def bare_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `pruned_bundle`, without a decoder."""
     folder = tmp_path_factory.mktemp("bare") / "bundle"

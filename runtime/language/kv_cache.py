@@ -50,10 +50,10 @@ class BoundRows:
     def __init__(self, session: Any, manifest: LanguageManifest, cache: Sequence[NDArray[np.float32]]) -> None:
         import onnxruntime
 
-        self._session = session
+        self.session = session
         self._binding = session.io_binding()
-        self.num_rows, _, self.capacity, _ = cache[0].shape
-        self._positions = np.arange(self.capacity)
+        self.num_rows, _, capacity, _ = cache[0].shape
+        self._positions = np.arange(capacity)
         # The bindings hold addresses only, so these buffers must live as long as they do.
         self._logits = np.empty((self.num_rows, 1, manifest.vocab_size), dtype=np.float32)
         self.buffers = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in (self._logits, *cache)]
@@ -82,7 +82,7 @@ class BoundRows:
         self._binding.bind_cpu_input("inputs_embeds", embeds)
         self._binding.bind_cpu_input("attention_mask", mask)
         try:
-            self._session.run_with_iobinding(self._binding)
+            self.session.run_with_iobinding(self._binding)
         except Exception as error:
             raise EngineError(f"onnxruntime failed in the decoder: {error}") from error
         return self._logits[:, 0]

@@ -20,9 +20,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hivtp.engines.base import Device, EngineSettings
-    from hivtp.engines.bundle import LanguageManifest
+    from hivtp.engines.bundle import DecoderManifest, LanguageManifest
     from hivtp.runtime.device_rows import Embeddings
     from hivtp.runtime.language.decoding import DecoderBatch
+
+
+# From so many positions on, a decoder for prompts is the faster one; measured with weights of 4 bits in large blocks,
+# whose own decoder is the fastest for few positions.
+LEAST_PROMPT = 16
 
 
 class OnnxRuntimeLanguage:
@@ -44,7 +49,7 @@ class OnnxRuntimeLanguage:
         assert decoder is not None, "check_backend refuses a bundle without a decoder"
         self.manifest = manifest
         self.context_length = manifest.context_length
-        self._session = open_session(folder / decoder.file, settings)
+        self._sessions = DecoderSessions(folder, decoder, settings)
         self._embeddings = embedding_table(folder / decoder.embeddings, (manifest.vocab_size, manifest.hidden_size))
 
     def embed(self, token_ids: Sequence[int]) -> Embeddings:
@@ -90,10 +95,34 @@ class OnnxRuntimeLanguage:
         yield from decode_batch_or_halves(self, requests, lambda: self._new_batch(len(requests), capacity))
 
     def _new_sequence(self, capacity: int) -> GrowingSequence:
-        return _Sequence(self._session, self.manifest, capacity)
+        return _Sequence(self._sessions, self.manifest, capacity)
 
     def _new_batch(self, num_rows: int, capacity: int) -> DecoderBatch:
-        return _Batch(self._session, self.manifest, num_rows, capacity)
+        return _Batch(self._sessions, self.manifest, num_rows, capacity)
+
+
+class DecoderSessions:
+    """The decoder of a bundle, and the one for prompts where it holds one; both read and write the same KV cache.
+
+    Args:
+        folder: the bundle's folder.
+        manifest: names the files.
+        settings: how to run them.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        EngineError: onnxruntime cannot load a decoder.
+    """
+
+    def __init__(self, folder: Path, manifest: DecoderManifest, settings: EngineSettings) -> None:
+        self._decode = self._prefill = open_session(folder / manifest.file, settings)
+        if manifest.prefill_file is not None:
+            # The other decoder runs at once after it, and its threads would spin against that one's.
+            self._prefill = open_session(folder / manifest.prefill_file, settings, stops_spinning=True)
+
+    def session_for(self, num_positions: int) -> Any:
+        """The session that runs so many positions of one sequence."""
+        return self._prefill if num_positions >= LEAST_PROMPT else self._decode
 
 
 class GrowingSequence(DecoderSequence, Protocol):
@@ -106,15 +135,22 @@ class GrowingSequence(DecoderSequence, Protocol):
 class _Sequence:
     """One sequence in the decoder, and its KV cache."""
 
-    def __init__(self, session: Any, manifest: LanguageManifest, capacity: int) -> None:
+    def __init__(self, sessions: DecoderSessions, manifest: LanguageManifest, capacity: int) -> None:
         self.length = 0
-        self._session = session
+        self._sessions = sessions
         self._manifest = manifest
-        self._bind(allocate_cache(manifest, 1, capacity))
+        self._cache = allocate_cache(manifest, 1, capacity)
+        self._bound: BoundRows | None = None
+
+    @property
+    def capacity(self) -> int:
+        """The most positions that there is room for."""
+        return int(self._cache[0].shape[2])
 
     def append(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """See DecoderSequence.append."""
-        logits: NDArray[np.float32] = self._rows.run(embeds[None], [self.length + len(embeds)])[0]
+        rows = self._rows(self._sessions.session_for(len(embeds)))
+        logits: NDArray[np.float32] = rows.run(embeds[None], [self.length + len(embeds)])[0]
         self.length += len(embeds)
         return logits
 
@@ -125,24 +161,26 @@ class _Sequence:
 
     def reserve(self, capacity: int) -> None:
         """See GrowingSequence.reserve."""
-        if capacity <= self._rows.capacity:
+        if capacity <= self.capacity:
             return
-        capacity = max(capacity, min(2 * self._rows.capacity, self._manifest.context_length))
+        capacity = max(capacity, min(2 * self.capacity, self._manifest.context_length))
         cache = allocate_cache(self._manifest, 1, capacity)
         for new, old in zip(cache, self._cache, strict=True):
             new[:, :, : self.length] = old[:, :, : self.length]
-        self._bind(cache)
+        self._cache, self._bound = cache, None
 
-    def _bind(self, cache: list[NDArray[np.float32]]) -> None:
-        self._rows = BoundRows(self._session, self._manifest, cache)
-        self._cache = cache
+    def _rows(self, session: Any) -> BoundRows:
+        """The cache bound to a session, which is the same for all steps after a prompt."""
+        if self._bound is None or self._bound.session is not session:
+            self._bound = BoundRows(session, self._manifest, self._cache)
+        return self._bound
 
 
 class _Batch:
     """Sequences that are decoded together: the first rows of one KV cache."""
 
-    def __init__(self, session: Any, manifest: LanguageManifest, num_rows: int, capacity: int) -> None:
-        self._session = session
+    def __init__(self, sessions: DecoderSessions, manifest: LanguageManifest, num_rows: int, capacity: int) -> None:
+        self._sessions = sessions
         self._manifest = manifest
         self._cache = allocate_cache(manifest, num_rows, capacity)
         self._lengths = [0] * num_rows
@@ -151,7 +189,8 @@ class _Batch:
     def append(self, slot: int, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """See DecoderBatch.append."""
         length = self._lengths[slot] + len(embeds)
-        logits: NDArray[np.float32] = self._bind(slot, slot + 1).run(embeds[None], [length])[0]
+        rows = self._bind(slot, slot + 1, num_positions=len(embeds))
+        logits: NDArray[np.float32] = rows.run(embeds[None], [length])[0]
         self._lengths[slot] = length
         return logits
 
@@ -173,12 +212,13 @@ class _Batch:
 
     def _step_together(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         if self._joint is None or self._joint.num_rows != len(embeds):
-            self._joint = self._bind(0, len(embeds))
+            self._joint = self._bind(0, len(embeds), num_positions=1)
         lengths = [length + 1 for length in self._lengths[: len(embeds)]]
         logits = self._joint.run(embeds[:, None], lengths)
         self._lengths[: len(embeds)] = lengths
         return logits
 
-    def _bind(self, start: int, stop: int) -> BoundRows:
+    def _bind(self, start: int, stop: int, *, num_positions: int) -> BoundRows:
         # A range of whole rows is contiguous, so binding it copies nothing.
-        return BoundRows(self._session, self._manifest, [array[start:stop] for array in self._cache])
+        cache = [array[start:stop] for array in self._cache]
+        return BoundRows(self._sessions.session_for(num_positions), self._manifest, cache)

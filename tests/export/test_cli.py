@@ -30,9 +30,10 @@ def test_options_become_settings() -> None:
     assert parse("--preset", "64", "--first-layer", "5") == ExportSettings(preset="64", first_layer=5)
     precision = parse("--vision-precision", "int8", "--language-precision", "int4", "--graph", "vision")
     assert (precision.vision_precision, precision.language_precision) == ("int8", "int4")
-    assert precision.resolved_block_size == 32
-    assert parse("--language-precision", "int8", "--block-size", "128").resolved_block_size == 128
-    assert parse().resolved_block_size is None
+    assert precision.decoder.block_size == 32
+    assert parse("--language-precision", "int8", "--block-size", "128").decoder.block_size == 128
+    assert parse().decoder.block_size is None
+    assert parse("--prefill-precision", "w8a8").decoder.prefill_precision == "w8a8"
 
 
 def test_the_summary_says_what_was_written_and_how_close_it_is(

@@ -13,6 +13,7 @@ from hivtp.engines.bundle import Bundle
 from hivtp.export import exporter, language
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.cli import main
+from hivtp.export.decoder import DEFAULT_BLOCK_SIZE, DecoderKind
 from hivtp.export.exporter import ExportSettings, export_bundle
 from hivtp_ops.errors import BundleError, SpecError, VerificationError
 
@@ -81,6 +82,7 @@ def test_the_summary_says_that_there_is_no_decoder_and_how_to_ask(
     ("arguments", "message"),
     [
         (["--block-size", "64"], "block_size is for a decoder, and language_precision none has none; drop one of"),
+        (["--prefill-precision", "w8a8"], "prefill_precision is for a decoder, and language_precision none has none"),
         (["--decoder-from", "other"], "decoder_from is for a decoder, and language_precision none has none; drop one"),
     ],
 )
@@ -95,9 +97,9 @@ def test_options_of_a_decoder_are_refused(
 
 
 def test_every_precision_can_be_asked_for_and_no_other() -> None:
-    assert BARE.decoder_precision is None
-    assert ExportSettings(graph="encoder").decoder_precision is None
-    assert ExportSettings(language_precision="int4").decoder_precision == "int4"
+    assert BARE.decoder is None
+    assert ExportSettings(graph="encoder").decoder is None
+    assert ExportSettings(language_precision="int4").decoder == DecoderKind("int4", DEFAULT_BLOCK_SIZE)
     with pytest.raises(SpecError, match=r"language_precision is None; choose one of fp32, .*, int4-fp16, none"):
         ExportSettings(language_precision=None)
 

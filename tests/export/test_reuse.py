@@ -98,6 +98,23 @@ def test_a_decoder_rounded_in_other_blocks_is_refused(
     assert "in blocks of 64, and 32 is asked for; say --block-size 64" in refusal(tiny_checkpoint, tmp_path, settings)
 
 
+def test_a_decoder_for_prompts_is_taken_over_with_the_other_or_not_at_all(
+    tiny_checkpoint: Path, prefill_bundle: Path, pruned_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ExportSettings(decoder_from=prefill_bundle, prefill_precision="w8a8")
+    taken = export_bundle(tiny_checkpoint, tmp_path / "taken", settings, is_quiet=True).manifest
+    source = Bundle.open(prefill_bundle).manifest
+    assert taken.language == source.language
+    assert taken.verification["prefill"] == source.verification["prefill"]
+    assert "language/prefill.onnx.data" in taken.files
+    monkeypatch.setattr(exporter, "build_vision_graph", None)
+    without = refusal(tiny_checkpoint, tmp_path, ExportSettings(decoder_from=prefill_bundle))
+    assert "a decoder of precision w8a8, and none is asked for; say --prefill-precision w8a8" in without
+    settings = ExportSettings(decoder_from=pruned_bundle, prefill_precision="w8a8")
+    absent = refusal(tiny_checkpoint, tmp_path, settings)
+    assert "a decoder of precision none, and w8a8 is asked for; leave --prefill-precision out" in absent
+
+
 def test_an_altered_or_missing_source_is_refused(tiny_checkpoint: Path, pruned_bundle: Path, tmp_path: Path) -> None:
     assert "hivtp-export wrote" in refusal(tiny_checkpoint, tmp_path, ExportSettings(decoder_from=tmp_path / "none"))
     altered = tmp_path / "altered"

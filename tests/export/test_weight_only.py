@@ -1,14 +1,20 @@
-"""What quantising holds in memory; its numbers are tested with the decoder's."""
+"""What quantising holds in memory; the numbers are tested with the decoder's."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from hivtp.export.dynamic_int8 import PRODUCT, quantize_products
 from hivtp.export.weight_only import WeightOnlySettings, quantize_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NUM_LAYERS, WIDTH = 24, 2048
 # Above what malloc keeps for itself, so that freed weights go back to the system.
@@ -40,15 +46,23 @@ def anonymous_bytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account of memory")
-def test_one_weight_at_a_time_is_in_memory() -> None:
+@pytest.mark.parametrize(
+    ("quantize", "op_type", "share"),
+    [
+        # Four bits and a float32 scale per block of 32 stay: 5 of 32 bits.
+        (partial(quantize_weights, settings=WeightOnlySettings(bits=4, block_size=32)), "MatMulNBits", 0.16),
+        # Eight bits stay, and a scale per channel.
+        (quantize_products, PRODUCT, 0.26),
+    ],
+)
+def test_one_weight_at_a_time_is_in_memory(quantize: Callable, op_type: str, share: float) -> None:
     reads: list[int] = []
     model = stack_of_linears(reads)
     grown: list[int] = []
     before = anonymous_bytes()
-    settings = WeightOnlySettings(bits=4, block_size=32)
-    quantize_weights(model, settings, lambda *_progress: grown.append(anonymous_bytes() - before))
-    assert {node.op_type for node in model.graph} == {"MatMulNBits"}
+    quantize(model, on_node=lambda *_progress: grown.append(anonymous_bytes() - before))
+    assert op_type in {node.op_type for node in model.graph}
+    assert "MatMul" not in {node.op_type for node in model.graph}
     assert set(reads) == set(range(NUM_LAYERS))
-    # Four bits and a float32 scale per block of 32 stay: 5 of 32 bits, 0.16 of a weight each.
-    kept = 0.16 * WEIGHT_BYTES
+    kept = share * WEIGHT_BYTES
     assert grown[-1] - grown[1] < (NUM_LAYERS - 2) * kept + 3 * WEIGHT_BYTES

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from hivtp.engines.bundle import SCHEMA_VERSION
 from hivtp.export.exporter import ExportSettings, export_bundle
 from tests.runtime.command import hivtp_run
 
@@ -92,7 +93,7 @@ def make_newer(bundle: Path) -> None:
         (alter_the_tokenizer, "tokenizer.json cannot be read as a tokenizer"),
         (alter_the_graph, "onnxruntime cannot load"),
         (damage_the_manifest, "not a manifest of hivtp"),
-        (make_newer, "has schema version 99, this hivtp reads 3; upgrade hivtp"),
+        (make_newer, f"has schema version 99, this hivtp reads {SCHEMA_VERSION}; upgrade hivtp"),
     ],
 )
 def test_a_damaged_bundle_is_one_line_and_exit_code_1(bundle, photo, damage: Callable[[Path], None], message):

@@ -9,11 +9,10 @@ import pytest
 
 from hivtp.engines.base import EngineSettings
 from hivtp.engines.bundle import Bundle
-from hivtp.engines.onnxruntime import open_session
 from hivtp.runtime.language import LanguageSettings, create_language
 from hivtp.runtime.language import onnxruntime as backend
 from hivtp_ops.errors import BundleError, EngineError
-from tests.answers import embeddings, greedy
+from tests.answers import embeddings, greedy, logits_of_a_growing_cache
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,28 +35,7 @@ def language(bundle: Bundle) -> LanguageBackend:
 
 @pytest.fixture
 def sequence(language: backend.OnnxRuntimeLanguage) -> backend._Sequence:
-    return backend._Sequence(language._session, language.manifest, capacity=64)
-
-
-def logits_of_a_growing_cache(bundle: Bundle, steps: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-    """The decoder run plainly: every step gets the past of the one before as a new, longer array."""
-    manifest = bundle.manifest.language
-    session = open_session(bundle.folder / manifest.decoder.file, EngineSettings())
-    names = [output.name for output in session.get_outputs()]
-    empty = np.zeros((1, manifest.num_kv_heads, 0, manifest.head_size), np.float32)
-    past = {
-        f"past_key_values.{layer}.{kind}": empty for layer in range(manifest.num_layers) for kind in ("key", "value")
-    }
-    logits, length = [], 0
-    for step in steps:
-        length += len(step)
-        mask = np.ones((1, length), np.int64)
-        outputs = session.run(names, {"inputs_embeds": step[None], "attention_mask": mask, **past})
-        outputs = dict(zip(names, outputs, strict=True))
-        logits.append(outputs["logits"][0, -1])
-        past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
-        assert past["past_key_values.0.key"].shape[2] == length
-    return logits
+    return backend._Sequence(language._sessions, language.manifest, capacity=64)
 
 
 @pytest.mark.parametrize("length", [1, 2, 17, 200])
@@ -95,7 +73,9 @@ def test_a_half_precision_table_gives_float32(bundle, tmp_path):
 
 
 def test_past_and_present_are_one_buffer_and_a_step_writes_its_own_row_only(sequence):
-    caches = sequence._rows.buffers[1:]
+    sequence.append(embeddings(1))
+    sequence.cut(0)
+    caches = sequence._bound.buffers[1:]
     addresses = [cache.data_ptr() for cache in caches]
     assert len(caches) == 4
     assert len(set(addresses)) == 4
@@ -125,8 +105,8 @@ def test_what_lies_beyond_the_filled_part_of_the_cache_is_never_read(language, m
     class Garbage(backend._Sequence):
         def __init__(self, *args: object, **options: object) -> None:
             super().__init__(*args, **options)
-            for cache in self._rows.buffers[1:]:
-                cache.numpy().fill(np.nan)
+            for cache in self._cache:
+                cache.fill(np.nan)
 
     embeds = embeddings(50)
     clean = list(language.generate(embeds, 40, greedy))
