@@ -42,6 +42,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.latency --tiles 1 --output benchmarks/results/vision-cpu.json
 	$(BIN)/python -m benchmarks.latency --tiles 5 --rounds 3 --output benchmarks/results/vision-5-tiles-cpu.json
 	$(BIN)/python -m benchmarks.ttft --output benchmarks/results/ttft-cpu.json
+	$(BIN)/python -m benchmarks.prefill --output benchmarks/results/prefill-cpu.json
 	$(BIN)/python -m benchmarks.throughput --rounds 3 --output benchmarks/results/throughput-cpu.json
 	$(BIN)/python -m benchmarks.lookahead --checkpoint benchmarks/miniature/checkpoint \
 		--output benchmarks/results/lookahead-cpu.json

@@ -80,6 +80,18 @@ SECTIONS = (
         "stage is divided as ONNX Runtime's profiler found it. `python -m benchmarks.ttft`",
     ),
     Section(
+        "prefill-cpu",
+        "A decoder for prompts",
+        "The same models, int8 vision at preset 192; by the precision of the decoder, against one int4 decoder. "
+        "`python -m benchmarks.prefill`",
+    ),
+    Section(
+        "prefill-7b-cpu",
+        "LLaVA-1.5-7B shapes: a decoder for prompts",
+        "The same at real size. `python -m benchmarks.prefill --checkpoint FOLDER --only 'int4, prompts in w8a8'` on "
+        "what `python -m benchmarks.large_checkpoint FOLDER` wrote",
+    ),
+    Section(
         "throughput-cpu",
         "Throughput on a CPU",
         "The same models; every answer about a picture of its own. The paper's code answers one request at a time. "

@@ -34,6 +34,7 @@ PRUNED = "fp32 / fp32, preset 192"
 QUANTIZED_UNPRUNED = "int8 / int4, unpruned"
 QUANTIZED = "int8 / int4, preset 192"
 COARSE = "int8 / int4 in blocks of 128, preset 192"
+PROMPTS = "int8 / int4 with prompts in w8a8, preset 192"
 # By the precision of vision / language.
 BUNDLES = {
     UNPRUNED: ExportSettings(is_pruned=False),
@@ -43,6 +44,7 @@ BUNDLES = {
     QUANTIZED_UNPRUNED: ExportSettings(is_pruned=False, vision_precision="int8", language_precision="int4"),
     QUANTIZED: ExportSettings(preset="192", vision_precision="int8", language_precision="int4"),
     COARSE: ExportSettings(preset="192", vision_precision="int8", language_precision="int4", block_size=128),
+    PROMPTS: ExportSettings(preset="192", vision_precision="int8", language_precision="int4", prefill_precision="w8a8"),
 }
 TTFT_GOALS = {PRUNED: 0.30, QUANTIZED: 0.17}
 DECODE_GOALS = {QUANTIZED: 0.15}

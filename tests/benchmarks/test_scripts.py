@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks import budgets, latency, lookahead, throughput, ttft
+from benchmarks import budgets, latency, lookahead, prefill, throughput, ttft
 from benchmarks.bundle_floors import Floors
 from benchmarks.floor import Peaks
 from benchmarks.harness import Results, measure
@@ -156,3 +156,14 @@ def test_budgets_share_one_decoder(tiny_checkpoint: Path, tmp_path: Path, capsys
     decoders = [file.stat().st_ino for file in tmp_path.rglob("decoder.onnx.data")]
     assert len(decoders) == 2
     assert len(set(decoders)) == 1
+
+
+def test_prefill_compares_what_is_asked_for_with_one_int4_decoder(run: Any) -> None:
+    written = run(prefill, "--only", "int4, prompts in w8a8", "--new-tokens", "2")
+    for quantity in prefill.QUANTITIES:
+        assert labels(written, quantity) == {prefill.BASELINE, "int4, prompts in w8a8"}
+    samples = written["results"]["answers"]["samples"]
+    assert {len(found) for found in samples.values()} == {1}
+    assert all(found["prefill_ms"] < found["ttft_ms"] for [found] in samples.values())
+    with pytest.raises(SystemExit):
+        run(prefill, "--new-tokens", "1")
