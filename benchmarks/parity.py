@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 PYTORCH, PYTORCH_UNPRUNED = "PyTorch fp32", "PyTorch fp32, unpruned"
 FP32, INT8, INT8_INT4 = "bundle fp32 / fp32", "bundle int8 / fp32", "bundle int8 / int4"
+PROMPTS = "bundle int8 / int4, prompts in w8a8"
 UNPRUNED = "bundle fp32 / fp32, unpruned"
 
 
@@ -60,6 +61,9 @@ def bundles(spec: PruningSpec) -> dict[str, ExportSettings]:
         FP32: ExportSettings(spec=spec),
         INT8: ExportSettings(spec=spec, vision_precision="int8"),
         INT8_INT4: ExportSettings(spec=spec, vision_precision="int8", language_precision="int4"),
+        PROMPTS: ExportSettings(
+            spec=spec, vision_precision="int8", language_precision="int4", prefill_precision="w8a8"
+        ),
         UNPRUNED: ExportSettings(is_pruned=False),
     }
 
@@ -134,9 +138,9 @@ def compare(
 
 def table(rows: Mapping[str, Row]) -> str:
     """The rows as text."""
-    lines = [f"{'':<30} {'accuracy in percent':>20} {'kept alike':>11} {'widest swap':>12} {'same answers':>13}"]
+    lines = [f"{'':<38} {'accuracy in percent':>20} {'kept alike':>11} {'widest swap':>12} {'same answers':>13}"]
     lines += [
-        f"{name:<30} {row.accuracy!s:>20} {row.kept_alike:11.3f} {row.widest_swap:12.2g} {row.same_answers:13.2f}"
+        f"{name:<38} {row.accuracy!s:>20} {row.kept_alike:11.3f} {row.widest_swap:12.2g} {row.same_answers:13.2f}"
         for name, row in rows.items()
     ]
     return "\n".join(lines)
