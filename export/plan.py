@@ -1,4 +1,4 @@
-"""Builds a plan into a bundle, on the machine that runs it; needs TensorRT and ONNX Runtime, and no torch."""
+"""Builds a plan into a bundle, on the machine that runs it; needs TensorRT and what runs the graph on a CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from hivtp.engines import create_engine
+from hivtp.engines import cpu_engine, create_engine
 from hivtp.engines.base import EngineSettings
 from hivtp.engines.bundle import Bundle, FileRecord
 from hivtp.engines.gpu import Gpu, find_gpu
@@ -81,7 +81,7 @@ class Builder:
         if precision == "int8":
             raise EngineError(
                 "the int8 vision graph is made for the CPU, and TensorRT cannot take it; "
-                "export it with --vision-precision fp16"
+                "export it with --vision-precision fp16 or bf16"
             )
         library, gpu = load_library(settings.library), find_gpu(settings.library)
         if gpu is None and not library.builds_without_gpu:
@@ -209,6 +209,6 @@ def _verify(
         if not record.is_portable:
             raise
         return {"is_done": False, "reason": f"the GPU here cannot run it ({error})"}
-    reference = create_engine("onnxruntime", bundle.vision_file)
+    reference = create_engine(cpu_engine(bundle.manifest.vision.precision), bundle.vision_file)
     sizes = sorted({size for profile in settings.profiles for size in (profile.minimum, profile.optimum)})
     return verify_plan(engine, reference, bundle.manifest, sizes, allows_tf32=settings.allows_tf32)

@@ -379,7 +379,7 @@ def build(graph: Path) -> BuiltPlan:
 
 
 @pytest.mark.tensorrt
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 @pytest.mark.parametrize("preset", [*PRESETS, "none"])
 def test_every_preset_of_both_families_is_built_for_any_number_of_tiles(
@@ -399,7 +399,7 @@ def test_an_encoder_graph_is_built(tiny_checkpoint: Path, tmp_path: Path) -> Non
 
 @pytest.mark.tensorrt
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_vit_l_of_real_size_is_built(tmp_path: Path, precision: str) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint", "vit-l-0.3b")
     graph = write_graph(folder, tmp_path / "model.onnx", PruningSpec.preset("192"), precision)
