@@ -17,6 +17,7 @@ from hivtp.engines.tensorrt.library import Library, LibraryName, load_library
 from hivtp.engines.tensorrt.plan import PlanRecord, graph_hashes, sha256_of_plan, write_plan
 from hivtp.engines.tensorrt.profile import TileProfile
 from hivtp.engines.tensorrt.timing_cache import cache_file, default_cache_folder, read_cache, write_cache
+from hivtp.engines.torch.errors import require_packages
 from hivtp.export.plan_verification import verify_plan
 from hivtp.export.progress import Progress
 from hivtp_ops.errors import EngineError, EngineWarning, HivtpError
@@ -75,7 +76,7 @@ class Builder:
         """Find out whether a plan can be built here, which takes no time.
 
         Raises:
-            MissingExtraError: the library, or cuda-core, is not installed.
+            MissingExtraError: the library, or cuda-core, is not installed; or, for bf16, what the plan is compared in.
             EngineError: the library needs a GPU and there is none, or it cannot take the precision.
         """
         if precision == "int8":
@@ -89,6 +90,9 @@ class Builder:
                 f"{library.name} builds a plan on the GPU that will run it, and no NVIDIA GPU with its driver was "
                 "found here; build it there, from a copy of the bundle (tensorrt-rtx builds anywhere, for RTX GPUs)"
             )
+        if gpu is not None and cpu_engine(precision) == "torch":
+            # What the plan is compared with.
+            require_packages("torch", "onnx_ir", extra="torch")
         return cls(library, gpu)
 
 

@@ -31,6 +31,7 @@ def test_options_become_settings() -> None:
     precision = parse("--vision-precision", "int8", "--language-precision", "int4", "--graph", "vision")
     assert (precision.vision_precision, precision.language_precision) == ("int8", "int4")
     assert precision.resolved_block_size == 32
+    assert parse("--vision-precision", "bf16").vision_precision == "bf16"
     assert parse("--language-precision", "int8", "--block-size", "128").resolved_block_size == 128
     assert parse().resolved_block_size is None
 
