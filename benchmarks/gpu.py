@@ -32,6 +32,8 @@ from hivtp_ops.torch_kernel import load_kernel
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from hivtp.export.graph import VisionPrecision
+
 OUTPUT = Path(__file__).parent / "results" / "gpu.json"
 EAGER = "Hugging Face eager, unpruned"
 UNPRUNED, PRUNED = "unpruned", "preset 192"
@@ -77,10 +79,13 @@ class Bench:
         text_config = {"max_position_embeddings": NUM_POSITIONS, **(language or {})}
         return Workspace.make(folder, partial(write, text=text_config))
 
-    def variants(self, workspace: Workspace) -> list[Variant]:
-        """Both bundles, each in every engine that opens here."""
+    def variants(self, workspace: Workspace, prefix: str = "", precision: VisionPrecision = "fp16") -> list[Variant]:
+        """Both bundles, each in every engine that opens here; the goals are for what has no prefix to its name."""
         bundles = {
-            name: workspace.bundle(name, ExportSettings(vision_precision="fp16", language_precision=DECODER, **budget))
+            f"{prefix}{name}": workspace.bundle(
+                f"{prefix}{name}",
+                ExportSettings(vision_precision=precision, language_precision=DECODER, **budget),
+            )
             for name, budget in BUDGETS.items()
         }
         return [
@@ -118,7 +123,7 @@ def measure_vision(bench: Bench) -> Measured:
         System(name, open_warm, {**model, "device": bench.device, "tower_attention": attention})
         for name, attention in ((EAGER, "eager"), (HUGGING_FACE, "sdpa"))
     ]
-    for variant in bench.variants(workspace):
+    for variant in (*bench.variants(workspace), *bench.variants(workspace, "bf16, ", "bf16")):
         for way, settings in vision_ways(variant.engine).items():
             name = f"{variant.name}, {way}" if way else variant.name
             # As Hugging Face's, the embeddings stay where the language model wants them.

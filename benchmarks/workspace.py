@@ -105,15 +105,15 @@ def engines(bundle: Path, device: str) -> list[str]:
 
     A TensorRT that is installed builds a plan first, where the bundle has none.
     """
-    if device == "cpu":
-        return ["onnxruntime"]
-    from hivtp.engines import open_vision_engine
+    from hivtp.engines import cpu_engine, open_vision_engine
     from hivtp.engines.bundle import Bundle
     from hivtp.engines.tensorrt.plan import has_plans
     from hivtp.export.plan import PlanSettings, export_plan
     from hivtp_ops.errors import HivtpError
 
     opened, found = Bundle.open(bundle), []
+    if device == "cpu":
+        return [cpu_engine(opened.manifest.vision.precision)]
     # The operators of an int8 graph are made for the CPU.
     for name in get_args(GpuEngine) if opened.manifest.vision.precision != "int8" else ():
         try:

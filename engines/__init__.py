@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hivtp.engines.base import Device
     from hivtp.engines.bundle import Bundle
 
-__all__ = ["Engine", "EngineName", "EngineSettings", "create_engine", "open_vision_engine"]
+__all__ = ["Engine", "EngineName", "EngineSettings", "cpu_engine", "create_engine", "open_vision_engine"]
 
 EngineName = Literal["auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "torch", "torch-cuda"]
 
@@ -50,6 +50,11 @@ def create_engine(name: str, file: Path, settings: EngineSettings | None = None)
     raise EngineError(f"no engine is named {name!r}; there are onnxruntime, onnxruntime-cuda, torch and torch-cuda")
 
 
+def cpu_engine(precision: str) -> Literal["onnxruntime", "torch"]:
+    """The engine that runs a vision graph of a precision on the CPU: ONNX Runtime has no kernels for bfloat16 there."""
+    return "torch" if precision == "bf16" else "onnxruntime"
+
+
 def open_vision_engine(bundle: Bundle, name: str = "auto", settings: EngineSettings | None = None) -> Engine:
     """Open the vision graph of a bundle.
 
@@ -57,7 +62,8 @@ def open_vision_engine(bundle: Bundle, name: str = "auto", settings: EngineSetti
         bundle: an opened bundle.
         name: one of EngineName. "auto" takes the first that works: a plan of the bundle for TensorRT, one for
             TensorRT for RTX, ONNX Runtime on a GPU where it is built for one, ONNX Runtime on the CPU. An EngineWarning
-            says why one that is there was passed over. It never takes torch, which is slow to import.
+            says why one that is there was passed over. It takes torch, which is slow to import, for a bf16 graph
+            alone, on a GPU if there is one, in place of ONNX Runtime on the CPU.
         settings: how to run it.
 
     Raises:
@@ -69,6 +75,13 @@ def open_vision_engine(bundle: Bundle, name: str = "auto", settings: EngineSetti
     settings = settings or EngineSettings()
     if settings.is_compiled and name not in _TORCH_DEVICES:
         raise EngineError(f"the engine {name} compiles nothing: choose torch or torch-cuda, or no vision_compile")
+    precision = bundle.manifest.vision.precision
+    if name == "onnxruntime" and cpu_engine(precision) != name:
+        raise EngineError(
+            f"the vision graph of {bundle.folder} is {precision}, and ONNX Runtime has no kernels for bfloat16 on a "
+            "CPU: take the engine torch (pip install 'hivtp[torch]') or one for a GPU, or export the bundle with "
+            "--vision-precision fp32 or fp16"
+        )
     if name != "auto":
         return _CREATORS[name](bundle, settings)
     candidates = [candidate for candidate in _AUTO if _is_there(bundle, candidate)]
@@ -82,7 +95,8 @@ def open_vision_engine(bundle: Bundle, name: str = "auto", settings: EngineSetti
 
 
 def _is_there(bundle: Bundle, name: str) -> bool:
-    """Whether something speaks for an engine: a plan in the bundle, a package for GPUs."""
+    """Whether something speaks for an engine: a plan in the bundle, a package for GPUs, the graph's precision."""
+    precision = bundle.manifest.vision.precision
     if name in ("tensorrt", "tensorrt-rtx"):
         from hivtp.engines.tensorrt.plan import has_plans
 
@@ -91,8 +105,13 @@ def _is_there(bundle: Bundle, name: str) -> bool:
         from hivtp.engines.onnxruntime_cuda import has_cuda_provider
 
         # The operators of an int8 graph are made for the CPU.
-        return bundle.manifest.vision.precision != "int8" and has_cuda_provider()
-    return True
+        return precision != "int8" and has_cuda_provider()
+    if name == "torch-cuda":
+        from hivtp.engines.torch.session import has_cuda
+
+        # Looking for CUDA imports torch, so it comes last.
+        return cpu_engine(precision) == "torch" and has_cuda()
+    return name == cpu_engine(precision)
 
 
 def _open_plan(library: Literal["tensorrt", "tensorrt-rtx"]) -> Callable[[Bundle, EngineSettings], Engine]:
@@ -123,4 +142,4 @@ _CREATORS: dict[str, Callable[[Bundle, EngineSettings], Engine]] = {
     "torch": _open_graph("torch"),
     "torch-cuda": _open_graph("torch-cuda"),
 }
-_AUTO = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime")
+_AUTO = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "torch-cuda", "onnxruntime", "torch")

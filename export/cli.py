@@ -117,7 +117,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--vision-precision",
         choices=get_args(VisionPrecision),
         default=defaults.vision_precision,
-        help="int8 is fastest on a CPU, fp16 is meant for a GPU (default: %(default)s)",
+        help="int8 is fastest on a CPU, fp16 and bf16 are meant for a GPU, and bf16 runs on a CPU in torch alone "
+        "(default: %(default)s)",
     )
     precision.add_argument(
         "--language-precision",

@@ -95,8 +95,7 @@ class ClipTower:
         """Tokens [tiles, 1 + patches, width] from pixels [tiles, 3, H, W], CLS first."""
         graph, shape = self.graph, self.shape
         width = shape.hidden_size
-        if graph.precision == "fp16":
-            pixels = graph.cast(pixels, "FLOAT16", "pixels")
+        pixels = graph.narrow(pixels, "pixels")
         # The convolution's windows do not overlap, so it is a matrix product, and a faster one on a CPU.
         (rows, cols), side = shape.grid, shape.patch_size
         split = graph.constant("split_patches", [-1, 3, rows, side, cols, side])
@@ -150,10 +149,10 @@ class ClipTower:
         """Mean over heads and queries of [tiles, heads, queries, keys]: [tiles, keys] float32."""
         graph, name = self.graph, f"{attention.name}.received"
         axes = graph.constant("axes_heads_queries", [1, 2])
-        if graph.precision == "fp16":
+        if graph.is_half:
             return graph.op("ReduceMean", attention, axes, name=name, keepdims=0)
         # On a CPU a product with a constant row is 20 times as fast as reducing the whole map, and more exact. A
-        # GPU would round it to TF32, so fp16 graphs reduce.
+        # GPU would round it to TF32, so the graphs that are meant for one reduce.
         num_tokens = 1 + self.shape.num_patches
         share = graph.constant("query_share", np.full((1, num_tokens), 1 / num_tokens, np.float32))
         by_head = graph.op("MatMul", share, attention, name=f"{name}.by_head")
@@ -217,11 +216,10 @@ class ClipTower:
 
         scaled = graph.op("Mul", queries, graph.constant("attention_scale", head_size**-0.5), name=f"{name}.scaled")
         logits = graph.op("MatMul", heads(scaled, [0, 2, 1, 3]), heads(keys, [0, 2, 3, 1]), name=f"{name}.logits")
-        wide = graph.cast(logits, "FLOAT", f"{name}.logits.float32") if graph.precision == "fp16" else logits
+        wide = graph.widen(logits, f"{name}.logits.float32")
         probabilities = graph.op("Softmax", wide, name=f"{name}.probabilities", axis=-1)
         self.attention_maps.append(probabilities)
-        if graph.precision == "fp16":
-            probabilities = graph.cast(probabilities, "FLOAT16", f"{name}.probabilities.float16")
+        probabilities = graph.narrow(probabilities, f"{name}.probabilities.half")
         mixed = graph.op("MatMul", probabilities, heads(values, [0, 2, 1, 3]), name=f"{name}.mixed")
         mixed = graph.op("Transpose", mixed, name=f"{name}.rows", perm=[0, 2, 1, 3])
         return graph.op("Reshape", mixed, merge, name=f"{name}.merged")

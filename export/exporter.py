@@ -59,7 +59,7 @@ class ExportSettings:
         first_layer: first scoring layer, 0-based; None leaves it to the spec.
         num_layers: number of scoring layers; None leaves it to the spec.
         is_pruned: False exports the unpruned model.
-        vision_precision: fp32, fp16 or int8.
+        vision_precision: fp32, fp16, bf16 or int8.
         language_precision: of the decoder: fp32, int8, int4 or w8a8 for a CPU; fp16 or int4-fp16 for a GPU; "none"
             leaves it out, for those who run the language model of the checkpoint in transformers.
         block_size: weights of a decoder of int8 or int4 that share a scale; None for DEFAULT_BLOCK_SIZE.

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-VisionPrecision = Literal["fp32", "fp16", "int8"]
+VisionPrecision = Literal["fp32", "fp16", "bf16", "int8"]
+# What weights and activations are in; float32 where a precision is not named.
+HALF_DTYPES = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}
 
 # 23 is the first opset with a fused Attention; onnxruntime and TensorRT both take it. IR version 10 goes with it.
 OPSET = 23
@@ -36,7 +38,7 @@ class GraphBuilder:
 
     Args:
         read_weight: returns a stored weight by name; called again at saving, so nothing is held meanwhile.
-        precision: "fp32"; "fp16" (weights and activations in half, norms and softmax in float32); or
+        precision: "fp32"; "fp16" and "bf16" (weights and activations in half, norms and softmax in float32); or
             "int8" (linear layers with int8 weights per output channel and activations quantised to uint8
             per tensor at run time, all else in float32).
     """
@@ -51,7 +53,8 @@ class GraphBuilder:
         self._inputs: list[ir.Value] = []
         self._weights: dict[str, ir.Value] = {}
         self.precision = precision
-        self.compute_dtype = ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT
+        self.is_half = precision in HALF_DTYPES
+        self.compute_dtype = ir.DataType[HALF_DTYPES.get(precision, "FLOAT")]
 
     def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> ir.Value:
         """Declare a graph input; a string in `shape` is a dynamic dimension."""
@@ -113,20 +116,28 @@ class GraphBuilder:
         return values
 
     def cast(self, value: ir.Value, dtype: str, name: str) -> ir.Value:
-        """A cast, or the value itself where the compute dtype already is `dtype`."""
+        """A cast."""
         target = self._ir.DataType[dtype]
         return self.op("Cast", value, name=name, to=int(target))
 
+    def widen(self, value: ir.Value, name: str) -> ir.Value:
+        """A value of the compute dtype in float32; the value itself where that is what it is."""
+        return self.cast(value, "FLOAT", name) if self.is_half else value
+
+    def narrow(self, value: ir.Value, name: str) -> ir.Value:
+        """A float32 value in the compute dtype; likewise."""
+        return self.cast(value, self.compute_dtype.name, name) if self.is_half else value
+
     def layer_norm(self, value: ir.Value, weight: str, bias: str, epsilon: float, name: str) -> ir.Value:
         """LayerNormalization over the last axis, in float32 whatever the precision."""
-        if self.precision != "fp16":
+        if not self.is_half:
             return self.op(
                 "LayerNormalization", value, self.weight(weight), self.weight(bias), name=name, epsilon=epsilon
             )
         parameters = [self.constant(f"{key}.float32", self.read(key)) for key in (weight, bias)]
-        wide = self.cast(value, "FLOAT", f"{name}.in")
+        wide = self.widen(value, f"{name}.in")
         normed = self.op("LayerNormalization", wide, *parameters, name=f"{name}.float32", epsilon=epsilon)
-        return self.cast(normed, "FLOAT16", name)
+        return self.narrow(normed, name)
 
     def linear(self, value: ir.Value, weight: str, bias: str | ir.Value | None, name: str) -> ir.Value:
         """`value @ weight.T + bias` with a torch linear layer's [out, in] weight; int8 where precision says so."""

@@ -1,4 +1,4 @@
-"""Builds a plan into a bundle, on the machine that runs it; needs TensorRT and ONNX Runtime, and no torch."""
+"""Builds a plan into a bundle, on the machine that runs it; needs TensorRT and what runs the graph on a CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from hivtp.engines import create_engine
+from hivtp.engines import cpu_engine, create_engine
 from hivtp.engines.base import EngineSettings
 from hivtp.engines.bundle import Bundle, FileRecord
 from hivtp.engines.gpu import Gpu, find_gpu
@@ -17,6 +17,7 @@ from hivtp.engines.tensorrt.library import Library, LibraryName, load_library
 from hivtp.engines.tensorrt.plan import PlanRecord, graph_hashes, sha256_of_plan, write_plan
 from hivtp.engines.tensorrt.profile import TileProfile
 from hivtp.engines.tensorrt.timing_cache import cache_file, default_cache_folder, read_cache, write_cache
+from hivtp.engines.torch.errors import require_packages
 from hivtp.export.plan_verification import verify_plan
 from hivtp.export.progress import Progress
 from hivtp_ops.errors import EngineError, EngineWarning, HivtpError
@@ -75,13 +76,13 @@ class Builder:
         """Find out whether a plan can be built here, which takes no time.
 
         Raises:
-            MissingExtraError: the library, or cuda-core, is not installed.
+            MissingExtraError: the library, or cuda-core, is not installed; or, for bf16, what the plan is compared in.
             EngineError: the library needs a GPU and there is none, or it cannot take the precision.
         """
         if precision == "int8":
             raise EngineError(
                 "the int8 vision graph is made for the CPU, and TensorRT cannot take it; "
-                "export it with --vision-precision fp16"
+                "export it with --vision-precision fp16 or bf16"
             )
         library, gpu = load_library(settings.library), find_gpu(settings.library)
         if gpu is None and not library.builds_without_gpu:
@@ -89,6 +90,9 @@ class Builder:
                 f"{library.name} builds a plan on the GPU that will run it, and no NVIDIA GPU with its driver was "
                 "found here; build it there, from a copy of the bundle (tensorrt-rtx builds anywhere, for RTX GPUs)"
             )
+        if gpu is not None and cpu_engine(precision) == "torch":
+            # What the plan is compared with.
+            require_packages("torch", "onnx_ir", extra="torch")
         return cls(library, gpu)
 
 
@@ -209,6 +213,6 @@ def _verify(
         if not record.is_portable:
             raise
         return {"is_done": False, "reason": f"the GPU here cannot run it ({error})"}
-    reference = create_engine("onnxruntime", bundle.vision_file)
+    reference = create_engine(cpu_engine(bundle.manifest.vision.precision), bundle.vision_file)
     sizes = sorted({size for profile in settings.profiles for size in (profile.minimum, profile.optimum)})
     return verify_plan(engine, reference, bundle.manifest, sizes, allows_tf32=settings.allows_tf32)

@@ -99,8 +99,8 @@ class Pipeline:
         Args:
             folder: the bundle.
             engine: what runs the vision graph: "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "torch"
-                or "torch-cuda"; "auto" takes a TensorRT plan that fits, else ONNX Runtime on a GPU, else on the CPU,
-                and warns of what is there and cannot be used.
+                or "torch-cuda"; "auto" takes a TensorRT plan that fits, else ONNX Runtime on a GPU, else on the CPU
+                (for a bf16 graph torch, on a GPU or on the CPU), and warns of what is there and cannot be used.
             num_threads: threads of each engine on the CPU; None leaves the choice to the engine.
             uses_cuda_graph: see EngineSettings.
             vision_compile: for "torch" and "torch-cuda": see EngineSettings.is_compiled.

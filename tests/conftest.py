@@ -77,6 +77,14 @@ def prefill_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
+def bf16_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `exact_bundle`, with a vision graph in bfloat16."""
+    folder = tmp_path_factory.mktemp("bf16") / "bundle"
+    settings = ExportSettings(preset="192", vision_precision="bf16")
+    return export_bundle(tiny_checkpoint, folder, settings, is_quiet=True).folder
+
+
+@pytest.fixture(scope="session")
 def bare_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `pruned_bundle`, without a decoder."""
     folder = tmp_path_factory.mktemp("bare") / "bundle"

@@ -25,7 +25,11 @@ def to_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
     """An array as a tensor; a copy of one that must not be written to, of which torch would warn."""
     import torch
 
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    array = np.require(array, requirements=["C", "W"])
+    # numpy has no bfloat16 of its own, and torch does not know the one that ml_dtypes adds.
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

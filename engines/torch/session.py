@@ -149,6 +149,15 @@ class _Captured:
         return self._outputs
 
 
+def has_cuda() -> bool:
+    """Whether torch is installed and sees a GPU."""
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
 def _name(value: Any) -> str:
     name: str = value.name
     return name

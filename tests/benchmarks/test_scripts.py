@@ -110,7 +110,7 @@ def test_ttft_times_whole_answers_also_the_papers_way(run: Any) -> None:
 
 
 def test_a_floor_follows_tokens_and_precision_and_rounded_weights_have_none(
-    tiny_checkpoint: Path, exact_bundle: Path, unpruned_bundle: Path
+    tiny_checkpoint: Path, exact_bundle: Path, unpruned_bundle: Path, bf16_bundle: Path
 ) -> None:
     floors = Floors(tiny_checkpoint, "cpu", PEAKS)
     assert floors.vision_ms(exact_bundle, 2) < floors.vision_ms(unpruned_bundle, 2)
@@ -123,6 +123,9 @@ def test_a_floor_follows_tokens_and_precision_and_rounded_weights_have_none(
     on_gpu = Floors(tiny_checkpoint, "cuda", PEAKS)
     assert on_gpu.vision_ms(exact_bundle) is on_gpu.ttft_ms(exact_bundle, "fp16", 60) is None
     assert on_gpu.decode_ms_per_token("fp16", 60, 16) is not None
+    # Half precision of either kind runs at one rate there; on a CPU only what is multiplied in float32 has a floor.
+    assert on_gpu.vision_ms(bf16_bundle) > 0
+    assert floors.vision_ms(bf16_bundle) is None
 
 
 def test_throughput_counts_answers_and_tokens(run: Any, capsys: pytest.CaptureFixture[str]) -> None:

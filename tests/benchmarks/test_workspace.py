@@ -41,12 +41,16 @@ def test_a_bundle_is_written_once(workspace: Workspace) -> None:
     assert (workspace.bundle("a", settings) / "manifest.json").stat().st_mtime_ns == written
 
 
+def test_the_engine_of_the_cpu_is_one_that_runs_the_precision(exact_bundle: Path, bf16_bundle: Path) -> None:
+    assert engines(exact_bundle, "cpu") == ["onnxruntime"]
+    assert engines(bf16_bundle, "cpu") == ["torch"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_engines_that_cannot_run_here_are_named_with_their_reason(
     workspace: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = workspace.bundle("a", ExportSettings(preset="192"))
-    assert engines(folder, "cpu") == ["onnxruntime"]
     assert engines(folder, "cuda") == []
     printed = capsys.readouterr().out
     for name in ("torch-cuda", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"):

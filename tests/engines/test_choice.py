@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from hivtp import Pipeline
+from hivtp import Pipeline, engines
 from hivtp.engines import EngineSettings, onnxruntime_cuda, open_vision_engine
 from hivtp.engines.bundle import Bundle
 from hivtp.engines.onnxruntime import OnnxRuntimeEngine
 from hivtp.engines.tensorrt import session
 from hivtp.engines.tensorrt.library import load_library
+from hivtp.engines.torch import session as torch_session
 from hivtp_ops.errors import EngineError, EngineWarning, MissingExtraError
 from tests.engines.tensorrt import fake_gpu
 from tests.engines.tensorrt.plans import H200, RTX, add
@@ -44,10 +45,87 @@ def tensorrt_on_h200(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "find_gpu", lambda _extra: H200)
 
 
-def test_a_bundle_without_plans_runs_on_the_cpu_without_a_word(bundle):
+@pytest.fixture
+def in_bfloat16(bf16_bundle: Path, tmp_path: Path) -> Bundle:
+    return Bundle.open(shutil.copytree(bf16_bundle, tmp_path / "bf16"))
+
+
+def test_a_bundle_without_plans_runs_on_the_cpu_without_a_word(bundle, monkeypatch):
+    monkeypatch.setattr(torch_session, "has_cuda", lambda: pytest.fail("to look for CUDA imports torch"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert isinstance(open_vision_engine(bundle), OnnxRuntimeEngine)
+
+
+def test_a_bf16_graph_runs_in_torch_on_the_cpu_without_a_word(in_bfloat16, monkeypatch):
+    monkeypatch.setattr(torch_session, "has_cuda", lambda: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine = open_vision_engine(in_bfloat16)
+    assert isinstance(engine, torch_session.TorchEngine)
+    assert engine.view_device == "cpu"
+
+
+def test_a_bf16_graph_is_refused_by_onnxruntime_on_the_cpu_with_what_to_do(in_bfloat16):
+    with pytest.raises(EngineError, match="is bf16, and ONNX Runtime has no kernels for bfloat16 on a CPU") as caught:
+        open_vision_engine(in_bfloat16, "onnxruntime")
+    advice = "take the engine torch (pip install 'hivtp[torch]') or one for a GPU, or export the bundle with"
+    assert f"{advice} --vision-precision fp32 or fp16" in str(caught.value)
+    done = hivtp_run(in_bfloat16.folder, "what", "--engine", "onnxruntime")
+    assert (done.returncode, done.stderr) == (1, f"hivtp-run: {caught.value}\n")
+
+
+@pytest.mark.parametrize("package", ["torch", "onnx_ir"])
+def test_a_bf16_graph_without_torch_says_what_to_install(in_bfloat16, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(torch_session, "has_cuda", lambda: False)
+    with pytest.raises(MissingExtraError, match=rf"{package} is not installed; .*pip install 'hivtp\[torch\]'"):
+        open_vision_engine(in_bfloat16)
+
+
+def test_torch_that_is_not_installed_sees_no_gpu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert not torch_session.has_cuda()
+
+
+@pytest.mark.parametrize(
+    ("broken", "taken"),
+    [
+        ((), "tensorrt"),
+        (("tensorrt",), "onnxruntime-cuda"),
+        (("tensorrt", "onnxruntime-cuda"), "torch-cuda"),
+        (("tensorrt", "onnxruntime-cuda", "torch-cuda"), "torch"),
+    ],
+)
+def test_a_bf16_graph_tries_every_gpu_before_torch_on_the_cpu(in_bfloat16, monkeypatch, broken, taken):
+    add(in_bfloat16)
+    monkeypatch.setattr(onnxruntime_cuda, "has_cuda_provider", lambda: True)
+    monkeypatch.setattr(torch_session, "has_cuda", lambda: True)
+
+    def creator(name):
+        def create(_bundle, _settings):
+            if name in broken:
+                raise EngineError(f"{name} does not work")
+            return name
+
+        return create
+
+    monkeypatch.setattr(engines, "_CREATORS", {name: creator(name) for name in engines._CREATORS})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert open_vision_engine(in_bfloat16) == taken
+    assert [str(warning.message).rpartition(": ")[2] for warning in caught] == [
+        f"{name} does not work" for name in broken
+    ]
+
+
+def test_a_pipeline_answers_with_a_bf16_graph(in_bfloat16, exact_bundle, photo):
+    expected = Pipeline.load(exact_bundle).generate("what", [photo], max_new_tokens=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EngineWarning)
+        answer = Pipeline.load(in_bfloat16.folder).generate("what", [photo], max_new_tokens=8)
+    assert answer.num_kept_tokens == expected.num_kept_tokens
+    assert len(answer.token_ids) > 0
 
 
 @pytest.mark.usefixtures("tensorrt_on_h200")

@@ -34,6 +34,7 @@ def test_options_become_settings() -> None:
     assert parse("--language-precision", "int8", "--block-size", "128").decoder.block_size == 128
     assert parse().decoder.block_size is None
     assert parse("--prefill-precision", "w8a8").decoder.prefill_precision == "w8a8"
+    assert parse("--vision-precision", "bf16").vision_precision == "bf16"
 
 
 def test_the_summary_says_what_was_written_and_how_close_it_is(

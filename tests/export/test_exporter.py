@@ -51,6 +51,15 @@ def test_a_bundle_says_what_it_is(tiny_checkpoint: Path, tmp_path: Path) -> None
     assert not [name for name in on_disk if name.endswith((".py", ".pkl", ".bin", ".pt"))]
 
 
+def test_the_manifest_of_a_bf16_graph_holds_what_its_check_found(bf16_bundle: Path) -> None:
+    manifest = Bundle.open(bf16_bundle, check_hashes=True).manifest
+    assert manifest.vision.precision == "bf16"
+    found = manifest.verification["vision"]
+    assert found["tolerance"] == {"relative_error": 8e-2, "importance_error": 2e-3, "min_jaccard": 0.85}
+    assert 1e-3 < found["relative_error"] < 2e-2
+    assert 0 < found["importance_error"] < 2e-3
+
+
 def test_an_encoder_bundle_holds_the_graph_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
     bundle = export_bundle(tiny_checkpoint, tmp_path / "bundle", ExportSettings(graph="encoder"), is_quiet=True)
     assert bundle.manifest.language is None
@@ -89,7 +98,7 @@ def test_a_spec_that_does_not_fit_the_model_is_refused_before_anything_is_writte
 
 
 def test_unknown_settings_are_refused() -> None:
-    with pytest.raises(SpecError, match="vision_precision is 'int2'; choose one of fp32, fp16, int8"):
+    with pytest.raises(SpecError, match="vision_precision is 'int2'; choose one of fp32, fp16, bf16, int8"):
         ExportSettings(vision_precision="int2")
     with pytest.raises(SpecError, match="block_size is 48; choose one of 16, 32, 64, 128, 256"):
         ExportSettings(language_precision="int4", block_size=48)

@@ -21,6 +21,7 @@ from hivtp.engines.tensorrt.builder import BuildSettings, BuiltPlan, build_plan
 from hivtp.engines.tensorrt.library import load_library
 from hivtp.engines.tensorrt.plan import PLANS_FOLDER, PlanRecord, has_plans
 from hivtp.engines.tensorrt.profile import TileProfile
+from hivtp.engines.torch.session import TorchEngine
 from hivtp.export import plan as plan_module
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.cli import main, make_parser
@@ -136,6 +137,38 @@ def test_a_summary_says_what_was_compared_and_what_was_not(half_bundle: Path) ->
     text = plan_summary(Path("x.plan"), make_record(bundle, verification=unchecked, is_portable=True))
     assert "for any RTX GPU since Ampere" in text
     assert "NOT DONE: there was no GPU to run it on" in text
+
+
+@pytest.mark.parametrize("missing", ["torch", "onnx_ir"])
+def test_a_plan_in_bf16_wants_torch_before_it_is_built_where_it_is_compared(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setattr(plan_module, "load_library", lambda name: fake_gpu.library(name, is_portable=True))
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(plan_module, "find_gpu", lambda _extra: H200)
+    assert Builder.find(PlanSettings("tensorrt"), "fp16").gpu == H200
+    with pytest.raises(MissingExtraError, match=rf"{missing}.*pip install 'hivtp\[torch\]'"):
+        Builder.find(PlanSettings("tensorrt"), "bf16")
+    # It is built without a GPU, and then it is not compared.
+    monkeypatch.setattr(plan_module, "find_gpu", lambda _extra: None)
+    assert Builder.find(RTX, "bf16").gpu is None
+
+
+def test_a_plan_in_bf16_is_compared_with_the_graph_in_torch(
+    bf16_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(bf16_bundle, tmp_path / "bundle")
+    fake_gpu.install(monkeypatch)
+    monkeypatch.setattr(plan_module, "find_gpu", lambda _extra: H200)
+    monkeypatch.setattr(plan_module, "_offer_kernel", lambda _builder: None)
+    monkeypatch.setattr(plan_module, "load_library", fake_gpu.library)
+    monkeypatch.setattr(plan_module, "build_plan", lambda *_arguments: BuiltPlan(memoryview(b"plan"), "function", b""))
+    compared = []
+    monkeypatch.setattr(
+        plan_module, "verify_plan", lambda _engine, reference, *_, **__: compared.append(reference) or {}
+    )
+    export_plan(folder, PlanSettings("tensorrt", timing_cache=tmp_path / "timing"), is_quiet=True)
+    assert [type(reference) for reference in compared] == [TorchEngine]
 
 
 @pytest.mark.parametrize("is_portable", [True, False])
@@ -379,7 +412,7 @@ def build(graph: Path) -> BuiltPlan:
 
 
 @pytest.mark.tensorrt
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 @pytest.mark.parametrize("preset", [*PRESETS, "none"])
 def test_every_preset_of_both_families_is_built_for_any_number_of_tiles(
@@ -399,7 +432,7 @@ def test_an_encoder_graph_is_built(tiny_checkpoint: Path, tmp_path: Path) -> Non
 
 @pytest.mark.tensorrt
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_vit_l_of_real_size_is_built(tmp_path: Path, precision: str) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint", "vit-l-0.3b")
     graph = write_graph(folder, tmp_path / "model.onnx", PruningSpec.preset("192"), precision)

@@ -50,18 +50,20 @@ def test_nan_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
         verify_vision(checkpoint, None, file, "fp32", "vision")
 
 
-def test_an_int8_graph_beyond_its_tolerance_is_refused(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_a_rounded_graph_beyond_its_tolerance_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint)
     file = tmp_path / "model.onnx"
-    save_model(build_vision_graph(checkpoint, SPEC, "int8"), file)
-    report = verify_vision(checkpoint, SPEC, file, "int8", "vision")
+    save_model(build_vision_graph(checkpoint, SPEC, precision), file)
+    report = verify_vision(checkpoint, SPEC, file, precision, "vision")
     assert 0.8 <= report["kept_jaccard"] <= 1
-    strict = {"int8": verification.VisionTolerance(1.0, 1.0, 1.01)}
+    assert 1e-3 < report["relative_error"] <= report["tolerance"]["relative_error"]
+    strict = {precision: verification.VisionTolerance(1.0, 1.0, 1.01)}
     monkeypatch.setattr(verification, "VISION_TOLERANCES", strict)
     with pytest.raises(VerificationError, match=r"kept-token agreement is .*, allowed is at least 1\.01"):
-        verify_vision(checkpoint, SPEC, file, "int8", "vision")
+        verify_vision(checkpoint, SPEC, file, precision, "vision")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])

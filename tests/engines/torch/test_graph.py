@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp.engines import create_engine
@@ -16,7 +17,7 @@ from hivtp.export.clip import VisionShape
 from hivtp.export.graph import save_model
 from hivtp.export.verification import relative_error, sample_pixels
 from hivtp.export.vision import build_vision_graph
-from hivtp_ops import PruningSpec
+from hivtp_ops import PruningSpec, select
 from hivtp_ops.errors import EngineError
 
 if TYPE_CHECKING:
@@ -93,13 +94,60 @@ def test_graphs_of_other_models_do(tmp_path: Path, vision: dict[str, Any], confi
     check(write(folder, tmp_path / "model.onnx", SPEC))
 
 
-def test_a_float16_graph_computes_in_float16_with_its_islands(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    file = write(tiny_checkpoint, tmp_path / "model.onnx", PruningSpec.preset("192", (8, 8)), "fp16")
-    check(file, tolerance=4e-3)
+@pytest.mark.parametrize(("precision", "half"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_a_half_graph_computes_in_half_with_its_islands(
+    tiny_checkpoint: Path, tmp_path: Path, precision: str, half: torch.dtype
+) -> None:
+    file = write(tiny_checkpoint, tmp_path / "model.onnx", PruningSpec.preset("192", (8, 8)), precision)
     _, module = load_graph(file)
     matrices = [weight for weight in module.buffers() if weight.ndim == 2 and min(weight.shape) > 1]
-    assert {weight.dtype for weight in matrices} == {torch.float16}
-    assert torch.float32 in {weight.dtype for weight in module.buffers()}
+    assert {weight.dtype for weight in matrices} == {half}
+    others = {weight.dtype for weight in module.buffers() if weight.ndim < 2 and weight.is_floating_point()}
+    # Biases of products, and what the norms scale and shift by.
+    assert others == {half, torch.float32}
+
+
+def test_a_float16_graph_gives_what_onnxruntime_gives(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    spec = PruningSpec.preset("192", (8, 8))
+    check(write(tiny_checkpoint, tmp_path / "model.onnx", spec, "fp16"), tolerance=4e-3)
+
+
+@pytest.mark.parametrize("preset", ["192", "64"])
+def test_a_bfloat16_graph_keeps_what_transformers_in_bfloat16_keeps(
+    tiny_checkpoint: Path, tmp_path: Path, preset: str
+) -> None:
+    spec = PruningSpec.preset(preset, (8, 8)).resolve(6)
+    file = write(tiny_checkpoint, tmp_path / "model.onnx", spec, "bf16")
+    inputs = sample_inputs(file, 5)
+    found = run(file, inputs)
+    importance, embeds = transformers_in_bfloat16(tiny_checkpoint, spec, inputs["pixel_values"])
+    expected = select(importance, (8, 8), spec)
+    np.testing.assert_array_equal(found["kept_indices"], select(found["importance"], (8, 8), spec).indices)
+    difference = np.abs(found["importance"] - importance).max()
+    assert difference <= 2e-3
+    for tile in range(5):
+        ours, theirs = (set(kept[tile].tolist()) for kept in (found["kept_indices"], expected.indices))
+        # Where they part the scores are near ties: each patch stands for one that scores the same, to that difference.
+        for patch in ours ^ theirs:
+            others = list(theirs - ours if patch in ours else ours - theirs)
+            assert np.abs(importance[tile, others] - importance[tile, patch]).min() <= 2 * difference
+        rows = sorted(ours & theirs)
+        assert len(rows) >= 0.85 * spec.keep
+        place = [found["kept_indices"][tile].tolist().index(row) for row in rows]
+        assert relative_error(found["image_embeds"][tile, place], embeds[tile, rows]) <= 2e-2
+
+
+def transformers_in_bfloat16(folder: Path, spec: PruningSpec, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores [tiles, patches] and embeddings [tiles, patches, hidden], float32."""
+    options = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+    model = LlavaForConditionalGeneration.from_pretrained(folder, **options).eval().model
+    with torch.inference_mode():
+        values = torch.from_numpy(pixels).bfloat16()
+        tower = model.vision_tower(values, output_attentions=True, output_hidden_states=True)
+        embeds = model.multi_modal_projector(tower.hidden_states[model.config.vision_feature_layer][:, 1:])
+    layers = slice(spec.first_layer, spec.first_layer + spec.num_layers)
+    attention = torch.stack(tower.attentions[layers], dim=1).float().numpy()
+    return attention.mean(axis=(1, 2, 3))[:, 1:], embeds.float().numpy()
 
 
 def test_what_multiplies_the_same_value_is_one_product(tiny_checkpoint: Path, tmp_path: Path) -> None:
