@@ -20,6 +20,8 @@ MICROSOFT = "com.microsoft"
 # Rounded activations lie around it, in 1 to 255: what CPUs multiply by int8 is uint8.
 ZERO_POINT = 128
 LARGEST = 127
+# A position of zeros has no scale of its own.
+LEAST = 1e-30
 
 
 def quantize_products(model: ir.Model, on_node: Callable[[int, int], None] = lambda _done, _total: None) -> None:
@@ -88,8 +90,7 @@ class _Rounder:
 
         size = add("Abs", value, output="sizes")
         size = add("ReduceMax", size, self._constant("w8a8/axes", np.array([-1])), output="largest", keepdims=1)
-        # A position of zeros has no scale of its own.
-        size = add("Max", size, self._constant("w8a8/least", np.array(1e-30, np.float32)), output="size")
+        size = add("Max", size, self._constant("w8a8/least", np.array(LEAST, np.float32)), output="size")
         scales = add("Mul", size, self._constant("w8a8/step", np.array(1 / LARGEST, np.float32)), output="scales")
         steps = add("Div", value, scales, output="steps")
         whole = add("Round", steps, output="whole")

@@ -57,14 +57,16 @@ VISION_TOLERANCES: Mapping[str, VisionTolerance] = {
 }
 # Relative error of the logits against PyTorch with the same, possibly quantised, weights, for one layer. The
 # kernels of int8 and int4 weights round activations to 8 bits; the layers' errors are independent, so they add
-# up with the square root of the depth: 0.02 in 1 layer of LLaVA-1.5-7B's width, 0.054 in 8, 0.11 in all 32.
+# up with the square root of the depth: 0.02 in 1 layer of LLaVA-1.5-7B's width, 0.054 in 8, 0.11 in all 32. w8a8
+# rounds a position as a whole and not block by block, which is coarser: 0.22 in all 32 (and yet it is nearer to the
+# checkpoint's own weights than int4, 0.27 against 0.98, those being random).
 # Half precision rounds what passes between operators to 11 bits: 0.0011 in 1 layer of that width, 0.0012 with int4
 # weights. A CPU multiplies the matrices of such a graph in float32, so what a GPU's products add is not in it.
 LANGUAGE_TOLERANCES: Mapping[str, float] = {
     "fp32": 2e-4,
     "int8": 4e-2,
     "int4": 4e-2,
-    "w8a8": 4e-2,
+    "w8a8": 8e-2,
     "fp16": 4e-3,
     "int4-fp16": 4e-3,
 }

@@ -8,17 +8,21 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hivtp.engines.bundle import Bundle
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.cli import main
-from hivtp.export.decoder import write_decoder
+from hivtp.export.decoder import load_language_model, write_decoder
+from hivtp.export.decoder_weights import DecoderWeights
 from hivtp.export.dynamic_int8 import PRODUCT, quantize_products
 from hivtp.export.exporter import ExportSettings
 from hivtp.export.graph import quantize_per_channel
+from hivtp.export.verification import relative_error
 from hivtp_ops.errors import SpecError
+from tests.answers import embeddings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,6 +116,35 @@ def test_every_product_of_a_decoder_is_int8_and_shares_what_it_rounds(
     matrices = [item for item in graph.initializer if len(item.dims) == 2]
     weights = [item for item in matrices if item.data_type == onnx.TensorProto.INT8]
     assert len(weights) == 2 * 5 + 1
+
+
+def test_a_decoder_is_pytorch_with_the_same_rounding(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    file = write_decoder(checkpoint, tmp_path, "w8a8")
+    model = load_language_model(checkpoint)
+    weights = DecoderWeights(checkpoint, file)
+    model.load_state_dict({name: weights.tensor(name) for name in model.state_dict()}, assign=True)
+
+    def round_positions(_module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        [value] = inputs
+        scales = value.abs().amax(dim=-1, keepdim=True) / 127
+        return ((value / scales).round() * scales,)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(round_positions)
+    embeds = embeddings(40)
+    with torch.inference_mode():
+        expected = model(inputs_embeds=torch.from_numpy(embeds)[None]).logits[0, -1].numpy()
+    names = {value.name for value in onnx.load(file, load_external_data=False).graph.input}
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    config = checkpoint.config.text_config
+    empty = np.zeros((1, config.num_key_value_heads, 0, config.head_dim), np.float32)
+    past = {name: empty for name in names if name.startswith("past_key_values")}
+    inputs = {"inputs_embeds": embeds[None], "attention_mask": np.ones((1, len(embeds)), np.int64), **past}
+    [logits] = session.run(["logits"], inputs)
+    # In more layers a difference in the last digit grows: it moves what lies between two steps.
+    assert relative_error(logits[0, -1], expected) < 1e-5
 
 
 def test_the_command_writes_a_second_decoder_and_says_so(
