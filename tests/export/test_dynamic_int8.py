@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlavaForConditionalGeneration
 
 from hivtp.engines.bundle import Bundle
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.cli import main
-from hivtp.export.decoder import load_language_model, write_decoder
+from hivtp.export.decoder import write_decoder
 from hivtp.export.decoder_weights import DecoderWeights
 from hivtp.export.dynamic_int8 import PRODUCT, quantize_products
 from hivtp.export.exporter import ExportSettings
@@ -121,17 +122,19 @@ def test_every_product_of_a_decoder_is_int8_and_shares_what_it_rounds(
 def test_a_decoder_is_pytorch_with_the_same_rounding(tiny_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint)
     file = write_decoder(checkpoint, tmp_path, "w8a8")
-    model = load_language_model(checkpoint)
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
     weights = DecoderWeights(checkpoint, file)
-    model.load_state_dict({name: weights.tensor(name) for name in model.state_dict()}, assign=True)
 
     def round_positions(_module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         [value] = inputs
         scales = value.abs().amax(dim=-1, keepdim=True) / 127
         return ((value / scales).round() * scales,)
 
-    for module in model.modules():
+    modules = {"lm_head": model.lm_head}
+    modules |= {f"model.{name}": module for name, module in model.model.language_model.named_modules()}
+    for name, module in modules.items():
         if isinstance(module, torch.nn.Linear):
+            module.weight.data = weights.tensor(f"{name}.weight")
             module.register_forward_pre_hook(round_positions)
     embeds = embeddings(40)
     with torch.inference_mode():
