@@ -25,6 +25,9 @@ BUNDLES = {
     "int4, prompts in w8a8": ExportSettings(
         preset="192", vision_precision="int8", language_precision="int4", prefill_precision="w8a8"
     ),
+    "int4 in blocks of 128, prompts in w8a8": ExportSettings(
+        preset="192", vision_precision="int8", language_precision="int4", block_size=128, prefill_precision="w8a8"
+    ),
     "int8": ExportSettings(preset="192", vision_precision="int8", language_precision="int8"),
     "w8a8": ExportSettings(preset="192", vision_precision="int8", language_precision="w8a8"),
 }

@@ -84,14 +84,19 @@ def open_vision_engine(bundle: Bundle, name: str = "auto", settings: EngineSetti
         )
     if name != "auto":
         return _CREATORS[name](bundle, settings)
-    candidates = [candidate for candidate in _AUTO if _is_there(bundle, candidate)]
-    for index, candidate in enumerate(candidates[:-1]):
+    # One after the other: to look for what comes late may mean to import torch.
+    candidates = (candidate for candidate in _AUTO if _is_there(bundle, candidate))
+    candidate = next(candidates)
+    while True:
         try:
             return _CREATORS[candidate](bundle, settings)
         except HivtpError as error:
-            message = f"the engine {candidate} cannot run {bundle.folder}, trying {candidates[index + 1]}: {error}"
+            following = next(candidates, None)
+            if following is None:
+                raise
+            message = f"the engine {candidate} cannot run {bundle.folder}, trying {following}: {error}"
             warnings.warn(message, EngineWarning, stacklevel=2)
-    return _CREATORS[candidates[-1]](bundle, settings)
+            candidate = following
 
 
 def _is_there(bundle: Bundle, name: str) -> bool:
@@ -109,7 +114,7 @@ def _is_there(bundle: Bundle, name: str) -> bool:
     if name == "torch-cuda":
         from hivtp.engines.torch.session import has_cuda
 
-        # Looking for CUDA imports torch, so it comes last.
+        # To look for CUDA means to import torch.
         return cpu_engine(precision) == "torch" and has_cuda()
     return name == cpu_engine(precision)
 

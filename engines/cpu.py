@@ -8,7 +8,6 @@ from pathlib import Path
 
 from hivtp_ops.errors import EngineWarning
 
-X86_NAMES = ("x86_64", "AMD64")
 # Instructions of x86 that add such products in 32 bits.
 EXACT_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 CPU_INFO = Path("/proc/cpuinfo")
@@ -19,16 +18,16 @@ def can_overflow_int8() -> bool:
 
     On x86 without VNNI, ONNX Runtime adds two such products in 16 bits, and what is larger is cut off (its operator
     documentation for MatMulInteger, and the AVX2 and AVX512 kernels of its matrix library). Arm has no such step.
-    Where the system does not tell what the processor can do, it is taken to be able.
+    False where the system does not say what the processor can do, as systems other than Linux.
     """
-    if platform.machine() not in X86_NAMES:
+    if platform.machine() != "x86_64":
         return False
     try:
         lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return False
-    [flags, *_] = [line.partition(":")[2].split() for line in lines if line.startswith("flags")] or [[*EXACT_FLAGS]]
-    return not EXACT_FLAGS & set(flags)
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), None)
+    return flags is not None and not EXACT_FLAGS & set(flags)
 
 
 def warn_where_int8_overflows(part: str) -> None:

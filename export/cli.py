@@ -137,8 +137,8 @@ def make_parser() -> argparse.ArgumentParser:
     precision.add_argument(
         "--prefill-precision",
         choices=get_args(PrefillPrecision),
-        help="write a second decoder, which runs the prompts: w8a8 halves the time of an int8 or int4 prefill on a "
-        "CPU and rounds less than int4 does, for one byte more per weight (default: one decoder runs all)",
+        help="write a second decoder, which runs the prompts: w8a8 halves the time of an int4 prefill on a CPU, for "
+        "one byte more per weight; the summary says what it rounds (default: one decoder runs all)",
     )
     precision.add_argument(
         "--decoder-from",

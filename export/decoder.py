@@ -123,6 +123,9 @@ def write_decoder(
         with _silenced():
             quantize_weights(decoder.model, settings, on_weight)
     save_model(decoder.model, file)
+    # Now, not when the garbage collector comes: another decoder may be written next.
+    for weight in decoder.model.graph.initializers.values():
+        weight.const_value = None
     return file
 
 

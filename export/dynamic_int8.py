@@ -33,7 +33,7 @@ def quantize_products(model: ir.Model, on_node: Callable[[int, int], None] = lam
     Source: ZeroQuant (arXiv 2206.01861), token-wise activations; its weights have several scales per channel.
 
     Args:
-        model: float32; its weights may be lazy, and one at a time is in memory.
+        model: float32; its weights may be lazy: one at a time is in memory in float32, and all of them in int8.
         on_node: called with (products done, all products).
     """
     nodes = constant_products(model)

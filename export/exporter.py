@@ -104,8 +104,9 @@ class ExportSettings:
             raise SpecError("first_layer and num_layers say what scores the patches, and without pruning nothing does")
         if self.graph == "encoder" and not self.is_pruned:
             raise SpecError("the encoder graph emits the scoring layers' attention, so it needs a spec for them")
-        if self.graph == "encoder" and self.decoder_from is not None:
-            raise SpecError("an encoder bundle has no decoder to take over; drop decoder_from")
+        for name in ("decoder_from", "block_size", "prefill_precision") if self.graph == "encoder" else ():
+            if getattr(self, name) is not None:
+                raise SpecError(f"an encoder bundle has no decoder; drop {name}")
 
     @property
     def decoder(self) -> DecoderKind | None:

@@ -116,7 +116,7 @@ class GraphBuilder:
         return values
 
     def cast(self, value: ir.Value, dtype: str, name: str) -> ir.Value:
-        """A cast."""
+        """A value cast to `dtype`, named as in ONNX."""
         target = self._ir.DataType[dtype]
         return self.op("Cast", value, name=name, to=int(target))
 
@@ -125,7 +125,7 @@ class GraphBuilder:
         return self.cast(value, "FLOAT", name) if self.is_half else value
 
     def narrow(self, value: ir.Value, name: str) -> ir.Value:
-        """A float32 value in the compute dtype; likewise."""
+        """A float32 value in the compute dtype; the value itself where that is float32."""
         return self.cast(value, self.compute_dtype.name, name) if self.is_half else value
 
     def layer_norm(self, value: ir.Value, weight: str, bias: str, epsilon: float, name: str) -> ir.Value:

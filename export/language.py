@@ -84,7 +84,9 @@ def export_decoder(
                     checkpoint, language, kind.prefill_precision, progress.update, name=PREFILL_NAME
                 )
             with progress.step("Decoder for prompts against PyTorch"):
-                verification["prefill"] = verify_language(checkpoint, prefill, kind.prefill_precision)
+                verification["prefill"] = verify_language(
+                    checkpoint, prefill, kind.prefill_precision, is_for_prompts=True
+                )
     manifest = DecoderManifest(
         file=f"{LANGUAGE_FOLDER}/{DECODER_NAME}",
         embeddings=f"{LANGUAGE_FOLDER}/{EMBEDDINGS_NAME}",

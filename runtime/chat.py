@@ -22,7 +22,9 @@ class Chat:
     """The turns of one conversation; made by `Pipeline.chat`. One thread at a time uses it.
 
     Each answer is the one to the whole conversation, written with the model's chat template. Only what the KV
-    cache does not hold yet is computed: earlier turns and their images cost neither vision nor prefill.
+    cache does not hold yet is computed: earlier turns and their images cost neither vision nor prefill. Where a bundle
+    has a decoder for prompts, the cache holds what the two decoders wrote, prompts and answers in turn; asked afresh,
+    the one for prompts would run all of it, and round a little differently.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:

@@ -94,7 +94,7 @@ class Pipeline:
         language_dtype: LanguageDtype = LanguageSettings.dtype,
         language_compile: bool = LanguageSettings.is_compiled,
     ) -> Pipeline:
-        """Load a bundle that hivtp-export wrote; needs numpy and onnxruntime, and torch only for transformers.
+        """Load a bundle that hivtp-export wrote; needs numpy and onnxruntime, and torch where something runs in it.
 
         Args:
             folder: the bundle.
@@ -121,7 +121,7 @@ class Pipeline:
         Raises:
             BundleError: the bundle is incomplete, altered, of another schema, or lacks what `language` needs of it.
             CheckpointError: the checkpoint is damaged, or is not the one that the bundle was exported from.
-            MissingExtraError: onnxruntime, or for "transformers" torch or transformers, is not installed.
+            MissingExtraError: onnxruntime, or what `engine` or `language` needs in its place, is not installed.
             EngineError: a graph cannot be loaded, or the engine cannot run here.
             SettingsError: a setting cannot work.
         """

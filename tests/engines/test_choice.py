@@ -57,6 +57,14 @@ def test_a_bundle_without_plans_runs_on_the_cpu_without_a_word(bundle, monkeypat
         assert isinstance(open_vision_engine(bundle), OnnxRuntimeEngine)
 
 
+def test_torch_is_not_looked_at_where_another_engine_opens(in_bfloat16, monkeypatch):
+    monkeypatch.setattr(onnxruntime_cuda, "has_cuda_provider", lambda: True)
+    monkeypatch.setattr(torch_session, "has_cuda", lambda: pytest.fail("to look for CUDA imports torch"))
+    opened = object()
+    monkeypatch.setitem(engines._CREATORS, "onnxruntime-cuda", lambda _bundle, _settings: opened)
+    assert open_vision_engine(in_bfloat16) is opened
+
+
 def test_a_bf16_graph_runs_in_torch_on_the_cpu_without_a_word(in_bfloat16, monkeypatch):
     monkeypatch.setattr(torch_session, "has_cuda", lambda: False)
     with warnings.catch_warnings():

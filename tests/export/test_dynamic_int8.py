@@ -13,22 +13,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlavaForConditionalGeneration
 
+from hivtp.engines import cpu
 from hivtp.engines.bundle import Bundle
+from hivtp.engines.cpu import can_overflow_int8
+from hivtp.export import verification
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.cli import main
 from hivtp.export.decoder import write_decoder
 from hivtp.export.decoder_weights import DecoderWeights
 from hivtp.export.dynamic_int8 import PRODUCT, quantize_products
-from hivtp.export.exporter import ExportSettings
+from hivtp.export.exporter import ExportSettings, export_bundle
 from hivtp.export.graph import quantize_per_channel
 from hivtp.export.verification import relative_error
-from hivtp_ops.errors import SpecError
+from hivtp_ops.errors import EngineWarning, SpecError, VerificationError
 from tests.answers import embeddings
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+# The definition is exact in whole numbers.
+pytestmark = pytest.mark.skipif(can_overflow_int8(), reason="this processor's int8 products overflow")
 
 WIDTH, NUM_CHANNELS = 24, 40
 WEIGHT = np.random.default_rng(1).normal(size=(WIDTH, NUM_CHANNELS)).astype(np.float32)
@@ -179,11 +185,34 @@ def test_the_command_writes_a_second_decoder_and_says_so(
         ({"language_precision": "w8a8"}, "runs prompts in w8a8 already"),
         ({"language_precision": "fp16"}, "prefill_precision is for a CPU, and language_precision fp16 for a GPU"),
         ({"language_precision": "none"}, "prefill_precision is for a decoder"),
+        ({"graph": "encoder"}, "an encoder bundle has no decoder; drop prefill_precision"),
     ],
 )
 def test_a_second_decoder_that_makes_no_sense_is_refused(options: dict[str, str], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         ExportSettings(prefill_precision="w8a8", **options)
+
+
+def test_one_that_is_too_far_off_can_be_left_out(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "LANGUAGE_TOLERANCES", {**verification.LANGUAGE_TOLERANCES, "w8a8": 1e-9})
+    with pytest.raises(VerificationError, match=r"decoder for prompts differs .* Leave --prefill-precision out"):
+        export_bundle(tiny_checkpoint, tmp_path / "a", ExportSettings(prefill_precision="w8a8"), is_quiet=True)
+    with pytest.raises(VerificationError, match=r"the w8a8 decoder differs .* Choose a higher precision"):
+        export_bundle(tiny_checkpoint, tmp_path / "b", ExportSettings(language_precision="w8a8"), is_quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_export_warns_where_its_check_may_overflow(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "can_overflow_int8", lambda: True)
+    settings = ExportSettings(vision_precision="int8", language_precision="w8a8")
+    with pytest.warns(EngineWarning) as warned:
+        export_bundle(tiny_checkpoint, tmp_path / "bundle", settings, is_quiet=True)
+    parts = [str(warning.message) for warning in warned]
+    assert ["the vision graph" in parts[0], "the decoder" in parts[1], len(parts)] == [True, True, 2]
 
 
 def test_no_other_precision_is_for_prompts() -> None:

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from hivtp import Pipeline, Request
+from hivtp.engines import cpu
+from hivtp.engines.base import EngineSettings
 from hivtp.engines.bundle import Bundle
-from hivtp.runtime.language import create_language
+from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.runtime.language import create_language, onnxruntime
 from hivtp.runtime.language.kv_cache import BoundRows
 from hivtp.runtime.language.onnxruntime import LEAST_PROMPT
-from hivtp_ops.errors import BundleError
+from hivtp_ops.errors import BundleError, EngineWarning
 from tests.answers import alone, embeddings, greedy, logits_of_a_growing_cache, same
 
 if TYPE_CHECKING:
@@ -87,6 +90,38 @@ def test_answers_together_are_those_alone(prefill_bundle, photo, photos):
     ]
     for answer, request in zip(pipeline.generate_batch(requests), requests, strict=True):
         assert same(answer, alone(pipeline, request))
+
+
+def test_the_threads_of_the_decoder_for_prompts_rest_after_it(bundle, monkeypatch):
+    rests = {}
+
+    def record(file: Path, _settings: EngineSettings, *, stops_spinning: bool = False) -> object:
+        rests[file.name] = stops_spinning
+        return object()
+
+    monkeypatch.setattr(onnxruntime, "open_session", record)
+    onnxruntime.DecoderSessions(bundle.folder, bundle.manifest.language.decoder, EngineSettings())
+    assert rests == {"decoder.onnx": False, "prefill.onnx": True}
+
+
+def test_one_decoder_in_w8a8_answers_alone_and_together(tiny_checkpoint, photo, tmp_path, monkeypatch):
+    settings = ExportSettings(preset="192", language_precision="w8a8")
+    opened = export_bundle(tiny_checkpoint, tmp_path / "bundle", settings, is_quiet=True)
+    assert opened.manifest.language.decoder.prefill_file is None
+    pipeline = Pipeline.load(opened.folder)
+    requests = [Request("What is it?", [photo], max_new_tokens=12), Request("Hi", max_new_tokens=8)]
+    for answer, request in zip(pipeline.generate_batch(requests), requests, strict=True):
+        assert len(answer.token_ids) > 1
+        assert same(answer, alone(pipeline, request))
+    embeds = embeddings(30)
+    steps = [embeds[:20], embeds[20:21], embeds[21:]]
+    sequence = pipeline.language.new_cache()
+    sequence.reserve(len(embeds))
+    for step, expected in zip(steps, logits_of_a_growing_cache(opened, steps), strict=True):
+        np.testing.assert_allclose(sequence.append(step), expected, atol=1e-4 * np.abs(expected).max())
+    monkeypatch.setattr(cpu, "can_overflow_int8", lambda: True)
+    with pytest.warns(EngineWarning, match="int8 products of the decoder can overflow"):
+        create_language(opened)
 
 
 def test_a_missing_second_decoder_is_named(prefill_bundle, tmp_path):

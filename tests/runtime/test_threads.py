@@ -29,11 +29,14 @@ def switch_often() -> Iterator[None]:
     sys.setswitchinterval(interval)
 
 
-@pytest.fixture(params=["onnxruntime", "transformers"])
-def pipeline(request: pytest.FixtureRequest, varying_bundle: Path, tiny_checkpoint: Path) -> Pipeline:
+@pytest.fixture(params=["onnxruntime", "two decoders", "transformers"])
+def pipeline(
+    request: pytest.FixtureRequest, varying_bundle: Path, prefill_bundle: Path, tiny_checkpoint: Path
+) -> Pipeline:
     """With a cache that holds two of the four pictures, so that threads drop each other's entries."""
-    settings = {} if request.param == "onnxruntime" else {"language": "transformers", "checkpoint": tiny_checkpoint}
-    return Pipeline.load(varying_bundle, num_threads=1, image_cache_bytes=40_000, **settings)
+    settings = {"language": "transformers", "checkpoint": tiny_checkpoint} if request.param == "transformers" else {}
+    bundle = prefill_bundle if request.param == "two decoders" else varying_bundle
+    return Pipeline.load(bundle, num_threads=1, image_cache_bytes=40_000, **settings)
 
 
 def generate(pipeline: Pipeline, files: list[Path]) -> list[list[int]]:
