@@ -137,7 +137,7 @@ def write_page(results: Path, page: Path) -> None:
     parts, answers, budgets = [HEAD, *([FLOOR_TEXT] if has_floors else []), *([] if has_gpu else [NO_GPU])], {}, {}
     for section, measured in found.items():
         parts.append(f"## {section.title}\n\n{section.text}\n\n{markdown(measured)}\n")
-        if section.name.startswith(("ttft", "budgets")) and staged(measured):
+        if section.name.startswith(("ttft", "prefill", "budgets")) and staged(measured):
             answers[section.title] = measured
         if section.name.startswith("budgets"):
             budgets[section.title] = measured
