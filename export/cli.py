@@ -144,8 +144,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--decoder-from",
         type=Path,
         metavar="BUNDLE",
-        help="take the decoder of another bundle with this language model instead of writing it again, to try "
-        "another pruning in a fraction of the time",
+        help="take the decoder of another bundle with this language model, and the one for prompts with it, instead of "
+        "writing them again, to try another pruning in a fraction of the time",
     )
     precision.add_argument(
         "--graph",

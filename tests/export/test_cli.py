@@ -37,27 +37,6 @@ def test_options_become_settings() -> None:
     assert parse("--vision-precision", "bf16").vision_precision == "bf16"
 
 
-def test_the_summary_says_what_was_written_and_how_close_it_is(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([str(tiny_checkpoint), str(tmp_path / "bundle"), "--preset", "192"]) == 0
-    printed, progress = capsys.readouterr()
-    for part in ("wrote", "MB", "relative error", "kept-token agreement 100.0%", "21 of 64 per image", "layers 2 to 2"):
-        assert part in printed
-    assert "[7/7] Manifest and hashes: done" in progress
-
-
-def test_the_summary_says_where_layers_were_scaled_from_another_tower(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    encoder = ["--graph", "encoder", "--quiet"]
-    hint = "the paper's for a tower of 24 layers, scaled to one of 6; others may see better: rank them with"
-    assert main([str(tiny_checkpoint), str(tmp_path / "scaled"), *encoder]) == 0
-    assert hint in capsys.readouterr().out
-    assert main([str(tiny_checkpoint), str(tmp_path / "chosen"), "--first-layer", "1", *encoder]) == 0
-    assert hint not in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
