@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hivtp.export.graph import OPSET
+from hivtp.export.graph import MICROSOFT, OPSET
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from hivtp.export.graph import GraphBuilder
-
-# The domain of ONNX Runtime's own operators.
-MICROSOFT = "com.microsoft"
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hivtp.export.graph import quantize_per_channel
+from hivtp.export.graph import MICROSOFT, quantize_per_channel, shared_constant
 from hivtp.export.weight_only import constant_products, drop_unused
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 # One operator multiplies in int8 and scales; ONNX Runtime has it on the CPU.
 PRODUCT = "MatMulIntegerToFloat"
-MICROSOFT = "com.microsoft"
 # Rounded activations lie around it, in 1 to 255: what CPUs multiply by int8 is uint8.
 ZERO_POINT = 128
 LARGEST = 127
@@ -61,10 +61,10 @@ class _Rounder:
         rounded, value_scales = self._round(value, node)
         inputs = [
             rounded,
-            self._constant(f"{weight.name}.int8", matrix),
-            self._constant("w8a8/one", np.array(1, np.float32)),
-            self._constant(f"{weight.name}.scales", scales),
-            self._constant("w8a8/zero_point", np.array(ZERO_POINT, np.uint8)),
+            shared_constant(self._model, f"{weight.name}.int8", matrix),
+            shared_constant(self._model, "w8a8/one", np.array(1, np.float32)),
+            shared_constant(self._model, f"{weight.name}.scales", scales),
+            shared_constant(self._model, "w8a8/zero_point", np.array(ZERO_POINT, np.uint8)),
         ]
         # It keeps the name of the product, by which DecoderWeights knows whose weight it holds.
         product = ir.node(PRODUCT, inputs, domain=MICROSOFT, name=node.name)
@@ -81,6 +81,7 @@ class _Rounder:
         if name in self._rounded:
             return self._rounded[name]
         nodes: list[ir.Node] = []
+        constant = partial(shared_constant, self._model)
 
         def add(op_type: str, *inputs: ir.Value, output: str, **attributes: Any) -> ir.Value:
             node = ir.node(op_type, inputs, attributes, name=f"{name}/w8a8/{output}")
@@ -89,21 +90,13 @@ class _Rounder:
             return node.outputs[0]
 
         size = add("Abs", value, output="sizes")
-        size = add("ReduceMax", size, self._constant("w8a8/axes", np.array([-1])), output="largest", keepdims=1)
-        size = add("Max", size, self._constant("w8a8/least", np.array(LEAST, np.float32)), output="size")
-        scales = add("Mul", size, self._constant("w8a8/step", np.array(1 / LARGEST, np.float32)), output="scales")
+        size = add("ReduceMax", size, constant("w8a8/axes", np.array([-1])), output="largest", keepdims=1)
+        size = add("Max", size, constant("w8a8/least", np.array(LEAST, np.float32)), output="size")
+        scales = add("Mul", size, constant("w8a8/step", np.array(1 / LARGEST, np.float32)), output="scales")
         steps = add("Div", value, scales, output="steps")
         whole = add("Round", steps, output="whole")
-        moved = add("Add", whole, self._constant("w8a8/middle", np.array(ZERO_POINT, np.float32)), output="moved")
+        moved = add("Add", whole, constant("w8a8/middle", np.array(ZERO_POINT, np.float32)), output="moved")
         rounded = add("Cast", moved, output="uint8", to=int(ir.DataType.UINT8))
         self._model.graph.insert_before(before, nodes)
         self._rounded[name] = rounded, scales
         return rounded, scales
-
-    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        import onnx_ir as ir
-
-        graph = self._model.graph
-        if name not in graph.initializers:
-            graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
-        return graph.initializers[name]

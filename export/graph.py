@@ -24,6 +24,10 @@ OPSET = 23
 IR_VERSION = 10
 
 
+# The domain of ONNX Runtime's own operators.
+MICROSOFT = "com.microsoft"
+
+
 @dataclass(frozen=True)
 class Output:
     """A graph output: its value, dtype and shape; a string in `shape` is a dynamic dimension."""
@@ -187,6 +191,15 @@ class GraphBuilder:
                 return node.outputs
         outputs = [f"{value.name}.{suffix}" for suffix in ("uint8", "scale", "zero_point")]
         return self.op_multi_out("DynamicQuantizeLinear", value, name=f"{value.name}.quantize", outputs=outputs)
+
+
+def shared_constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+    """A constant of a finished model, added to it at the first call with its name."""
+    import onnx_ir as ir
+
+    if name not in model.graph.initializers:
+        model.graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
+    return model.graph.initializers[name]
 
 
 def quantize_per_channel(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

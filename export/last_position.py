@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hivtp.export.graph import shared_constant
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -77,7 +78,10 @@ def _cut(model: ir.Model, value: ir.Value, region: list[ir.Node]) -> None:
     """Give the region the last row of the value, [batch, 1, hidden]."""
     import onnx_ir as ir
 
-    bounds = [_constant(model, name, number) for name, number in BOUNDS.items()]
+    bounds = [
+        shared_constant(model, f"last_position/{name}", np.array([number], dtype=np.int64))
+        for name, number in BOUNDS.items()
+    ]
     node = ir.node("Slice", [value, *bounds], name=f"{value.name}/last_position")
     [last] = node.outputs
     last.name, last.type, last.shape = f"{value.name}/last", value.type, _one_position(value.shape)
@@ -85,17 +89,6 @@ def _cut(model: ir.Model, value: ir.Value, region: list[ir.Node]) -> None:
         if user in region:
             user.replace_input_with(index, last)
     model.graph.insert_before(region[0], node)
-
-
-def _constant(model: ir.Model, name: str, number: int) -> ir.Value:
-    import onnx_ir as ir
-
-    name = f"last_position/{name}"
-    if name not in model.graph.initializers:
-        model.graph.register_initializer(
-            ir.val(name, const_value=ir.tensor(np.array([number], dtype=np.int64), name=name))
-        )
-    return model.graph.initializers[name]
 
 
 def _one_position(shape: ir.Shape | None) -> ir.Shape | None:

@@ -71,6 +71,8 @@ LANGUAGE_TOLERANCES: Mapping[str, float] = {
     "fp16": 4e-3,
     "int4-fp16": 4e-3,
 }
+# What to do about a graph that is beyond its tolerance.
+ADVICE = "Choose a higher precision for this checkpoint"
 NUM_TILES = 2
 NUM_PREFILL_TOKENS = 24
 NUM_DECODED_TOKENS = 8
@@ -176,8 +178,9 @@ def verify_language(
     length = min(NUM_PREFILL_TOKENS + NUM_DECODED_TOKENS, config.max_position_embeddings)
     token_ids = np.random.default_rng(0).integers(config.vocab_size, size=length)
     embeds = checkpoint.language_tensor("model.embed_tokens.weight")[token_ids].float().numpy()
+    part, advice = ("decoder for prompts", "Leave --prefill-precision out") if is_for_prompts else ("decoder", ADVICE)
     if precision == "w8a8":
-        warn_where_int8_overflows("the decoder")
+        warn_where_int8_overflows(f"the {part}")
     found = _decode(open_session(file, EngineSettings()), embeds, config.head_dim)
 
     def expected(read_weight: Callable[[str], torch.Tensor]) -> NDArray[np.float32]:
@@ -191,13 +194,7 @@ def verify_language(
         float((found.argmax(axis=1) == original.argmax(axis=1)).mean()),
     )
     tolerance = LANGUAGE_TOLERANCES[precision] * math.sqrt(config.num_hidden_layers)
-    checks: list[tuple[str, float | None, str, float]] = [
-        ("relative error", report.relative_error, "at most", tolerance)
-    ]
-    if is_for_prompts:
-        refuse(f"the {precision} decoder for prompts", checks, advice="Leave --prefill-precision out")
-    else:
-        refuse(f"the {precision} decoder", checks)
+    refuse(f"the {precision} {part}", [("relative error", report.relative_error, "at most", tolerance)], advice=advice)
     return {"tokens": length, **asdict(report), "tolerance": {"relative_error": tolerance}}
 
 
@@ -287,7 +284,7 @@ def refuse(
     subject: str,
     checks: list[tuple[str, float | None, str, float]],
     reference: str = "PyTorch",
-    advice: str = "Choose a higher precision for this checkpoint",
+    advice: str = ADVICE,
 ) -> None:
     """Refuse a graph that is beyond a tolerance.
 
