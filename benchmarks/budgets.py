@@ -14,7 +14,7 @@ from benchmarks.record import Row, report
 from benchmarks.shared_language import with_language_of
 from benchmarks.stages import stages, table, text
 from benchmarks.ttft import PROMPT, sample_of
-from benchmarks.workspace import Workspace, add_options
+from benchmarks.workspace import Workspace, add_length, add_options
 from hivtp.export.exporter import ExportSettings
 
 if TYPE_CHECKING:
@@ -59,11 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_options(parser, "budgets.json")
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS, help="budgets (default: all)")
-    parser.add_argument("--new-tokens", type=int, default=4, help="length of the answer (default: %(default)s)")
+    add_length(parser, 4)
     parser.add_argument("--decoder-from", type=Path, help="a bundle of the checkpoint with an int4 decoder to take")
     options = parser.parse_args(arguments)
-    if options.new_tokens < 2:
-        parser.error("--new-tokens must be 2 or more, to time the decoding")
     workspace = Workspace.open(options, "budgets")
     quantised = ExportSettings(vision_precision="int8", language_precision="int4", decoder_from=options.decoder_from)
     bundles = {UNPRUNED: workspace.bundle(UNPRUNED, replace(quantised, is_pruned=False))}

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from benchmarks.harness import System, measure
 from benchmarks.record import Row, report
 from benchmarks.stages import stages, table, text
 from benchmarks.ttft import open_bundle
-from benchmarks.workspace import Workspace, add_options
+from benchmarks.workspace import Workspace, add_length, add_options
 from hivtp.export.exporter import ExportSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BASELINE = "int4"
+INT4 = ExportSettings(preset="192", vision_precision="int8", language_precision="int4")
 # By the precision of the decoder; the vision graph is int8, and 192 of its 576 tokens stay.
 BUNDLES = {
-    BASELINE: ExportSettings(preset="192", vision_precision="int8", language_precision="int4"),
-    "int4 in blocks of 128": ExportSettings(
-        preset="192", vision_precision="int8", language_precision="int4", block_size=128
-    ),
-    "int4, prompts in w8a8": ExportSettings(
-        preset="192", vision_precision="int8", language_precision="int4", prefill_precision="w8a8"
-    ),
-    "int4 in blocks of 128, prompts in w8a8": ExportSettings(
-        preset="192", vision_precision="int8", language_precision="int4", block_size=128, prefill_precision="w8a8"
-    ),
-    "int8": ExportSettings(preset="192", vision_precision="int8", language_precision="int8"),
-    "w8a8": ExportSettings(preset="192", vision_precision="int8", language_precision="w8a8"),
+    BASELINE: INT4,
+    "int4 in blocks of 128": replace(INT4, block_size=128),
+    "int4, prompts in w8a8": replace(INT4, prefill_precision="w8a8"),
+    "int4 in blocks of 128, prompts in w8a8": replace(INT4, block_size=128, prefill_precision="w8a8"),
+    "int8": replace(INT4, language_precision="int8"),
+    "w8a8": replace(INT4, language_precision="w8a8"),
 }
 QUANTITIES = {"prefill": "prefill_ms", "time to first token": "ttft_ms", "decode per token": "decode_ms_per_token"}
 
@@ -38,18 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_options(parser, "prefill.json")
-    parser.add_argument("--new-tokens", type=int, default=8, help="length of the answer (default: %(default)s)")
+    add_length(parser, 8)
+    others = [name for name in BUNDLES if name != BASELINE]
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=[name for name in BUNDLES if name != BASELINE],
-        default=[name for name in BUNDLES if name != BASELINE],
+        choices=others,
+        default=others,
         metavar="NAME",
         help="what to compare with one int4 decoder, of %(choices)s (default: all); each holds its own in memory",
     )
     options = parser.parse_args(arguments)
-    if options.new_tokens < 2:
-        parser.error("--new-tokens must be 2 or more, to time the decoding")
     workspace = Workspace.open(options, "prefill")
     bundles = workspace.bundles({name: BUNDLES[name] for name in (BASELINE, *options.only)})
     systems = [

@@ -16,7 +16,7 @@ from benchmarks.hugging_face import DTYPES, PapersWay, StageClock, devices, load
 from benchmarks.peaks import in_words, measure_with_peaks
 from benchmarks.record import Row, report
 from benchmarks.stages import by_profile, stages, table, text
-from benchmarks.workspace import Workspace, add_options, engines
+from benchmarks.workspace import Workspace, add_length, add_options, engines
 from hivtp.export.exporter import ExportSettings
 
 if TYPE_CHECKING:
@@ -237,10 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_options(parser, "ttft.json")
-    parser.add_argument("--new-tokens", type=int, default=16, help="length of the answer (default: %(default)s)")
+    add_length(parser, 16)
     options = parser.parse_args(arguments)
-    if options.new_tokens < 2:
-        parser.error("--new-tokens must be 2 or more, to time the decoding")
     workspace = Workspace.open(options, "answers")
     bundles = workspace.bundles(BUNDLES)
     length = {"num_new_tokens": options.new_tokens}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import tempfile
 from dataclasses import dataclass, replace
@@ -12,7 +13,6 @@ from benchmarks.checkpoints import SHAPES, make_checkpoint
 from hivtp.engines.bundle import MANIFEST_NAME
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Callable, Mapping
 
     from hivtp.export.decoder import DecoderKind
@@ -38,6 +38,20 @@ def add_run_options(parser: argparse.ArgumentParser, output: Path, shape: str, n
     )
     parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=output, help="results as JSON (default: %(default)s)")
+
+
+def add_length(parser: argparse.ArgumentParser, num_tokens: int) -> None:
+    """Add the length of the answers whose decoding is timed, 2 tokens or more."""
+
+    def length(text: str) -> int:
+        number = int(text)
+        if number < 2:
+            raise argparse.ArgumentTypeError("must be 2 or more, to time the decoding")
+        return number
+
+    parser.add_argument(
+        "--new-tokens", type=length, default=num_tokens, help="length of the answer (default: %(default)s)"
+    )
 
 
 @dataclass(frozen=True)
