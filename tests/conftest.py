@@ -13,6 +13,9 @@ from hivtp.export.exporter import ExportSettings, export_bundle
 from hivtp_ops import PruningSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from tests.reference import HuggingFace
 
 
@@ -34,62 +37,60 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pruned_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pruned") / "bundle"
-    return export_bundle(tiny_checkpoint, folder, ExportSettings(preset="paper"), is_quiet=True).folder
+def make_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Exports the tiny checkpoint with these settings."""
+
+    def make(**settings: Any) -> Path:
+        folder = tmp_path_factory.mktemp("exported") / "bundle"
+        return export_bundle(tiny_checkpoint, folder, ExportSettings(**settings), is_quiet=True).folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def unpruned_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("unpruned") / "bundle"
-    return export_bundle(tiny_checkpoint, folder, ExportSettings(is_pruned=False), is_quiet=True).folder
+def pruned_bundle(make_bundle: Callable[..., Path]) -> Path:
+    return make_bundle(preset="paper")
 
 
 @pytest.fixture(scope="session")
-def exact_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unpruned_bundle(make_bundle: Callable[..., Path]) -> Path:
+    return make_bundle(is_pruned=False)
+
+
+@pytest.fixture(scope="session")
+def exact_bundle(make_bundle: Callable[..., Path]) -> Path:
     """Preset 192, which keeps 21 of 8 x 8 patches, whatever the picture."""
-    folder = tmp_path_factory.mktemp("exact") / "bundle"
-    return export_bundle(tiny_checkpoint, folder, ExportSettings(preset="192"), is_quiet=True).folder
+    return make_bundle(preset="192")
 
 
 @pytest.fixture(scope="session")
-def varying_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def varying_bundle(make_bundle: Callable[..., Path]) -> Path:
     """A rule whose count depends on the picture: 52 to 64 of 8 x 8 patches."""
-    folder = tmp_path_factory.mktemp("varying") / "bundle"
-    settings = ExportSettings(spec=PruningSpec(global_ratio=0.75))
-    return export_bundle(tiny_checkpoint, folder, settings, is_quiet=True).folder
+    return make_bundle(spec=PruningSpec(global_ratio=0.75))
 
 
 @pytest.fixture(scope="session")
-def half_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def half_bundle(make_bundle: Callable[..., Path]) -> Path:
     """As `pruned_bundle`, with a decoder for a GPU."""
-    folder = tmp_path_factory.mktemp("half") / "bundle"
-    settings = ExportSettings(preset="paper", language_precision="fp16")
-    return export_bundle(tiny_checkpoint, folder, settings, is_quiet=True).folder
+    return make_bundle(preset="paper", language_precision="fp16")
 
 
 @pytest.fixture(scope="session")
-def prefill_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prefill_bundle(make_bundle: Callable[..., Path]) -> Path:
     """As `unpruned_bundle`, with a second decoder for prompts."""
-    folder = tmp_path_factory.mktemp("prefill") / "bundle"
-    settings = ExportSettings(is_pruned=False, prefill_precision="w8a8")
-    return export_bundle(tiny_checkpoint, folder, settings, is_quiet=True).folder
+    return make_bundle(is_pruned=False, prefill_precision="w8a8")
 
 
 @pytest.fixture(scope="session")
-def bf16_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bf16_bundle(make_bundle: Callable[..., Path]) -> Path:
     """As `exact_bundle`, with a vision graph in bfloat16."""
-    folder = tmp_path_factory.mktemp("bf16") / "bundle"
-    settings = ExportSettings(preset="192", vision_precision="bf16")
-    return export_bundle(tiny_checkpoint, folder, settings, is_quiet=True).folder
+    return make_bundle(preset="192", vision_precision="bf16")
 
 
 @pytest.fixture(scope="session")
-def bare_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bare_bundle(make_bundle: Callable[..., Path]) -> Path:
     """As `pruned_bundle`, without a decoder."""
-    folder = tmp_path_factory.mktemp("bare") / "bundle"
-    settings = ExportSettings(preset="paper", language_precision="none")
-    return export_bundle(tiny_checkpoint, folder, settings, is_quiet=True).folder
+    return make_bundle(preset="paper", language_precision="none")
 
 
 @pytest.fixture(scope="session")

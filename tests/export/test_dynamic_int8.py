@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlavaForConditionalGeneration
 
+from benchmarks.checkpoints import make_checkpoint
 from hivtp.engines import cpu
 from hivtp.engines.bundle import Bundle
 from hivtp.engines.cpu import can_overflow_int8
@@ -110,8 +111,6 @@ def test_a_position_gives_the_same_whatever_stands_beside_it(session: onnxruntim
 def test_every_product_of_a_decoder_is_int8_and_shares_what_it_rounds(
     tiny_checkpoint: Path, tmp_path: Path, language: str
 ) -> None:
-    from benchmarks.checkpoints import make_checkpoint
-
     folder = tiny_checkpoint if language == "llama" else make_checkpoint(tmp_path / "checkpoint", language=language)
     graph = onnx.load(write_decoder(Checkpoint.open(folder), tmp_path, "w8a8", name="prefill.onnx")).graph
     kinds = Counter(node.op_type for node in graph.node)
