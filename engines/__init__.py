@@ -6,7 +6,6 @@ import warnings
 from typing import TYPE_CHECKING, Literal, get_args
 
 from hivtp.engines.base import Engine, EngineSettings
-from hivtp.engines.cpu import warn_where_int8_overflows
 from hivtp_ops.errors import EngineError, EngineWarning, HivtpError
 
 if TYPE_CHECKING:
@@ -128,12 +127,6 @@ def _open_plan(library: Literal["tensorrt", "tensorrt-rtx"]) -> Callable[[Bundle
     return create
 
 
-def _open_on_cpu(bundle: Bundle, settings: EngineSettings) -> Engine:
-    if bundle.manifest.vision.precision == "int8":
-        warn_where_int8_overflows("the vision graph")
-    return create_engine("onnxruntime", bundle.vision_file, settings)
-
-
 def _open_graph(name: str) -> Callable[[Bundle, EngineSettings], Engine]:
     return lambda bundle, settings: create_engine(name, bundle.vision_file, settings)
 
@@ -143,7 +136,7 @@ _CREATORS: dict[str, Callable[[Bundle, EngineSettings], Engine]] = {
     "tensorrt": _open_plan("tensorrt"),
     "tensorrt-rtx": _open_plan("tensorrt-rtx"),
     "onnxruntime-cuda": _open_graph("onnxruntime-cuda"),
-    "onnxruntime": _open_on_cpu,
+    "onnxruntime": _open_graph("onnxruntime"),
     "torch": _open_graph("torch"),
     "torch-cuda": _open_graph("torch-cuda"),
 }

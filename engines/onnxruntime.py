@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hivtp.engines.base import Arrays, EngineSettings
+from hivtp.engines.int8 import EXACT_PRODUCTS, overflows_int8
 from hivtp_ops.errors import EngineError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ def open_session(
     options.enable_mem_pattern = False
     if settings is not None and settings.num_threads is not None:
         options.intra_op_num_threads = settings.num_threads
+    if overflows_int8():
+        # Of no effect where a graph has no products of 8 bits.
+        options.add_session_config_entry(EXACT_PRODUCTS, "1")
     if stops_spinning:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     try:

@@ -10,7 +10,6 @@ import numpy as np
 
 from hivtp.engines import cpu_engine, create_engine
 from hivtp.engines.base import EngineSettings
-from hivtp.engines.cpu import warn_where_int8_overflows
 from hivtp.engines.onnxruntime import open_session
 from hivtp.export.clip import VisionShape
 from hivtp.export.decoder import ROUNDED_PRECISIONS
@@ -126,8 +125,6 @@ def verify_vision(
         inputs["patch_mask"] = patch_mask = sample_patch_mask(NUM_TILES, shape.grid)
         assert importance is not None, "a spec has scoring layers"
         importance = np.where(patch_mask, importance, np.float32(-np.inf))
-    if precision == "int8":
-        warn_where_int8_overflows("the vision graph")
     outputs = create_engine(cpu_engine(precision), file).run(inputs)
     if kind == "encoder":
         report = VisionReport(
@@ -179,8 +176,6 @@ def verify_language(
     token_ids = np.random.default_rng(0).integers(config.vocab_size, size=length)
     embeds = checkpoint.language_tensor("model.embed_tokens.weight")[token_ids].float().numpy()
     part, advice = ("decoder for prompts", "Leave --prefill-precision out") if is_for_prompts else ("decoder", ADVICE)
-    if precision == "w8a8":
-        warn_where_int8_overflows(f"the {part}")
     found = _decode(open_session(file, EngineSettings()), embeds, config.head_dim)
 
     def expected(read_weight: Callable[[str], torch.Tensor]) -> NDArray[np.float32]:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from hivtp.engines.cpu import warn_where_int8_overflows
 from hivtp.engines.onnxruntime import open_session
 from hivtp.runtime.language.base import ChooseToken, DecodeRequest, SequenceCache, embedding_table
 from hivtp.runtime.language.decoding import DecoderSequence, decode, decode_batch_or_halves, num_new_tokens
@@ -116,11 +115,8 @@ class DecoderSessions:
     """
 
     def __init__(self, folder: Path, manifest: DecoderManifest, settings: EngineSettings) -> None:
-        if manifest.precision == "w8a8":
-            warn_where_int8_overflows("the decoder")
         self._decode = self._prefill = open_session(folder / manifest.file, settings)
         if manifest.prefill_file is not None:
-            warn_where_int8_overflows("the decoder for prompts")
             # The other decoder runs at once after it, and its threads would spin against that one's.
             self._prefill = open_session(folder / manifest.prefill_file, settings, stops_spinning=True)
 

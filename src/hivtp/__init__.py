@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
-from hivtp.runtime.answer import Answer, Timings
-from hivtp.runtime.answer_stream import AnswerStream
-from hivtp.runtime.chat import Chat
-from hivtp.runtime.pipeline import Pipeline
-from hivtp.runtime.request import Request
-from hivtp_ops import PruningSpec
-from hivtp_ops.errors import HivtpError
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hivtp.runtime.answer import Answer, Timings
+    from hivtp.runtime.answer_stream import AnswerStream
+    from hivtp.runtime.chat import Chat
+    from hivtp.runtime.pipeline import Pipeline
+    from hivtp.runtime.request import Request
+    from hivtp_ops import PruningSpec
+    from hivtp_ops.errors import HivtpError
 
 __all__ = ["Answer", "AnswerStream", "Chat", "HivtpError", "Pipeline", "PruningSpec", "Request", "Timings"]
+
+# Where each public name lives. It is imported when it is asked for, so that hivtp-export loads nothing of the runtime,
+# and `import hivtp` not even numpy.
+_HOMES = {
+    "Answer": "hivtp.runtime.answer",
+    "AnswerStream": "hivtp.runtime.answer_stream",
+    "Chat": "hivtp.runtime.chat",
+    "HivtpError": "hivtp_ops.errors",
+    "Pipeline": "hivtp.runtime.pipeline",
+    "PruningSpec": "hivtp_ops",
+    "Request": "hivtp.runtime.request",
+    "Timings": "hivtp.runtime.answer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

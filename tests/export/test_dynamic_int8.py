@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,9 +13,8 @@ from hypothesis import strategies as st
 from transformers import LlavaForConditionalGeneration
 
 from benchmarks.checkpoints import make_checkpoint
-from hivtp.engines import cpu
 from hivtp.engines.bundle import Bundle
-from hivtp.engines.cpu import can_overflow_int8
+from hivtp.engines.onnxruntime import open_session
 from hivtp.export import verification
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.cli import main
@@ -26,16 +24,14 @@ from hivtp.export.dynamic_int8 import PRODUCT, quantize_products
 from hivtp.export.exporter import ExportSettings, export_bundle
 from hivtp.export.graph import quantize_per_channel
 from hivtp.export.verification import relative_error
-from hivtp_ops.errors import EngineWarning, SpecError, VerificationError
+from hivtp_ops.errors import SpecError, VerificationError
 from tests.answers import embeddings
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import onnxruntime
     from numpy.typing import NDArray
-
-# The definition is exact in whole numbers.
-pytestmark = pytest.mark.skipif(can_overflow_int8(), reason="this processor's int8 products overflow")
 
 WIDTH, NUM_CHANNELS = 24, 40
 WEIGHT = np.random.default_rng(1).normal(size=(WIDTH, NUM_CHANNELS)).astype(np.float32)
@@ -59,10 +55,11 @@ def two_products() -> ir.Model:
 
 
 @pytest.fixture(scope="module")
-def session() -> onnxruntime.InferenceSession:
-    model = two_products()
+def session(tmp_path_factory: pytest.TempPathFactory) -> onnxruntime.InferenceSession:
+    model, file = two_products(), tmp_path_factory.mktemp("products") / "products.onnx"
     quantize_products(model)
-    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    ir.save(model, file)
+    return open_session(file)
 
 
 def w8a8(value: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -145,7 +142,7 @@ def test_a_decoder_is_pytorch_with_the_same_rounding(tiny_checkpoint: Path, tmp_
     with torch.inference_mode():
         expected = model(inputs_embeds=torch.from_numpy(embeds)[None]).logits[0, -1].numpy()
     names = {value.name for value in onnx.load(file, load_external_data=False).graph.input}
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    session = open_session(file)
     config = checkpoint.config.text_config
     empty = np.zeros((1, config.num_key_value_heads, 0, config.head_dim), np.float32)
     past = {name: empty for name in names if name.startswith("past_key_values")}
@@ -201,17 +198,6 @@ def test_one_that_is_too_far_off_can_be_left_out(
     with pytest.raises(VerificationError, match=r"the w8a8 decoder differs .* Choose a higher precision"):
         export_bundle(tiny_checkpoint, tmp_path / "b", ExportSettings(language_precision="w8a8"), is_quiet=True)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_export_warns_where_its_check_may_overflow(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu, "can_overflow_int8", lambda: True)
-    settings = ExportSettings(vision_precision="int8", language_precision="w8a8")
-    with pytest.warns(EngineWarning) as warned:
-        export_bundle(tiny_checkpoint, tmp_path / "bundle", settings, is_quiet=True)
-    parts = [str(warning.message) for warning in warned]
-    assert ["the vision graph" in parts[0], "the decoder" in parts[1], len(parts)] == [True, True, 2]
 
 
 def test_no_other_precision_is_for_prompts() -> None:
