@@ -41,6 +41,9 @@ PACKAGES = (
 # onnxruntime's threads keep spinning for 50 ms after a run and libgomp's for 10 ms, in wait of the next one. That
 # is part of how a user runs either, so it stays on; but the next system's turn begins after it.
 PAUSE_S = 0.2
+CPU_INFO = Path("/proc/cpuinfo")
+# What the speed of matrix products on a CPU depends on most, where it has them.
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 # A machine is quiet while other processes take no more than this many cores. A turn waits for that, for a while.
 MAX_OTHER_CORES = 0.1
 MAX_WAIT_S = 5.0
@@ -291,7 +294,8 @@ def environment(num_threads: int) -> dict[str, Any]:
     """Where the numbers come from: machine, threads, versions and date."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu_model(),
+        "cpu": _cpu_info("model name", platform.machine()),
+        "instruction_sets": [name for name in INSTRUCTION_SETS if name in _cpu_info("flags", "").split()],
         "num_cores": os.cpu_count(),
         "num_threads": num_threads,
         "system": platform.platform(),
@@ -316,9 +320,11 @@ def _gpu() -> dict[str, str]:
     return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
-def _cpu_model() -> str:
+def _cpu_info(key: str, default: str) -> str:
+    """What the system says of the first processor; the default where it says nothing."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return default
+    found = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in found if name.strip() == key), default)

@@ -64,26 +64,35 @@ class Row:
         return None if self.floor_ms is None else median(self.values_ms) / self.floor_ms
 
     @property
+    def least_ratio(self) -> float | None:
+        """The ratio that it would have at its floor; None where that is not known."""
+        return None if self.floor_ms is None else self.floor_ms / median(self.baseline_ms)
+
+    @property
     def verdict(self) -> str:
-        """Whether the goal is met; empty where there is none."""
+        """Whether the goal is met, or cannot be on this machine by any program; empty where there is none."""
         if self.goal is None:
             return ""
-        return "met" if self.ratio <= self.goal else "missed"
+        if self.ratio <= self.goal:
+            return "met"
+        return "missed" if self.least_ratio is None or self.least_ratio <= self.goal else "out of reach"
 
 
 def table(title: str, rows: Sequence[Row]) -> str:
-    """Medians, ranges, ratios to the baseline and to the floor, and peak memory, beside the goals."""
+    """Medians, ranges, ratios to the baseline and to the floor, that at the floor, and memory, beside the goals."""
     width = max(len(text) for text in (title, *(row.label for row in rows)))
-    head = f"{'median ms':>10} {'min':>9} {'max':>9} {'ratio':>8} {'/ floor':>8} {'peak GiB':>9} {'goal':>7}"
+    names = {"median ms": 10, "min": 9, "max": 9, "ratio": 8, "/ floor": 8, "at floor": 9, "peak GiB": 9, "goal": 7}
+    head = " ".join(f"{name:>{size}}" for name, size in names.items())
     lines = [f"{title:<{width}}  {head}"]
     for row in rows:
         values = row.values_ms
-        middle, least, most = (number(value) for value in (median(values), min(values), max(values)))
-        line = f"{row.label:<{width}}  {middle:>10} {least:>9} {most:>9} {row.ratio:8.4f}"
+        times = [number(value) for value in (median(values), min(values), max(values))]
+        line = f"{row.label:<{width}}  {times[0]:>10} {times[1]:>9} {times[2]:>9} {row.ratio:8.4f}"
         memory = "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**30:.2f}"
         floor = "" if row.over_floor is None else f"{row.over_floor:.2f}"
         goal = "" if row.goal is None else f"{row.goal:7.3f}  {row.verdict}"
-        lines.append(f"{line} {floor:>8} {memory:>9} {goal}".rstrip())
+        least = "" if row.least_ratio is None else f"{row.least_ratio:.3f}"
+        lines.append(f"{line} {floor:>8} {least:>9} {memory:>9} {goal}".rstrip())
     return "\n".join(lines)
 
 

@@ -33,7 +33,8 @@ it is and once compiled. `python -m benchmarks.gpu`"""
 FLOOR_TEXT = """\
 A floor is what a stage cannot be faster than, whoever writes it: the larger of its matrix products by the rate of a
 large one, and of its weights and KV cache by the rate of a large copy, both measured in the same run
-([floor.py](../benchmarks/floor.py)); that of a first token is the sum of vision and prefill.
+([floor.py](../benchmarks/floor.py)); that of a first token is the sum of vision and prefill. "ratio at floor" is the
+ratio of a system that takes no more than that: a goal below it is out of reach on the machine.
 """
 ACCURACY_TEXT = """\
 The trained [miniature](../benchmarks/miniature/README.md), 144 patches, whose language model saw dropped tokens in
@@ -41,6 +42,10 @@ training. Each rival is written from its paper ([rivals.py](../benchmarks/rivals
 what the numbers mean. `python -m benchmarks.accuracy --ablation`"""
 PARITY_TEXT = """\
 The same miniature, at half of its tokens: bundles against PyTorch. `python -m benchmarks.parity`"""
+
+
+# Whose stages are drawn.
+DRAWN = ("ttft", "prefill", "budgets")
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,17 @@ SECTIONS = (
         "A whole answer on a CPU",
         "CLIP ViT-L/14 at 336 px with a Llama of 0.3 B; bundles by the precision of vision / language. Their vision "
         "stage is divided as ONNX Runtime's profiler found it. `python -m benchmarks.ttft`",
+    ),
+    Section(
+        "vision-cpu-avx2",
+        "The vision stage on a CPU without AVX-512",
+        "The same on a processor that has AVX2 alone. There PyTorch multiplies in float32 as fast as ONNX Runtime, and "
+        "products of 8 bits, which take VNNI to be fast, are little faster. `python -m benchmarks.latency --tiles 1`",
+    ),
+    Section(
+        "ttft-cpu-avx2",
+        "A whole answer on a CPU without AVX-512",
+        "The same models on that processor. `python -m benchmarks.ttft`",
     ),
     Section(
         "prefill-cpu",
@@ -137,7 +153,7 @@ def write_page(results: Path, page: Path) -> None:
     parts, answers, budgets = [HEAD, *([FLOOR_TEXT] if has_floors else []), *([] if has_gpu else [NO_GPU])], {}, {}
     for section, measured in found.items():
         parts.append(f"## {section.title}\n\n{section.text}\n\n{markdown(measured)}\n")
-        if section.name.startswith(("ttft", "prefill", "budgets")) and staged(measured):
+        if section.name.startswith(DRAWN) and staged(measured):
             answers[section.title] = measured
         if section.name.startswith("budgets"):
             budgets[section.title] = measured

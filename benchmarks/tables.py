@@ -110,7 +110,9 @@ def _with_margin(score: Mapping[str, float]) -> str:
 def _origin(measured: Mapping[str, Any]) -> str:
     found = measured["environment"]
     packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
-    machine = ", ".join([found["cpu"], *([found["gpu"]] if "gpu" in found else [])])
+    sets = found.get("instruction_sets", [])
+    cpu = found["cpu"] + (f" ({', '.join(sets)})" if sets else "")
+    machine = ", ".join([cpu, *([found["gpu"]] if "gpu" in found else [])])
     return f"{machine}, {found['num_threads']} threads, {found['date'][:10]}; {packages}."
 
 
@@ -131,19 +133,26 @@ def _lengths(measured: Mapping[str, Any]) -> list[str]:
 def _times(title: str, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     has_memory = any(row.get("peak_memory_bytes") for row in rows)
     has_floor = any(row.get("over_floor") for row in rows)
-    columns = [*(["time / floor"] if has_floor else []), *(["peak GiB"] if has_memory else [])]
+    columns = [
+        *(["time / floor", "ratio at floor"] if has_floor else []),
+        *(["peak GiB"] if has_memory else []),
+    ]
     found = [[title, "median ms", "min", "max", "ratio", *columns, "goal"]]
     for row in rows:
         values = row["values_ms"]
         times = [number(value) for value in (median(values), min(values), max(values))]
-        floor = [_over_floor(row.get("over_floor"))] if has_floor else []
+        floor = [_or_dash(row.get("over_floor")), _or_dash(_least_ratio(row))] if has_floor else []
         memory = [f"{row['peak_memory_bytes'] / 2**30:.2f}"] if has_memory else []
         goal = "" if row["goal"] is None else f"{row['goal']:g}, {row['verdict']}"
         found.append([row["label"], *times, f"{row['ratio']:.4g}", *floor, *memory, goal])
     return found
 
 
-def _over_floor(ratio: float | None) -> str:
+def _least_ratio(row: Mapping[str, Any]) -> float | None:
+    return None if row.get("floor_ms") is None else row["floor_ms"] / median(row["baseline_ms"])
+
+
+def _or_dash(ratio: float | None) -> str:
     return "–" if ratio is None else number(ratio)
 
 

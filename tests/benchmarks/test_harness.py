@@ -167,3 +167,13 @@ def test_systems_of_one_process_take_turns(tmp_path: Path) -> None:
     assert log.read_text().splitlines()[:8] == ["A starts", "A ends", "B starts", "B ends"] * 2
     assert {int(value) for value in results.values("B", "process")} == {os.getpid()}
     assert min(results.values("A", "pass")) > 1
+
+
+def test_the_environment_names_what_products_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "cpuinfo"
+    monkeypatch.setattr(harness, "CPU_INFO", info)
+    info.write_text("processor : 0\nmodel name : A cpu\nflags : fma avx2 avx512_vnni\nprocessor : 1\nmodel name : B\n")
+    found = harness.environment(num_threads=2)
+    assert (found["cpu"], found["instruction_sets"]) == ("A cpu", ["avx2", "avx512_vnni"])
+    info.unlink()
+    assert harness.environment(num_threads=2)["instruction_sets"] == []

@@ -48,7 +48,15 @@ def test_a_row_says_how_far_it_is_from_its_floor() -> None:
     results = Results({"ours": [{"ttft_ms": 6.0}]}, [0.0])
     assert Row.of(results, "ours", "ttft_ms", "ours", floor_ms=2.0).over_floor == 3.0
     title, line = table("title", [row]).splitlines()
-    assert (title.split()[5:8], line.split()[-1]) == (["ratio", "/", "floor"], "1.50")
+    assert title.split()[5:10] == ["ratio", "/", "floor", "at", "floor"]
+    assert line.split()[-2:] == ["1.50", "0.500"]
+
+
+@pytest.mark.parametrize(("floor_ms", "verdict"), [(None, "missed"), (1.0, "missed"), (1.3, "out of reach")])
+def test_a_goal_below_the_ratio_at_the_floor_is_out_of_reach(floor_ms: float | None, verdict: str) -> None:
+    row = Row("ours", [1.4, 1.6, 1.5], [4.0, 4.0, 4.0], goal=0.3, floor_ms=floor_ms)
+    assert row.verdict == verdict
+    assert row.least_ratio == (None if floor_ms is None else floor_ms / 4)
 
 
 def test_settings_hold_no_paths() -> None:

@@ -57,6 +57,8 @@ def measured() -> dict[str, Any]:
 def test_a_table_shows_medians_ranges_ratios_and_goals(measured: dict[str, Any]) -> None:
     lines = markdown(measured).splitlines()
     assert lines[0] == "a cpu, 2 threads, 2026-01-02; hivtp 1."
+    measured["environment"]["instruction_sets"] = ["avx2", "avx_vnni"]
+    assert markdown(measured).startswith("a cpu (avx2, avx_vnni), 2 threads, ")
     assert "| time to first token | median ms | min | max | ratio | peak GiB | goal |" in lines
     assert "| unpruned | 200 | 100 | 300 | 1 | 2.00 |  |" in lines
     assert "| preset 192 | 80 | 40 | 90 | 0.4 | 1.50 | 0.45, met |" in lines
@@ -71,10 +73,14 @@ def test_systems_of_one_process_have_no_column_of_peak_memory(measured: dict[str
 def test_a_column_says_how_far_systems_are_from_their_floor_where_that_is_known(measured: dict[str, Any]) -> None:
     unpruned, pruned = measured["rows"]
     unpruned["over_floor"], pruned["over_floor"] = None, 1.234
+    pruned["floor_ms"], pruned["baseline_ms"] = 65.0, [100.0, 300.0, 200.0]
     lines = markdown(measured).splitlines()
-    assert "| time to first token | median ms | min | max | ratio | time / floor | peak GiB | goal |" in lines
-    assert "| unpruned | 200 | 100 | 300 | 1 | – | 2.00 |  |" in lines
-    assert "| preset 192 | 80 | 40 | 90 | 0.4 | 1.23 | 1.50 | 0.45, met |" in lines
+    assert (
+        "| time to first token | median ms | min | max | ratio | time / floor | ratio at floor | peak GiB | goal |"
+        in lines
+    )
+    assert "| unpruned | 200 | 100 | 300 | 1 | – | – | 2.00 |  |" in lines
+    assert "| preset 192 | 80 | 40 | 90 | 0.4 | 1.23 | 0.325 | 1.50 | 0.45, met |" in lines
 
 
 def test_a_table_shows_where_the_time_goes(measured: dict[str, Any]) -> None:

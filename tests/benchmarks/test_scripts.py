@@ -74,7 +74,7 @@ def test_latency_times_the_vision_stage_and_its_parts(run: Any, capsys: pytest.C
     )
     assert all(row["ratio"] > 0 for row in written["rows"])
     assert all(row["peak_memory_bytes"] > 0 for row in written["rows"] if row["table"] == "vision stage, tiles: 2")
-    assert {row["verdict"] for row in written["rows"] if row["goal"] is not None} <= {"met", "missed"}
+    assert {row["verdict"] for row in written["rows"] if row["goal"] is not None} <= {"met", "missed", "out of reach"}
     over_floor = over_floors(written, "vision stage, tiles: 2")
     assert over_floor.pop(bundle) > 1
     assert set(over_floor.values()) == {None}
