@@ -29,16 +29,16 @@ def open_profiled(num_threads: int, bundle: Path, num_tiles: int) -> Pass:
     """The times of the stages inside the graph; the pass warms up by itself."""
     import onnxruntime
 
+    from hivtp.engines import EngineSettings
     from hivtp.engines.bundle import Bundle
+    from hivtp.engines.onnxruntime import session_options
 
     opened = Bundle.open(bundle)
     inputs = {"pixel_values": pixels(num_tiles, opened.manifest.vision.image_size)}
 
     def run() -> Sample:
         with tempfile.TemporaryDirectory() as folder:
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = num_threads
-            options.log_severity_level = 3
+            options = session_options(EngineSettings(num_threads))
             options.enable_profiling = True
             options.profile_file_prefix = f"{folder}/profile"
             session = onnxruntime.InferenceSession(opened.vision_file, options, providers=["CPUExecutionProvider"])

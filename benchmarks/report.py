@@ -96,6 +96,12 @@ SECTIONS = (
         "The same models on that processor. `python -m benchmarks.ttft`",
     ),
     Section(
+        "exact-int8-cpu-avx2",
+        "Exact products of 8 bits on that CPU",
+        "What ONNX Runtime's exact kernels cost there against those that it takes by itself, which cut sums off: see "
+        "[engines.md](engines.md#8-bits-without-vnni). `python -m benchmarks.exact_int8`",
+    ),
+    Section(
         "prefill-cpu",
         "A decoder for prompts",
         "The same models, int8 vision at preset 192; by the precision of the decoder, against one int4 decoder. "

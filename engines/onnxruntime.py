@@ -67,6 +67,19 @@ def open_session(
         import onnxruntime
     except ImportError as error:
         raise MissingExtraError("onnxruntime", "cpu") from error
+    options = session_options(settings)
+    if stops_spinning:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return onnxruntime.InferenceSession(file, options, providers=list(providers))
+    except Exception as error:
+        raise EngineError(f"onnxruntime cannot load {file}: {error}") from error
+
+
+def session_options(settings: EngineSettings | None = None) -> Any:
+    """The `onnxruntime.SessionOptions` of every session here; onnxruntime is installed."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # A memory pattern is planned anew for every shape of the inputs, and prompts differ. It also asks for all memory
@@ -77,9 +90,4 @@ def open_session(
     if overflows_int8():
         # Of no effect where a graph has no products of 8 bits.
         options.add_session_config_entry(EXACT_PRODUCTS, "1")
-    if stops_spinning:
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-    try:
-        return onnxruntime.InferenceSession(file, options, providers=list(providers))
-    except Exception as error:
-        raise EngineError(f"onnxruntime cannot load {file}: {error}") from error
+    return options

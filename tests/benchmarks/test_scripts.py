@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks import budgets, latency, lookahead, prefill, throughput, ttft
+from benchmarks import budgets, exact_int8, latency, lookahead, prefill, throughput, ttft
 from benchmarks.bundle_floors import Floors
 from benchmarks.floor import Peaks
 from benchmarks.harness import Results, measure
 from benchmarks.peaks import NAME
+from hivtp.engines.int8 import overflows_int8
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -170,3 +171,15 @@ def test_prefill_compares_what_is_asked_for_with_one_int4_decoder(run: Any) -> N
     assert all(found["prefill_ms"] < found["ttft_ms"] for [found] in samples.values())
     with pytest.raises(SystemExit):
         run(prefill, "--new-tokens", "1")
+
+
+def test_exact_int8_times_both_kernels_against_float32(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    written = run(exact_int8)
+    systems = {exact_int8.FLOAT, exact_int8.USUAL, exact_int8.EXACT}
+    assert labels(written, "vision stage, preset 192") == systems
+    samples = {name: sample for name, [sample] in written["results"]["vision"]["samples"].items()}
+    assert samples[exact_int8.FLOAT]["importance_error"] == 0
+    assert 0 < samples[exact_int8.EXACT]["importance_error"] <= samples[exact_int8.USUAL]["importance_error"] < 1
+    printed = capsys.readouterr().out
+    assert f"the usual kernels are {'inexact' if overflows_int8() else 'exact'} on this processor" in printed
+    assert "kept-token agreement 100.0%" in printed

@@ -1,0 +1,87 @@
+"""What exact products of 8 bits cost, and what inexact ones would: `python -m benchmarks.exact_int8`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from benchmarks.graph_profile import pixels
+from benchmarks.harness import Pass, Sample, Stopwatch, System, measure
+from benchmarks.record import Row, report
+from benchmarks.workspace import Workspace, add_options
+from hivtp.export.exporter import ExportSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+FLOAT = "fp32"
+USUAL = "int8, the usual kernels"
+EXACT = "int8, the exact kernels"
+BUNDLES = {
+    "fp32, preset 192, vision alone": ExportSettings(preset="192", language_precision="none"),
+    "int8, preset 192, vision alone": ExportSettings(preset="192", vision_precision="int8", language_precision="none"),
+}
+
+
+def open_graph(num_threads: int, bundle: Path, reference: Path, is_exact: bool) -> Pass:
+    """The vision graph of a bundle in ONNX Runtime, and how far its outputs are from another's on the same picture.
+
+    Args:
+        num_threads: of the engine.
+        bundle: what is timed.
+        reference: what it is compared with, in float32.
+        is_exact: as on a processor whose usual products of 8 bits are cut off; False as on any other.
+    """
+    from hivtp.engines import EngineSettings, create_engine, onnxruntime
+    from hivtp.engines.bundle import Bundle
+    from hivtp.export.verification import jaccard, relative_error
+
+    # Only in this process, which runs nothing else.
+    onnxruntime.overflows_int8 = lambda: is_exact
+    opened, settings = Bundle.open(bundle), EngineSettings(num_threads)
+    inputs = {"pixel_values": pixels(1, opened.manifest.vision.image_size)}
+    expected = create_engine("onnxruntime", Bundle.open(reference).vision_file, settings).run(inputs)
+    engine = create_engine("onnxruntime", opened.vision_file, settings)
+
+    def run() -> Sample:
+        with Stopwatch() as watch:
+            found = engine.run(inputs)
+        return {
+            "vision_ms": watch.ms,
+            # Those of all patches are scores; embeddings are of the patches that each keeps.
+            "importance_error": relative_error(found["importance"], expected["importance"]),
+            "kept_jaccard": jaccard(found["kept_indices"], expected["kept_indices"]),
+        }
+
+    return run
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and report."""
+    from hivtp.engines.int8 import overflows_int8
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_options(parser, "exact-int8.json")
+    options = parser.parse_args(arguments)
+    workspace = Workspace.open(options, "latency", text={"num_hidden_layers": 1})
+    float_bundle, int8_bundle = workspace.bundles(BUNDLES).values()
+    systems = [
+        System(name, open_graph, {"bundle": bundle, "reference": float_bundle, "is_exact": is_exact})
+        for name, bundle, is_exact in (
+            (FLOAT, float_bundle, False),
+            (USUAL, int8_bundle, False),
+            (EXACT, int8_bundle, True),
+        )
+    ]
+    results = measure(systems, options.rounds, options.threads)
+    rows = [Row.of(results, name, "vision_ms", FLOAT) for name in results.samples]
+    report(options, {"vision stage, preset 192": rows}, {"vision": results})
+    print(f"\nthe usual kernels are {'inexact' if overflows_int8() else 'exact'} on this processor")
+    for name, [sample, *_] in results.samples.items():
+        error, agreement = sample["importance_error"], sample["kept_jaccard"]
+        print(f"{name:<{len(EXACT)}}  relative error of the scores {error:.2e}, kept-token agreement {agreement:.1%}")
+
+
+if __name__ == "__main__":
+    main()
