@@ -19,6 +19,7 @@ from hivtp.engines.bundle import (
     VisionManifest,
     sha256_of,
 )
+from hivtp.export.calibration import activation_ranges
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.clip import VisionShape
 from hivtp.export.decoder import (
@@ -31,6 +32,7 @@ from hivtp.export.decoder import (
 )
 from hivtp.export.graph import VisionPrecision, save_model
 from hivtp.export.language import LanguagePrecision, export_decoder, language_manifest, num_decoder_steps
+from hivtp.export.pictures import read_pictures
 from hivtp.export.processor import Processor
 from hivtp.export.progress import Progress
 from hivtp.export.reuse import open_source
@@ -59,7 +61,8 @@ class ExportSettings:
         first_layer: first scoring layer, 0-based; None leaves it to the spec.
         num_layers: number of scoring layers; None leaves it to the spec.
         is_pruned: False exports the unpruned model.
-        vision_precision: fp32, fp16, bf16 or int8.
+        vision_precision: fp32, fp16, bf16, fp8 or int8.
+        calibration: for fp8: picture files, whose activations it is scaled to.
         language_precision: of the decoder: fp32, int8, int4 or w8a8 for a CPU; fp16 or int4-fp16 for a GPU; "none"
             leaves it out, for those who run the language model of the checkpoint in transformers.
         block_size: weights of a decoder of int8 or int4 that share a scale; None for DEFAULT_BLOCK_SIZE.
@@ -79,6 +82,7 @@ class ExportSettings:
     num_layers: int | None = None
     is_pruned: bool = True
     vision_precision: VisionPrecision = "fp32"
+    calibration: tuple[Path, ...] = ()
     language_precision: LanguagePrecision = "fp32"
     block_size: int | None = None
     prefill_precision: PrefillPrecision | None = None
@@ -99,6 +103,13 @@ class ExportSettings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise SpecError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, allowed))}")
+        if self.vision_precision == "fp8" and not self.calibration:
+            raise SpecError(
+                "vision_precision fp8 is scaled to pictures like those that the model is meant for: give some files "
+                "with calibration (--calibration-pictures)"
+            )
+        if self.vision_precision != "fp8" and self.calibration:
+            raise SpecError(f"calibration is for vision_precision fp8, not {self.vision_precision}; drop it")
         self._check_decoder()
         if not self.is_pruned and (self.first_layer, self.num_layers) != (None, None):
             raise SpecError("first_layer and num_layers say what scores the patches, and without pruning nothing does")
@@ -206,6 +217,7 @@ def export_bundle(
     Raises:
         CheckpointError: the checkpoint is not supported or incomplete.
         SpecError: the pruning spec does not fit the model.
+        ImageError: a picture for the calibration cannot be read.
         VerificationError: a graph differs from PyTorch by more than its tolerance.
         BundleError: the destination cannot be written.
         MissingExtraError: a package of the export extra is not installed; onnxruntime-genai is needed for a decoder
@@ -214,7 +226,8 @@ def export_bundle(
     destination = Path(destination)
     check_destination(destination, settings.overwrite)
     kind = settings.decoder
-    num_steps = 4 + num_decoder_steps(kind, is_taken_over=settings.decoder_from is not None)
+    num_steps = 4 + bool(settings.calibration)
+    num_steps += num_decoder_steps(kind, is_taken_over=settings.decoder_from is not None)
     progress = Progress(num_steps, is_quiet=is_quiet)
     with progress.step(f"Checkpoint {checkpoint_folder}"):
         checkpoint = Checkpoint.open(checkpoint_folder)
@@ -225,15 +238,23 @@ def export_bundle(
         source = None
         if kind is not None and settings.decoder_from is not None:
             source = open_source(settings.decoder_from, checkpoint, kind)
+        pictures = read_pictures(settings.calibration) if settings.calibration else []
+    ranges = None
+    if pictures:
+        with progress.step(f"Ranges of activations on {len(pictures)} pictures"):
+            pixel_values = (processor or Processor.open(checkpoint)).pixel_values(pictures)
+            ranges = activation_ranges(checkpoint, spec, pixel_values, progress.update)
     with staged(destination) as folder:
         verification: dict[str, Any] = {}
         with progress.step(f"Vision graph, {settings.vision_precision}"):
-            graph = build_vision_graph(checkpoint, spec, settings.vision_precision, settings.graph)
+            graph = build_vision_graph(checkpoint, spec, settings.vision_precision, settings.graph, ranges)
             save_model(graph, folder / VISION_FILE, progress.update)
         with progress.step("Vision graph against PyTorch"):
             verification["vision"] = verify_vision(
                 checkpoint, spec, folder / VISION_FILE, settings.vision_precision, settings.graph
             )
+            if pictures:
+                verification["vision"]["calibration_pictures"] = len(pictures)
         decoder = None
         if kind is not None:
             decoder, found = export_decoder(checkpoint, folder, kind, source, progress)

@@ -88,6 +88,12 @@ def bf16_bundle(make_bundle: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def fp8_bundle(make_bundle: Callable[..., Path], photo: Path) -> Path:
+    """As `exact_bundle`, with a vision graph in fp8 behind the scoring layers."""
+    return make_bundle(preset="192", vision_precision="fp8", calibration=(photo,))
+
+
+@pytest.fixture(scope="session")
 def bare_bundle(make_bundle: Callable[..., Path]) -> Path:
     """As `pruned_bundle`, without a decoder."""
     return make_bundle(preset="paper", language_precision="none")
