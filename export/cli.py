@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from hivtp.export.decoder import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, PrefillPrecision
-from hivtp.export.exporter import ExportSettings, NewlineRule, export_bundle
+from hivtp.export.exporter import export_bundle
 from hivtp.export.graph import VisionPrecision
 from hivtp.export.language import LanguagePrecision
 from hivtp.export.layer_choice import choose_layers
 from hivtp.export.layer_ranking import ChoiceSettings, Criterion
 from hivtp.export.plan import Builder, export_plan
 from hivtp.export.plan_cli import add_plan_options, make_engine_parser, plan_settings_from, plan_summary
+from hivtp.export.settings import ExportSettings, NewlineRule
 from hivtp.export.summary import summary
 from hivtp.export.vision import GraphKind
 from hivtp_ops.errors import EngineError, HivtpError, SpecError

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benchmarks.checkpoints import make_checkpoint
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from hivtp_ops import PruningSpec
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ import pytest
 from benchmarks.checkpoints import make_checkpoint
 from hivtp.engines.bundle import Bundle
 from hivtp.export import language
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from hivtp.export.staging import staged
 from hivtp_ops import PruningSpec
 from hivtp_ops.errors import BundleError, CheckpointError, SpecError, VerificationError

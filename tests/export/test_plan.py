@@ -27,10 +27,11 @@ from hivtp.export.calibration import activation_ranges
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.cli import main, make_parser
 from hivtp.export.clip import VisionShape
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
 from hivtp.export.graph import save_model
 from hivtp.export.plan import Builder, PlanSettings, export_plan
 from hivtp.export.plan_cli import make_engine_parser, plan_settings_from, plan_summary
+from hivtp.export.settings import ExportSettings
 from hivtp.export.verification import sample_pixels
 from hivtp.export.vision import build_vision_graph
 from hivtp_ops import PRESETS, PruningSpec, tensorrt_plugin
