@@ -15,7 +15,7 @@ from benchmarks.shared_language import with_language_of
 from benchmarks.stages import stages, table, text
 from benchmarks.ttft import PROMPT, sample_of
 from benchmarks.workspace import Workspace, add_length, add_options
-from hivtp.export.exporter import ExportSettings
+from hivtp.export.settings import ExportSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -25,7 +25,7 @@ from benchmarks.stages import text
 from benchmarks.ttft import HUGGING_FACE
 from benchmarks.workspace import Workspace, add_run_options, engines
 from hivtp.engines.files import write_whole
-from hivtp.export.exporter import ExportSettings
+from hivtp.export.settings import ExportSettings
 from hivtp_ops import PRESETS
 from hivtp_ops.torch_kernel import load_kernel
 

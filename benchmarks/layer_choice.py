@@ -13,12 +13,12 @@ import numpy as np
 from benchmarks.miniature.pictures import CALIBRATION, HELD_OUT, draw
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.clip import VisionShape
-from hivtp.export.exporter import ExportSettings
 from hivtp.export.layer_choice import choose_layers
 from hivtp.export.layer_criteria import AnswerJudge
 from hivtp.export.layer_ranking import ChoiceSettings, Criterion, LayerRange
 from hivtp.export.processor import Processor
 from hivtp.export.reference import language_reference, vision_reference
+from hivtp.export.settings import ExportSettings
 from hivtp_ops import PruningSpec, select
 
 if TYPE_CHECKING:

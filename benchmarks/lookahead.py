@@ -12,7 +12,7 @@ from benchmarks.harness import Pass, Sample, Stopwatch, System, measure
 from benchmarks.record import Row, report
 from benchmarks.ttft import PROMPT
 from benchmarks.workspace import Workspace, add_options
-from hivtp.export.exporter import ExportSettings
+from hivtp.export.settings import ExportSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -18,7 +18,7 @@ from benchmarks.intervals import Bootstrap, Goal, Score
 from benchmarks.record import portable_settings
 from benchmarks.rivals import Hivtp
 from benchmarks.workspace import Workspace
-from hivtp.export.exporter import ExportSettings
+from hivtp.export.settings import ExportSettings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -11,7 +11,7 @@ from benchmarks.record import Row, report
 from benchmarks.stages import stages, table, text
 from benchmarks.ttft import open_bundle
 from benchmarks.workspace import Workspace, add_length, add_options
-from hivtp.export.exporter import ExportSettings
+from hivtp.export.settings import ExportSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

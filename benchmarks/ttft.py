@@ -17,7 +17,7 @@ from benchmarks.peaks import in_words, measure_with_peaks
 from benchmarks.record import Row, report
 from benchmarks.stages import by_profile, stages, table, text
 from benchmarks.workspace import Workspace, add_length, add_options, engines
-from hivtp.export.exporter import ExportSettings
+from hivtp.export.settings import ExportSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from hivtp.export.decoder import DecoderKind
-    from hivtp.export.exporter import ExportSettings
+    from hivtp.export.settings import ExportSettings
 
 GpuEngine = Literal["torch-cuda", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 PLAN_ENGINES = ("tensorrt", "tensorrt-rtx")

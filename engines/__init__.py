@@ -128,7 +128,19 @@ def _open_plan(library: Literal["tensorrt", "tensorrt-rtx"]) -> Callable[[Bundle
 
 
 def _open_graph(name: str) -> Callable[[Bundle, EngineSettings], Engine]:
-    return lambda bundle, settings: create_engine(name, bundle.vision_file, settings)
+    def create(bundle: Bundle, settings: EngineSettings) -> Engine:
+        engine = create_engine(name, bundle.vision_file, settings)
+        if bundle.manifest.vision.precision == "fp8":
+            warnings.warn(
+                f"{name} rounds what the vision graph has in fp8, and multiplies in half precision, which is slower "
+                f"than an fp16 graph: build a plan with hivtp-export engine {bundle.folder} --engine tensorrt, or "
+                "export with --vision-precision fp16",
+                EngineWarning,
+                stacklevel=2,
+            )
+        return engine
+
+    return create
 
 
 # What a creator needs is imported when it is called.

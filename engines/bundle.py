@@ -25,7 +25,7 @@ class VisionManifest:
     Attributes:
         file: the graph, relative to the bundle.
         graph: "vision" (pruned embeddings) or "encoder" (features and attention).
-        precision: fp32, fp16, bf16 or int8.
+        precision: fp32, fp16, bf16, fp8 or int8.
         num_layers: layers of the vision tower, those that do not run included.
         grid: rows and columns of patches in one tile.
         image_size: side of a tile in pixels.

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from hivtp.export.decoder import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, PrefillPrecision
-from hivtp.export.exporter import ExportSettings, NewlineRule, export_bundle
+from hivtp.export.exporter import export_bundle
 from hivtp.export.graph import VisionPrecision
 from hivtp.export.language import LanguagePrecision
 from hivtp.export.layer_choice import choose_layers
 from hivtp.export.layer_ranking import ChoiceSettings, Criterion
 from hivtp.export.plan import Builder, export_plan
 from hivtp.export.plan_cli import add_plan_options, make_engine_parser, plan_settings_from, plan_summary
+from hivtp.export.settings import ExportSettings, NewlineRule
 from hivtp.export.summary import summary
 from hivtp.export.vision import GraphKind
 from hivtp_ops.errors import EngineError, HivtpError, SpecError
@@ -117,8 +118,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--vision-precision",
         choices=get_args(VisionPrecision),
         default=defaults.vision_precision,
-        help="int8 is fastest on a CPU, fp16 and bf16 are meant for a GPU, and bf16 runs on a CPU in torch alone "
-        "(default: %(default)s)",
+        help="int8 is fastest on a CPU, fp16, bf16 and fp8 are meant for a GPU: bf16 runs on a CPU in torch alone, and "
+        "fp8 is for TensorRT on Ada, Hopper and later (default: %(default)s)",
+    )
+    precision.add_argument(
+        "--calibration-pictures",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE",
+        help="for fp8: pictures like those that the model is meant for, whose activations it is scaled to",
     )
     precision.add_argument(
         "--language-precision",
@@ -208,6 +216,7 @@ def settings_from(options: argparse.Namespace) -> ExportSettings:
         num_layers=options.num_layers,
         is_pruned=not options.no_pruning,
         vision_precision=options.vision_precision,
+        calibration=tuple(options.calibration_pictures or ()),
         language_precision=options.language_precision,
         block_size=options.block_size,
         prefill_precision=options.prefill_precision,

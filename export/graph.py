@@ -8,21 +8,26 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import onnx
     import onnx_ir as ir
     import torch
 
-VisionPrecision = Literal["fp32", "fp16", "bf16", "int8"]
+VisionPrecision = Literal["fp32", "fp16", "bf16", "fp8", "int8"]
 # What weights and activations are in; float32 where a precision is not named.
-HALF_DTYPES = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}
+HALF_DTYPES = {"fp16": "FLOAT16", "bf16": "BFLOAT16", "fp8": "FLOAT16"}
 
 # 23 is the first opset with a fused Attention; onnxruntime and TensorRT both take it. IR version 10 goes with it.
 OPSET = 23
 IR_VERSION = 10
 
+
+# The largest number of FLOAT8E4M3FN.
+LARGEST_FP8 = 448.0
+# The least scale that float16 holds with all its digits.
+LEAST_FP8_SCALE = float(np.finfo(np.float16).smallest_normal)
 
 # The domain of ONNX Runtime's own operators.
 MICROSOFT = "com.microsoft"
@@ -42,12 +47,19 @@ class GraphBuilder:
 
     Args:
         read_weight: returns a stored weight by name; called again at saving, so nothing is held meanwhile.
-        precision: "fp32"; "fp16" and "bf16" (weights and activations in half, norms and softmax in float32); or
+        precision: "fp32"; "fp16" and "bf16" (weights and activations in half, norms and softmax in float32); "fp8"
+            (linear layers with a range: weights and activations in fp8, one scale each; all else as in "fp16"); or
             "int8" (linear layers with int8 weights per output channel and activations quantised to uint8
             per tensor at run time, all else in float32).
+        ranges: for "fp8": by the name of a linear layer's weight the largest size of what it multiplies.
     """
 
-    def __init__(self, read_weight: Callable[[str], torch.Tensor], precision: VisionPrecision) -> None:
+    def __init__(
+        self,
+        read_weight: Callable[[str], torch.Tensor],
+        precision: VisionPrecision,
+        ranges: Mapping[str, float] | None = None,
+    ) -> None:
         import onnx_ir as ir
         from onnx_ir.tape import Tape
 
@@ -56,6 +68,9 @@ class GraphBuilder:
         self._read_weight = read_weight
         self._inputs: list[ir.Value] = []
         self._weights: dict[str, ir.Value] = {}
+        self._ranges = ranges or {}
+        # By the name of a linear layer's weight what it multiplies.
+        self.factors: dict[str, ir.Value] = {}
         self.precision = precision
         self.is_half = precision in HALF_DTYPES
         self.compute_dtype = ir.DataType[HALF_DTYPES.get(precision, "FLOAT")]
@@ -144,9 +159,14 @@ class GraphBuilder:
         return self.narrow(normed, name)
 
     def linear(self, value: ir.Value, weight: str, bias: str | ir.Value | None, name: str) -> ir.Value:
-        """`value @ weight.T + bias` with a torch linear layer's [out, in] weight; int8 where precision says so."""
-        multiply = self._int8_matmul if self.precision == "int8" else self.matmul
-        product = multiply(value, weight, name)
+        """`value @ weight.T + bias` with a torch linear layer's [out, in] weight; in 8 bits where precision says so."""
+        self.factors[weight] = value
+        if self.precision == "int8":
+            product = self._int8_matmul(value, weight, name)
+        elif self.precision == "fp8" and weight in self._ranges:
+            product = self._fp8_matmul(value, weight, name)
+        else:
+            product = self.matmul(value, weight, name)
         if bias is None:
             return product
         return self.op("Add", product, self.weight(bias) if isinstance(bias, str) else bias, name=name)
@@ -184,6 +204,29 @@ class GraphBuilder:
         scales = self.op("Mul", value_scale, weight_scale, name=f"{name}.scales")
         return self.op("Mul", product, scales, name=f"{name}.matmul")
 
+    def _fp8_matmul(self, value: ir.Value, weight: str, name: str) -> ir.Value:
+        # TensorRT multiplies in fp8 what comes from two DequantizeLinear; others round likewise and multiply in half.
+        matrix, scale = quantize_fp8(self.read(weight))
+        zero = self._zero_fp8()
+        inputs = (self.constant(f"{weight}.fp8", matrix), self.constant(f"{weight}.scale", scale), zero)
+        factor = self.op("DequantizeLinear", *inputs, name=f"{weight}.half")
+        return self.op("MatMul", self._through_fp8(value, self._ranges[weight]), factor, name=f"{name}.matmul")
+
+    def _through_fp8(self, value: ir.Value, size: float) -> ir.Value:
+        """A value, rounded to fp8; what is beyond its range becomes the largest there is."""
+        # Queries, keys and values share one input: round it once.
+        for node in (usage.node for usage in value.uses()):
+            if node.op_type == "QuantizeLinear":
+                [rounded] = [usage.node.outputs[0] for usage in node.outputs[0].uses()]
+                return rounded
+        scale = self.constant(f"{value.name}.scale", np.array(max(size / LARGEST_FP8, LEAST_FP8_SCALE), np.float16))
+        zero = self._zero_fp8()
+        narrow = self.op("QuantizeLinear", value, scale, zero, name=f"{value.name}.fp8")
+        return self.op("DequantizeLinear", narrow, scale, zero, name=f"{value.name}.rounded")
+
+    def _zero_fp8(self) -> ir.Value:
+        return self.constant("zero_fp8", np.zeros((), self._ir.DataType.FLOAT8E4M3FN.numpy()))
+
     def _quantized(self, value: ir.Value) -> Sequence[ir.Value]:
         # Queries, keys and values share one input: quantise it once.
         for node in (usage.node for usage in value.uses()):
@@ -214,6 +257,23 @@ def quantize_per_channel(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scale = np.maximum(np.abs(weight).max(axis=1), np.finfo(np.float32).tiny) / 127.0
     matrix = np.rint(weight / scale[:, None]).astype(np.int8).T
     return np.ascontiguousarray(matrix), scale.astype(np.float32)
+
+
+def quantize_fp8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Round a linear layer's weight to fp8 with one scale.
+
+    Args:
+        weight: [out, in] float32.
+
+    Returns:
+        The matrix [in, out] float8_e4m3fn and its scale [] float16, with weight.T ≈ matrix * scale.
+    """
+    import onnx_ir as ir
+
+    scale = np.maximum(np.abs(weight).max() / LARGEST_FP8, LEAST_FP8_SCALE).astype(np.float16)
+    # float16 may have rounded the scale down, and fp8 has no infinity to overflow to.
+    matrix = np.clip(weight.T / scale.astype(np.float32), -LARGEST_FP8, LARGEST_FP8)
+    return np.ascontiguousarray(matrix.astype(ir.DataType.FLOAT8E4M3FN.numpy())), scale
 
 
 def save_model(model: ir.Model, path: Path, on_weight: Callable[[int, int], None] = lambda _done, _total: None) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-    from hivtp.export.exporter import ExportSettings
+    from hivtp.export.settings import ExportSettings
 
 # The paper's number of layers; longer ranges are ranked where they are asked for.
 MAX_NUM_LAYERS = 3

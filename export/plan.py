@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NUM_STEPS = 3
+# Ada; then Hopper and Blackwell.
+LEAST_FP8_CAPABILITY = (8, 9)
 # One picture at a time is tuned for; more come in a batch, as many as go through the graph in one run.
 LLAVA_TILES = TileProfile(1, 1, 8)
 
@@ -77,7 +79,7 @@ class Builder:
 
         Raises:
             MissingExtraError: the library, or cuda-core, is not installed; or, for bf16, what the plan is compared in.
-            EngineError: the library needs a GPU and there is none, or it cannot take the precision.
+            EngineError: the library needs a GPU and there is none, or it or the GPU cannot take the precision.
         """
         if precision == "int8":
             raise EngineError(
@@ -89,6 +91,11 @@ class Builder:
             raise EngineError(
                 f"{library.name} builds a plan on the GPU that will run it, and no NVIDIA GPU with its driver was "
                 "found here; build it there, from a copy of the bundle (tensorrt-rtx builds anywhere, for RTX GPUs)"
+            )
+        if gpu is not None and precision == "fp8" and gpu.compute_capability < LEAST_FP8_CAPABILITY:
+            raise EngineError(
+                f"{gpu} has no products in fp8, which came with compute capability "
+                f"{'.'.join(map(str, LEAST_FP8_CAPABILITY))}; export the bundle with --vision-precision fp16"
             )
         if gpu is not None and cpu_engine(precision) == "torch":
             # What the plan is compared with.

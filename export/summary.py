@@ -26,6 +26,9 @@ def summary(bundle: Bundle, checkpoint: Path) -> str:
         checks.append(f"importance error {found['importance_error']:.1e}")
     if found["kept_jaccard"] is not None:
         checks.append(f"kept-token agreement {found['kept_jaccard']:.1%}")
+    if "calibration_pictures" in found:
+        number = found["calibration_pictures"]
+        checks.append(f"scaled to {number} picture{'' if number == 1 else 's'}")
     lines.append(_part(manifest, "vision", vision.precision, ["vision/"], checks))
     decoder = None if language is None else language.decoder
     if decoder is not None:

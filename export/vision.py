@@ -11,6 +11,8 @@ from hivtp.export.graph import OPSET, GraphBuilder, Output, VisionPrecision
 from hivtp_ops.onnx_function import hierarchical_prune_function, hierarchical_prune_node
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import onnx_ir as ir
 
     from hivtp.export.checkpoint import Checkpoint
@@ -20,7 +22,11 @@ GraphKind = Literal["vision", "encoder"]
 
 
 def build_vision_graph(
-    checkpoint: Checkpoint, spec: PruningSpec | None, precision: VisionPrecision, kind: GraphKind = "vision"
+    checkpoint: Checkpoint,
+    spec: PruningSpec | None,
+    precision: VisionPrecision,
+    kind: GraphKind = "vision",
+    ranges: Mapping[str, float] | None = None,
 ) -> ir.Model:
     """Build one of the two vision graphs of DESIGN.md, section 3.
 
@@ -37,21 +43,28 @@ def build_vision_graph(
         spec: with its layers resolved; None for no pruning (only with "vision").
         precision: see GraphBuilder.
         kind: which graph.
+        ranges: for fp8, see export.calibration.
 
     Raises:
         CheckpointError: an activation of the model is not supported.
     """
-    builder = _VisionGraph(checkpoint, spec, precision)
+    builder = _VisionGraph(checkpoint, spec, precision, ranges)
     if kind == "encoder":
         return builder.encoder()
     return builder.unpruned() if spec is None else builder.pruned(spec)
 
 
 class _VisionGraph:
-    def __init__(self, checkpoint: Checkpoint, spec: PruningSpec | None, precision: VisionPrecision) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: PruningSpec | None,
+        precision: VisionPrecision,
+        ranges: Mapping[str, float] | None,
+    ) -> None:
         self.config = checkpoint.config
         self.shape = VisionShape.of(checkpoint.config)
-        self.graph = GraphBuilder(checkpoint.tensor, precision)
+        self.graph = GraphBuilder(checkpoint.tensor, precision, ranges)
         scoring_layers = range(0)
         if spec is not None:
             assert spec.first_layer is not None, "the exporter resolves the layers first"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benchmarks.checkpoints import make_checkpoint
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from hivtp_ops import PruningSpec
 
 if TYPE_CHECKING:
@@ -85,6 +86,12 @@ def prefill_bundle(make_bundle: Callable[..., Path]) -> Path:
 def bf16_bundle(make_bundle: Callable[..., Path]) -> Path:
     """As `exact_bundle`, with a vision graph in bfloat16."""
     return make_bundle(preset="192", vision_precision="bf16")
+
+
+@pytest.fixture(scope="session")
+def fp8_bundle(make_bundle: Callable[..., Path], photo: Path) -> Path:
+    """As `exact_bundle`, with a vision graph in fp8 behind the scoring layers."""
+    return make_bundle(preset="192", vision_precision="fp8", calibration=(photo,))
 
 
 @pytest.fixture(scope="session")

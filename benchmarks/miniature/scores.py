@@ -14,7 +14,8 @@ from benchmarks.miniature.layers import LayerRange, rank_layers
 from benchmarks.miniature.model import CHECKPOINT
 from benchmarks.miniature.pictures import CALIBRATION, HELD_OUT, draw
 from hivtp import Pipeline
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 
 SCORES_NAME = "scores.json"
 NUM_CALIBRATION_PICTURES = 300

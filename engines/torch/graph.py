@@ -91,8 +91,8 @@ class Translation:
             translate = OPERATORS.get((node.domain, node.op_type))
             if translate is None:
                 raise EngineError(
-                    f"it holds the operator {node.op_type}; an int8 graph is made for onnxruntime on the CPU, and "
-                    "anything else that hivtp-export writes runs in torch: export it again"
+                    f"it holds the operator {node.op_type}; an int8 graph is made for onnxruntime on the CPU, an fp8 "
+                    "graph for TensorRT, and anything else that hivtp-export writes runs in torch: export it again"
                 )
             translate(self, node)
         self._calls.output({_name(output): self._values[_name(output)] for output in self._onnx.outputs})

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.workspace import Workspace, engines
-from hivtp.export.exporter import ExportSettings
+from hivtp.export.settings import ExportSettings
 
 if TYPE_CHECKING:
     from pathlib import Path

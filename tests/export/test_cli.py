@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hivtp.export.cli import main, make_parser, settings_from
-from hivtp.export.exporter import ExportSettings
+from hivtp.export.settings import ExportSettings
 from hivtp_ops import PruningSpec
 
 if TYPE_CHECKING:

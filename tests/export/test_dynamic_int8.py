@@ -21,8 +21,9 @@ from hivtp.export.cli import main
 from hivtp.export.decoder import write_decoder
 from hivtp.export.decoder_weights import DecoderWeights
 from hivtp.export.dynamic_int8 import PRODUCT, quantize_products
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
 from hivtp.export.graph import quantize_per_channel
+from hivtp.export.settings import ExportSettings
 from hivtp.export.verification import relative_error
 from hivtp_ops.errors import SpecError, VerificationError
 from tests.answers import embeddings

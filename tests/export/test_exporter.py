@@ -17,7 +17,8 @@ import pytest
 from benchmarks.checkpoints import make_checkpoint
 from hivtp.engines.bundle import Bundle
 from hivtp.export import language
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from hivtp.export.staging import staged
 from hivtp_ops import PruningSpec
 from hivtp_ops.errors import BundleError, CheckpointError, SpecError, VerificationError
@@ -98,7 +99,7 @@ def test_a_spec_that_does_not_fit_the_model_is_refused_before_anything_is_writte
 
 
 def test_unknown_settings_are_refused() -> None:
-    with pytest.raises(SpecError, match="vision_precision is 'int2'; choose one of fp32, fp16, bf16, int8"):
+    with pytest.raises(SpecError, match="vision_precision is 'int2'; choose one of fp32, fp16, bf16, fp8, int8"):
         ExportSettings(vision_precision="int2")
     with pytest.raises(SpecError, match="block_size is 48; choose one of 16, 32, 64, 128, 256"):
         ExportSettings(language_precision="int4", block_size=48)

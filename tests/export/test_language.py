@@ -14,7 +14,8 @@ from hivtp.export import exporter, language
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.cli import main
 from hivtp.export.decoder import DEFAULT_BLOCK_SIZE, DecoderKind
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from hivtp_ops.errors import BundleError, SpecError, VerificationError
 
 if TYPE_CHECKING:

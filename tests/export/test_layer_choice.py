@@ -11,11 +11,11 @@ from hivtp import Pipeline
 from hivtp.engines.bundle import Bundle
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.cli import main
-from hivtp.export.exporter import ExportSettings
 from hivtp.export.layer_choice import _kept_sets, _run_tower, choose_layers, layer_ranges
 from hivtp.export.layer_ranking import ChoiceSettings, LayerRange
 from hivtp.export.pictures import read_pictures
 from hivtp.export.processor import Processor
+from hivtp.export.settings import ExportSettings
 from hivtp_ops import PruningSpec
 from hivtp_ops.errors import CheckpointError, ImageError, SpecError
 

@@ -23,13 +23,16 @@ from hivtp.engines.tensorrt.plan import PLANS_FOLDER, PlanRecord, has_plans
 from hivtp.engines.tensorrt.profile import TileProfile
 from hivtp.engines.torch.session import TorchEngine
 from hivtp.export import plan as plan_module
+from hivtp.export.calibration import activation_ranges
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.cli import main, make_parser
 from hivtp.export.clip import VisionShape
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
 from hivtp.export.graph import save_model
 from hivtp.export.plan import Builder, PlanSettings, export_plan
 from hivtp.export.plan_cli import make_engine_parser, plan_settings_from, plan_summary
+from hivtp.export.settings import ExportSettings
+from hivtp.export.verification import sample_pixels
 from hivtp.export.vision import build_vision_graph
 from hivtp_ops import PRESETS, PruningSpec, tensorrt_plugin
 from hivtp_ops.errors import BundleError, EngineError, EngineWarning, KernelError, MissingExtraError
@@ -100,6 +103,21 @@ def test_an_int8_graph_is_refused_before_anything_is_exported(
     assert main(arguments) == 1
     assert "the int8 vision graph is made for the CPU, and TensorRT cannot take it" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("capability", "is_taken"), [((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_a_gpu_without_fp8_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *, is_taken: bool
+) -> None:
+    gpu = replace(H200, compute_capability=capability)
+    monkeypatch.setattr(plan_module, "load_library", fake_gpu.library)
+    monkeypatch.setattr(plan_module, "find_gpu", lambda _extra: gpu)
+    assert Builder.find(PlanSettings("tensorrt"), "fp16").gpu == gpu
+    if is_taken:
+        assert Builder.find(PlanSettings("tensorrt"), "fp8").gpu == gpu
+    else:
+        with pytest.raises(EngineError, match=r"has no products in fp8, which came with compute capability 8.9"):
+            Builder.find(PlanSettings("tensorrt"), "fp8")
 
 
 def test_a_library_that_needs_a_gpu_says_so_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,7 +419,10 @@ def test_a_bundle_is_whole_where_its_plan_fails(
 def write_graph(folder: Path, file: Path, spec: PruningSpec | None, precision: str, kind: str = "vision") -> Path:
     checkpoint = Checkpoint.open(folder)
     resolved = None if spec is None else spec.resolve(VisionShape.of(checkpoint.config).num_layers)
-    save_model(build_vision_graph(checkpoint, resolved, precision, kind), file)
+    ranges = None
+    if precision == "fp8":
+        ranges = activation_ranges(checkpoint, resolved, sample_pixels(1, checkpoint.config.vision_config.image_size))
+    save_model(build_vision_graph(checkpoint, resolved, precision, kind, ranges), file)
     return file
 
 
@@ -425,6 +446,18 @@ def test_every_preset_of_both_families_is_built_for_any_number_of_tiles(
 
 
 @pytest.mark.tensorrt
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("preset", ["192", "none"])
+def test_a_graph_in_fp8_is_built(
+    tiny_checkpoint: Path, next_checkpoint: Path, tmp_path: Path, preset: str, family: str
+) -> None:
+    folder = tiny_checkpoint if family == "llava" else next_checkpoint
+    spec = None if preset == "none" else PruningSpec.preset(preset, (8, 8))
+    built = build(write_graph(folder, tmp_path / "model.onnx", spec, "fp8"))
+    assert built.pruning == (None if spec is None else "function")
+
+
+@pytest.mark.tensorrt
 def test_an_encoder_graph_is_built(tiny_checkpoint: Path, tmp_path: Path) -> None:
     spec = PruningSpec()
     assert build(write_graph(tiny_checkpoint, tmp_path / "model.onnx", spec, "fp16", "encoder")).pruning is None
@@ -432,7 +465,7 @@ def test_an_encoder_graph_is_built(tiny_checkpoint: Path, tmp_path: Path) -> Non
 
 @pytest.mark.tensorrt
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "fp8"])
 def test_a_vit_l_of_real_size_is_built(tmp_path: Path, precision: str) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint", "vit-l-0.3b")
     graph = write_graph(folder, tmp_path / "model.onnx", PruningSpec.preset("192"), precision)

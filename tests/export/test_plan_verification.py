@@ -9,8 +9,9 @@ from benchmarks.checkpoints import make_checkpoint
 from hivtp.engines import create_engine
 from hivtp.engines.bundle import Bundle
 from hivtp.export import plan_verification
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
 from hivtp.export.plan_verification import verify_plan
+from hivtp.export.settings import ExportSettings
 from hivtp_ops import PruningSpec, select
 from hivtp_ops.errors import VerificationError
 

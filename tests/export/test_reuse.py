@@ -14,7 +14,8 @@ from hivtp import Pipeline
 from hivtp.engines.bundle import Bundle
 from hivtp.export import exporter, language, reuse
 from hivtp.export.checkpoint import Checkpoint
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from hivtp_ops.errors import BundleError, SpecError
 
 

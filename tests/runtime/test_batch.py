@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp import HivtpError, Pipeline, Request
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from hivtp.runtime.images import load_image
 from hivtp.runtime.language import kv_cache, onnxruntime
 from hivtp.runtime.language.base import DecodeRequest

@@ -10,7 +10,8 @@ from PIL import Image
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp import Pipeline
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from tests.runtime.command import COMMAND, hivtp_run
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import onnx
 import pytest
 
 from hivtp.engines.bundle import SCHEMA_VERSION
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from tests.runtime.command import hivtp_run
 
 if TYPE_CHECKING:

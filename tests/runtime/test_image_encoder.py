@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp import Pipeline
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from hivtp.runtime.prepared_image import prepare_images
 
 if TYPE_CHECKING:

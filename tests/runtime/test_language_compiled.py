@@ -17,7 +17,8 @@ import torch
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp import Pipeline, Request
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from hivtp.runtime.cli import main
 from hivtp.runtime.images import load_image
 from hivtp.runtime.language import static_cache

@@ -12,7 +12,8 @@ import pytest
 from hivtp import Pipeline, Request
 from hivtp.engines.base import EngineSettings
 from hivtp.engines.bundle import Bundle
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from hivtp.runtime.language import create_language, onnxruntime
 from hivtp.runtime.language.kv_cache import BoundRows
 from hivtp.runtime.language.onnxruntime import LEAST_PROMPT

@@ -14,7 +14,8 @@ from benchmarks.checkpoints import make_checkpoint
 from hivtp import Pipeline
 from hivtp.engines import EngineSettings
 from hivtp.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from hivtp.runtime.device_rows import DeviceRows
 from hivtp.runtime.embedding_cache import EmbeddingCache
 from hivtp.runtime.image_encoder import open_image_encoder

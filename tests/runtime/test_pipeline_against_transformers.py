@@ -9,7 +9,8 @@ from PIL import Image
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp import Pipeline
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from tests.reference import HuggingFace
 
 if TYPE_CHECKING:

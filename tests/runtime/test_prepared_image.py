@@ -10,7 +10,8 @@ from PIL import Image
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp import Answer, Pipeline, Request
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from hivtp.runtime.cli import main
 from hivtp.runtime.images import load_image
 from hivtp.runtime.prepared_image import PreparedImage, prepare_images

@@ -21,7 +21,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp import Pipeline
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from hivtp.runtime.transformers import prune
 from hivtp_ops import PruningSpec, select
 from hivtp_ops.errors import PromptError, ScoreError, SettingsError, SpecError

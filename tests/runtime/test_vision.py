@@ -8,7 +8,8 @@ import pytest
 from hivtp import Pipeline
 from hivtp.engines import EngineSettings
 from hivtp.engines.bundle import Bundle, VisionManifest
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from hivtp.runtime.images import load_image
 from hivtp.runtime.vision import VisionStage
 from hivtp_ops import select

@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp import Pipeline, Request
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from hivtp.runtime import pipeline as pipeline_module
 from hivtp.runtime.benchmark_model import BenchmarkModel, Question
 from hivtp.runtime.cli import main

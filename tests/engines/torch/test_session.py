@@ -13,7 +13,8 @@ from hivtp.engines import EngineSettings, cpu_engine, create_engine, open_vision
 from hivtp.engines.base import DeviceEngine
 from hivtp.engines.bundle import Bundle
 from hivtp.engines.torch.session import TorchEngine
-from hivtp.export.exporter import ExportSettings, export_bundle
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
 from hivtp.export.verification import jaccard, relative_error, sample_pixels
 from hivtp_ops.errors import EngineError, MissingExtraError
 

@@ -1,0 +1,96 @@
+"""The ranges of activations over pictures, from which an fp8 graph has its scales."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hivtp.engines.onnxruntime import open_session
+from hivtp.export.clip import ClipTower, VisionShape
+from hivtp.export.graph import GraphBuilder, Output, save_model
+from hivtp_ops.errors import SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import numpy as np
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from hivtp.export.checkpoint import Checkpoint
+    from hivtp_ops.spec import PruningSpec
+
+# In a run, so that memory does not grow with the pictures.
+TILES_PER_RUN = 1
+
+
+def activation_ranges(
+    checkpoint: Checkpoint,
+    spec: PruningSpec | None,
+    pixel_values: NDArray[np.float32],
+    on_tile: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Mapping[str, float]:
+    """The largest size of what each linear map multiplies in the layers behind the scoring ones.
+
+    In the layers up to those an fp8 graph multiplies in half precision, so that it scores and keeps what fp16 does.
+    The graph that is run is the one that is exported, in float32, since it moves biases about.
+
+    Args:
+        checkpoint: only its vision weights are read.
+        spec: with its layers resolved; None for no pruning, where every layer counts.
+        pixel_values: [tiles, 3, H, W] float32.
+        on_tile: called with (tiles done, all tiles).
+
+    Returns:
+        By the name of the weight.
+
+    Raises:
+        SpecError: the scoring layers are the last that run.
+    """
+    model, outputs = _range_graph(checkpoint, spec)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "ranges.onnx"
+        save_model(model, file)
+        session = open_session(file)
+        ranges = dict.fromkeys(outputs, 0.0)
+        for start in range(0, len(pixel_values), TILES_PER_RUN):
+            tiles = pixel_values[start : start + TILES_PER_RUN]
+            found = session.run(list(outputs.values()), {"pixel_values": tiles})
+            ranges = {weight: max(ranges[weight], float(size)) for weight, size in zip(outputs, found, strict=True)}
+            on_tile(start + len(tiles), len(pixel_values))
+        # The file is mapped into memory, and some systems do not delete such.
+        del session
+    return ranges
+
+
+def _range_graph(checkpoint: Checkpoint, spec: PruningSpec | None) -> tuple[ir.Model, Mapping[str, str]]:
+    """The tower up to the feature layer, and by weight the name of the output that is the range."""
+    shape = VisionShape.of(checkpoint.config)
+    first = 0
+    if spec is not None:
+        assert spec.first_layer is not None, "the exporter resolves the layers first"
+        assert spec.num_layers is not None, "the exporter resolves the layers first"
+        first = spec.first_layer + spec.num_layers
+    if first >= shape.num_feature_layers:
+        raise SpecError(
+            f"fp8 is for the layers behind those that score, and of the {shape.num_feature_layers} that run there are "
+            f"none behind layer {first - 1}; choose fp16"
+        )
+    graph = GraphBuilder(checkpoint.tensor, "fp32")
+    tower = ClipTower(graph, shape, checkpoint.config.vision_config, scoring_layers=range(0))
+    hidden = tower.embed(graph.input("pixel_values", "FLOAT", ["tiles", 3, shape.image_size, shape.image_size]))
+    scoring: set[str] = set()
+    for index in range(shape.num_feature_layers):
+        if index == first:
+            scoring = set(graph.factors)
+        hidden = tower.layer(index, hidden)
+    factors = {weight: value for weight, value in graph.factors.items() if weight not in scoring}
+    outputs: dict[str, Output] = {}
+    for value in factors.values():
+        name = f"{value.name}.range"
+        if name not in outputs:
+            size = graph.op("Abs", value, name=f"{value.name}.size")
+            outputs[name] = Output(graph.op("ReduceMax", size, name=name, keepdims=0), "FLOAT", ())
+    names = {weight: f"{value.name}.range" for weight, value in factors.items()}
+    return graph.model(list(outputs.values()), tower.functions()), names
