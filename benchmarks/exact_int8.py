@@ -9,7 +9,7 @@ from benchmarks.graph_profile import pixels
 from benchmarks.harness import Pass, Sample, Stopwatch, System, measure
 from benchmarks.record import Row, report
 from benchmarks.workspace import Workspace, add_options
-from hivtp.export.exporter import ExportSettings
+from hivtp.export.settings import ExportSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -26,8 +26,8 @@ IR_VERSION = 10
 
 # The largest number of FLOAT8E4M3FN.
 LARGEST_FP8 = 448.0
-# The least scale that float16 holds with all its digits.
-LEAST_FP8_SCALE = float(np.finfo(np.float16).smallest_normal)
+# The least scale that float16 holds to half a percent.
+LEAST_FP8_SCALE = 2.0**-17
 
 # The domain of ONNX Runtime's own operators.
 MICROSOFT = "com.microsoft"
