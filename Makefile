@@ -1,5 +1,6 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first. `make bench` measures again
-# what docs/benchmarks.md shows, except for the 7 B sizes, and wants a machine with nothing else to do.
+# what docs/benchmarks.md shows, except for the 7 B sizes and for a processor without AVX-512, and wants a machine with
+# nothing else to do.
 PYTHON ?= python3
 VENV ?= .venv
 # Named on its own, since without a version pip may choose a build with gigabytes of CUDA libraries.

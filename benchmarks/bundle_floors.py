@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 # By the precisions whose products run at the rate that benchmarks.peaks measures: on a CPU ONNX Runtime multiplies in
 # float32 what is stored as fp16; a GPU multiplies bf16 at the rate of fp16, and a CPU by instructions of its own, if it
-# has them. Rounded weights have no floor here: int8 graphs multiply partly in int8 and partly in float32, and each
-# width of weights has kernels of its own, so no one rate bounds them.
+# has them. Rounded weights have no floor here: fp8 and int8 graphs multiply partly in 8 bits and partly in more, and
+# each width of weights has kernels of its own, so no one rate bounds them.
 ELEMENT_BYTES = {"cpu": {"fp32": 4, "fp16": 2}, "cuda": {"fp16": 2, "bf16": 2}}
 
 

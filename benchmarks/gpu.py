@@ -23,7 +23,7 @@ from benchmarks.peaks import measure_with_peaks
 from benchmarks.record import Row, measured, table
 from benchmarks.stages import text
 from benchmarks.ttft import HUGGING_FACE
-from benchmarks.workspace import Workspace, add_run_options, engines
+from benchmarks.workspace import Workspace, add_run_options, builds_plans, engines
 from hivtp.engines.files import write_whole
 from hivtp.export.settings import ExportSettings
 from hivtp_ops import PRESETS
@@ -47,6 +47,7 @@ LANGUAGES = {"plain": False, "compiled": True}
 LANGUAGE_PRECISIONS = {"cpu": "fp32", "cuda": "fp16"}
 # The vision stage is so short that one run after a pause would be that of a GPU that wakes up.
 VISION_RUNS = 10
+NUM_CALIBRATION_PICTURES = 4
 ANSWER_TOKENS = 16
 BATCH_SIZE, BATCH_TOKENS = 8, 128
 
@@ -79,12 +80,20 @@ class Bench:
         text_config = {"max_position_embeddings": NUM_POSITIONS, **(language or {})}
         return Workspace.make(folder, partial(write, text=text_config))
 
-    def variants(self, workspace: Workspace, prefix: str = "", precision: VisionPrecision = "fp16") -> list[Variant]:
+    def variants(
+        self,
+        workspace: Workspace,
+        prefix: str = "",
+        precision: VisionPrecision = "fp16",
+        calibration: tuple[Path, ...] = (),
+    ) -> list[Variant]:
         """Both bundles, each in every engine that opens here; the goals are for what has no prefix to its name."""
         bundles = {
             f"{prefix}{name}": workspace.bundle(
                 f"{prefix}{name}",
-                ExportSettings(vision_precision=precision, language_precision=DECODER, **budget),
+                ExportSettings(
+                    vision_precision=precision, calibration=calibration, language_precision=DECODER, **budget
+                ),
             )
             for name, budget in BUDGETS.items()
         }
@@ -105,6 +114,15 @@ class Bench:
         return found, Floors(workspace.checkpoint, self.device, peaks), of_peaks
 
 
+def calibration_pictures(folder: Path) -> tuple[Path, ...]:
+    """Files of generated pictures, written where there are none yet."""
+    files = tuple(folder / f"picture-{index}.png" for index in range(NUM_CALIBRATION_PICTURES))
+    for file, picture in zip(files, ttft.photos(), strict=False):
+        if not file.exists():
+            picture.save(file)
+    return files
+
+
 def vision_ways(engine: str) -> dict[str, dict[str, bool]]:
     """How an engine can run a vision graph, in words and in EngineSettings."""
     if engine in ("onnxruntime", "torch"):
@@ -123,7 +141,10 @@ def measure_vision(bench: Bench) -> Measured:
         System(name, open_warm, {**model, "device": bench.device, "tower_attention": attention})
         for name, attention in ((EAGER, "eager"), (HUGGING_FACE, "sdpa"))
     ]
-    for variant in (*bench.variants(workspace), *bench.variants(workspace, "bf16, ", "bf16")):
+    variants = [*bench.variants(workspace), *bench.variants(workspace, "bf16, ", "bf16")]
+    if builds_plans(bench.device):
+        variants += bench.variants(workspace, "fp8, ", "fp8", calibration_pictures(workspace.folder))
+    for variant in variants:
         for way, settings in vision_ways(variant.engine).items():
             name = f"{variant.name}, {way}" if way else variant.name
             # As Hugging Face's, the embeddings stay where the language model wants them.

@@ -70,7 +70,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """Whether the goal is met, or cannot be on this machine by any program; empty where there is none."""
+        """Whether the goal is met, or out of reach of what is computed on this machine; empty where there is none."""
         if self.goal is None:
             return ""
         if self.ratio <= self.goal:
@@ -113,6 +113,7 @@ def measured(
                 "table": title,
                 "ratio": row.ratio,
                 "over_floor": row.over_floor,
+                "least_ratio": row.least_ratio,
                 "verdict": row.verdict,
                 **asdict(row),
             }

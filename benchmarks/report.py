@@ -34,7 +34,8 @@ FLOOR_TEXT = """\
 A floor is what a stage cannot be faster than, whoever writes it: the larger of its matrix products by the rate of a
 large one, and of its weights and KV cache by the rate of a large copy, both measured in the same run
 ([floor.py](../benchmarks/floor.py)); that of a first token is the sum of vision and prefill. "ratio at floor" is the
-ratio of a system that takes no more than that: a goal below it is out of reach on the machine.
+ratio of a system that takes no more than that: where a goal is below it, the goal is out of reach of what computes the
+same at that rate. Both are of one run, with its noise: what is at its floor may be found a few percent below it.
 """
 ACCURACY_TEXT = """\
 The trained [miniature](../benchmarks/miniature/README.md), 144 patches, whose language model saw dropped tokens in
@@ -87,8 +88,9 @@ SECTIONS = (
     Section(
         "vision-cpu-avx2",
         "The vision stage on a CPU without AVX-512",
-        "The same on a processor that has AVX2 alone. There PyTorch multiplies in float32 as fast as ONNX Runtime, and "
-        "products of 8 bits, which take VNNI to be fast, are little faster. `python -m benchmarks.latency --tiles 1`",
+        "The same on a processor that has AVX2 alone. There PyTorch is nearer to "
+        "ONNX Runtime in float32, and products of 8 bits, which take VNNI to be fast, gain less. "
+        "`python -m benchmarks.latency --tiles 1`",
     ),
     Section(
         "ttft-cpu-avx2",

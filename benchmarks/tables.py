@@ -141,15 +141,11 @@ def _times(title: str, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     for row in rows:
         values = row["values_ms"]
         times = [number(value) for value in (median(values), min(values), max(values))]
-        floor = [_or_dash(row.get("over_floor")), _or_dash(_least_ratio(row))] if has_floor else []
+        floor = [_or_dash(row.get("over_floor")), _or_dash(row.get("least_ratio"))] if has_floor else []
         memory = [f"{row['peak_memory_bytes'] / 2**30:.2f}"] if has_memory else []
         goal = "" if row["goal"] is None else f"{row['goal']:g}, {row['verdict']}"
         found.append([row["label"], *times, f"{row['ratio']:.4g}", *floor, *memory, goal])
     return found
-
-
-def _least_ratio(row: Mapping[str, Any]) -> float | None:
-    return None if row.get("floor_ms") is None else row["floor_ms"] / median(row["baseline_ms"])
 
 
 def _or_dash(ratio: float | None) -> str:

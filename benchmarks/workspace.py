@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import tempfile
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from benchmarks.checkpoints import SHAPES, make_checkpoint
 from hivtp.engines.bundle import MANIFEST_NAME
+from hivtp.engines.tensorrt.library import MODULES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -114,6 +116,11 @@ class Workspace:
         return folders
 
 
+def builds_plans(device: str) -> bool:
+    """Whether a library that builds plans is installed where there is a GPU to run them."""
+    return device != "cpu" and any(importlib.util.find_spec(MODULES[name]) for name in PLAN_ENGINES)
+
+
 def engines(bundle: Path, device: str) -> list[str]:
     """The engines that run the vision graph of a bundle on a device; what is left out is named with its reason.
 
@@ -126,10 +133,12 @@ def engines(bundle: Path, device: str) -> list[str]:
     from hivtp_ops.errors import HivtpError
 
     opened, found = Bundle.open(bundle), []
+    precision = opened.manifest.vision.precision
     if device == "cpu":
-        return [cpu_engine(opened.manifest.vision.precision)]
-    # The operators of an int8 graph are made for the CPU.
-    for name in get_args(GpuEngine) if opened.manifest.vision.precision != "int8" else ():
+        return [cpu_engine(precision)]
+    # The operators of an int8 graph are made for the CPU, and those of an fp8 graph for TensorRT.
+    candidates = {"int8": (), "fp8": PLAN_ENGINES}.get(precision, get_args(GpuEngine))
+    for name in candidates:
         try:
             if name in PLAN_ENGINES and not has_plans(opened, name):
                 export_plan(bundle, PlanSettings(name), is_quiet=True)

@@ -132,11 +132,11 @@ def _open_graph(name: str) -> Callable[[Bundle, EngineSettings], Engine]:
         engine = create_engine(name, bundle.vision_file, settings)
         if bundle.manifest.vision.precision == "fp8":
             warnings.warn(
-                f"{name} rounds what the vision graph has in fp8, and multiplies in half precision, which is slower "
+                f"{name} rounds what the vision graph has in fp8, and multiplies it in a wider type, which is slower "
                 f"than an fp16 graph: build a plan with hivtp-export engine {bundle.folder} --engine tensorrt, or "
                 "export with --vision-precision fp16",
                 EngineWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         return engine
 

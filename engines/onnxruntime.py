@@ -67,10 +67,10 @@ def open_session(
         import onnxruntime
     except ImportError as error:
         raise MissingExtraError("onnxruntime", "cpu") from error
-    options = session_options(settings)
-    if stops_spinning:
-        options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
+        options = session_options(settings)
+        if stops_spinning:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         return onnxruntime.InferenceSession(file, options, providers=list(providers))
     except Exception as error:
         raise EngineError(f"onnxruntime cannot load {file}: {error}") from error

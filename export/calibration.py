@@ -12,7 +12,7 @@ from hivtp.export.graph import GraphBuilder, Output, save_model
 from hivtp_ops.errors import SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Iterable, Mapping
 
     import numpy as np
     import onnx_ir as ir
@@ -21,15 +21,12 @@ if TYPE_CHECKING:
     from hivtp.export.checkpoint import Checkpoint
     from hivtp_ops.spec import PruningSpec
 
-# In a run, so that memory does not grow with the pictures.
-TILES_PER_RUN = 1
-
 
 def activation_ranges(
     checkpoint: Checkpoint,
     spec: PruningSpec | None,
-    pixel_values: NDArray[np.float32],
-    on_tile: Callable[[int, int], None] = lambda _done, _total: None,
+    runs: Iterable[NDArray[np.float32]],
+    folder: Path,
 ) -> Mapping[str, float]:
     """The largest size of what each linear map multiplies in the layers behind the scoring ones.
 
@@ -39,8 +36,8 @@ def activation_ranges(
     Args:
         checkpoint: only its vision weights are read.
         spec: with its layers resolved; None for no pruning, where every layer counts.
-        pixel_values: [tiles, 3, H, W] float32.
-        on_tile: called with (tiles done, all tiles).
+        runs: pixel values [tiles, 3, H, W] float32, as many as memory is for at once in each.
+        folder: on whose disk the float32 graph is kept meanwhile.
 
     Returns:
         By the name of the weight.
@@ -49,34 +46,46 @@ def activation_ranges(
         SpecError: the scoring layers are the last that run.
     """
     model, outputs = _range_graph(checkpoint, spec)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "ranges.onnx"
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        file = Path(place) / "ranges.onnx"
         save_model(model, file)
         session = open_session(file)
         ranges = dict.fromkeys(outputs, 0.0)
-        for start in range(0, len(pixel_values), TILES_PER_RUN):
-            tiles = pixel_values[start : start + TILES_PER_RUN]
-            found = session.run(list(outputs.values()), {"pixel_values": tiles})
+        for pixel_values in runs:
+            found = session.run(list(outputs.values()), {"pixel_values": pixel_values})
             ranges = {weight: max(ranges[weight], float(size)) for weight, size in zip(outputs, found, strict=True)}
-            on_tile(start + len(tiles), len(pixel_values))
         # The file is mapped into memory, and some systems do not delete such.
         del session
     return ranges
 
 
-def _range_graph(checkpoint: Checkpoint, spec: PruningSpec | None) -> tuple[ir.Model, Mapping[str, str]]:
-    """The tower up to the feature layer, and by weight the name of the output that is the range."""
-    shape = VisionShape.of(checkpoint.config)
-    first = 0
-    if spec is not None:
-        assert spec.first_layer is not None, "the exporter resolves the layers first"
-        assert spec.num_layers is not None, "the exporter resolves the layers first"
-        first = spec.first_layer + spec.num_layers
+def first_fp8_layer(spec: PruningSpec | None, shape: VisionShape) -> int:
+    """The first layer behind the scoring ones, 0-based; 0 without pruning.
+
+    Args:
+        spec: with its layers resolved.
+        shape: of the tower.
+
+    Raises:
+        SpecError: there is none that runs.
+    """
+    if spec is None:
+        return 0
+    assert spec.first_layer is not None, "the exporter resolves the layers first"
+    assert spec.num_layers is not None, "the exporter resolves the layers first"
+    first = spec.first_layer + spec.num_layers
     if first >= shape.num_feature_layers:
         raise SpecError(
             f"fp8 is for the layers behind those that score, and of the {shape.num_feature_layers} that run there are "
             f"none behind layer {first - 1}; choose fp16"
         )
+    return first
+
+
+def _range_graph(checkpoint: Checkpoint, spec: PruningSpec | None) -> tuple[ir.Model, Mapping[str, str]]:
+    """The tower up to the feature layer, and by weight the name of the output that is the range."""
+    shape = VisionShape.of(checkpoint.config)
+    first = first_fp8_layer(spec, shape)
     graph = GraphBuilder(checkpoint.tensor, "fp32")
     tower = ClipTower(graph, shape, checkpoint.config.vision_config, scoring_layers=range(0))
     hidden = tower.embed(graph.input("pixel_values", "FLOAT", ["tiles", 3, shape.image_size, shape.image_size]))

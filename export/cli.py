@@ -42,6 +42,8 @@ examples:
   hivtp-export llava-1.5-7b-hf bundle --window 3 --keep 150      a rule of your own
   hivtp-export llava-1.5-7b-hf bundle --vision-precision fp16 \\
       --engine tensorrt                                          with a TensorRT plan for this GPU
+  hivtp-export llava-1.5-7b-hf bundle --vision-precision fp8 \\
+      --calibration-pictures *.jpg --engine tensorrt             the same in fp8, on Ada, Hopper or Blackwell
   hivtp-export llava-1.5-7b-hf bundle --vision-precision fp16 \\
       --language-precision fp16                                  all of it on a GPU
   hivtp-export llava-1.5-7b-hf bundle --language-precision none  no decoder, to answer in transformers

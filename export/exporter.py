@@ -18,7 +18,7 @@ from hivtp.engines.bundle import (
     VisionManifest,
     sha256_of,
 )
-from hivtp.export.calibration import activation_ranges
+from hivtp.export.calibration import activation_ranges, first_fp8_layer
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.clip import VisionShape
 from hivtp.export.graph import save_model
@@ -33,7 +33,9 @@ from hivtp.export.verification import verify_vision
 from hivtp.export.vision import build_vision_graph
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
 
     from hivtp.export.settings import ExportSettings
     from hivtp_ops.spec import PruningSpec
@@ -68,6 +70,7 @@ def export_bundle(
             that is written, and for nothing else.
     """
     destination = Path(destination)
+    settings.check_calibration()
     check_destination(destination, settings.overwrite)
     kind = settings.decoder
     num_steps = 4 + bool(settings.calibration)
@@ -82,14 +85,15 @@ def export_bundle(
         source = None
         if kind is not None and settings.decoder_from is not None:
             source = open_source(settings.decoder_from, checkpoint, kind)
-        pictures = read_pictures(settings.calibration) if settings.calibration else []
-    ranges = None
-    if pictures:
-        with progress.step(f"Ranges of activations on {len(pictures)} pictures"):
-            pixel_values = (processor or Processor.open(checkpoint)).pixel_values(pictures)
-            ranges = activation_ranges(checkpoint, spec, pixel_values, progress.update)
+        if settings.calibration:
+            first_fp8_layer(spec, shape)
     with staged(destination) as folder:
         verification: dict[str, Any] = {}
+        ranges = None
+        if settings.calibration:
+            with progress.step(f"Ranges of activations, pictures: {len(settings.calibration)}"):
+                runs = _calibration_runs(settings, processor or Processor.open(checkpoint), progress)
+                ranges = activation_ranges(checkpoint, spec, runs, folder)
         with progress.step(f"Vision graph, {settings.vision_precision}"):
             graph = build_vision_graph(checkpoint, spec, settings.vision_precision, settings.graph, ranges)
             save_model(graph, folder / VISION_FILE, progress.update)
@@ -97,8 +101,8 @@ def export_bundle(
             verification["vision"] = verify_vision(
                 checkpoint, spec, folder / VISION_FILE, settings.vision_precision, settings.graph
             )
-            if pictures:
-                verification["vision"]["calibration_pictures"] = len(pictures)
+            if settings.calibration:
+                verification["vision"]["calibration_pictures"] = len(settings.calibration)
         decoder = None
         if kind is not None:
             decoder, found = export_decoder(checkpoint, folder, kind, source, progress)
@@ -122,6 +126,15 @@ def export_bundle(
             )
             (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return Bundle.open(destination)
+
+
+def _calibration_runs(
+    settings: ExportSettings, processor: Processor, progress: Progress
+) -> Iterator[NDArray[np.float32]]:
+    """The pixels of one picture after the other, so that memory does not grow with their number."""
+    for done, file in enumerate(settings.calibration, start=1):
+        yield processor.pixel_values(read_pictures([file]))
+        progress.update(done, len(settings.calibration))
 
 
 def _source(checkpoint: Checkpoint, settings: ExportSettings) -> Mapping[str, str]:

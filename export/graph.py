@@ -1,4 +1,4 @@
-"""A builder for inference graphs: named nodes, weights that stay on disk until saving, one place for precision."""
+"""A builder for inference graphs: named nodes, unrounded weights on disk until saving, one place for precision."""
 
 from __future__ import annotations
 
@@ -51,7 +51,11 @@ class GraphBuilder:
             (linear layers with a range: weights and activations in fp8, one scale each; all else as in "fp16"); or
             "int8" (linear layers with int8 weights per output channel and activations quantised to uint8
             per tensor at run time, all else in float32).
-        ranges: for "fp8": by the name of a linear layer's weight the largest size of what it multiplies.
+        ranges: for "fp8", and for nothing else: by the name of a linear layer's weight the largest size of what it
+            multiplies.
+
+    Attributes:
+        factors: by the name of a linear layer's weight what it multiplies.
     """
 
     def __init__(
@@ -68,8 +72,8 @@ class GraphBuilder:
         self._read_weight = read_weight
         self._inputs: list[ir.Value] = []
         self._weights: dict[str, ir.Value] = {}
+        assert (ranges is not None) == (precision == "fp8"), "ranges are for fp8, which cannot do without"
         self._ranges = ranges or {}
-        # By the name of a linear layer's weight what it multiplies.
         self.factors: dict[str, ir.Value] = {}
         self.precision = precision
         self.is_half = precision in HALF_DTYPES
@@ -205,7 +209,8 @@ class GraphBuilder:
         return self.op("Mul", product, scales, name=f"{name}.matmul")
 
     def _fp8_matmul(self, value: ir.Value, weight: str, name: str) -> ir.Value:
-        # TensorRT multiplies in fp8 what comes from two DequantizeLinear; others round likewise and multiply in half.
+        # TensorRT multiplies in fp8 what comes from two DequantizeLinear; others round likewise, and multiply in a
+        # wider type.
         matrix, scale = quantize_fp8(self.read(weight))
         zero = self._zero_fp8()
         inputs = (self.constant(f"{weight}.fp8", matrix), self.constant(f"{weight}.scale", scale), zero)
@@ -219,7 +224,7 @@ class GraphBuilder:
             if node.op_type == "QuantizeLinear":
                 [rounded] = [usage.node.outputs[0] for usage in node.outputs[0].uses()]
                 return rounded
-        scale = self.constant(f"{value.name}.scale", np.array(max(size / LARGEST_FP8, LEAST_FP8_SCALE), np.float16))
+        scale = self.constant(f"{value.name}.scale", fp8_scale(size))
         zero = self._zero_fp8()
         narrow = self.op("QuantizeLinear", value, scale, zero, name=f"{value.name}.fp8")
         return self.op("DequantizeLinear", narrow, scale, zero, name=f"{value.name}.rounded")
@@ -259,6 +264,11 @@ def quantize_per_channel(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(matrix), scale.astype(np.float32)
 
 
+def fp8_scale(size: float) -> np.ndarray:
+    """The scale [] float16 by which values up to a size fill the range of fp8."""
+    return np.array(max(size / LARGEST_FP8, LEAST_FP8_SCALE), np.float16)
+
+
 def quantize_fp8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Round a linear layer's weight to fp8 with one scale.
 
@@ -270,7 +280,7 @@ def quantize_fp8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     import onnx_ir as ir
 
-    scale = np.maximum(np.abs(weight).max() / LARGEST_FP8, LEAST_FP8_SCALE).astype(np.float16)
+    scale = fp8_scale(float(np.abs(weight).max()))
     # float16 may have rounded the scale down, and fp8 has no infinity to overflow to.
     matrix = np.clip(weight.T / scale.astype(np.float32), -LARGEST_FP8, LARGEST_FP8)
     return np.ascontiguousarray(matrix.astype(ir.DataType.FLOAT8E4M3FN.numpy())), scale

@@ -14,7 +14,7 @@ from hivtp.engines.bundle import Bundle, FileRecord
 from hivtp.engines.gpu import Gpu, find_gpu
 from hivtp.engines.tensorrt.builder import BuildSettings, BuiltPlan, build_plan
 from hivtp.engines.tensorrt.library import Library, LibraryName, load_library
-from hivtp.engines.tensorrt.plan import PlanRecord, graph_hashes, sha256_of_plan, write_plan
+from hivtp.engines.tensorrt.plan import LEAST_FP8_CAPABILITY, PlanRecord, graph_hashes, sha256_of_plan, write_plan
 from hivtp.engines.tensorrt.profile import TileProfile
 from hivtp.engines.tensorrt.timing_cache import cache_file, default_cache_folder, read_cache, write_cache
 from hivtp.engines.torch.errors import require_packages
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NUM_STEPS = 3
-# Ada; then Hopper and Blackwell.
-LEAST_FP8_CAPABILITY = (8, 9)
 # One picture at a time is tuned for; more come in a batch, as many as go through the graph in one run.
 LLAVA_TILES = TileProfile(1, 1, 8)
 
@@ -84,7 +82,7 @@ class Builder:
         if precision == "int8":
             raise EngineError(
                 "the int8 vision graph is made for the CPU, and TensorRT cannot take it; "
-                "export it with --vision-precision fp16 or bf16"
+                "export it with --vision-precision fp16, bf16 or fp8"
             )
         library, gpu = load_library(settings.library), find_gpu(settings.library)
         if gpu is None and not library.builds_without_gpu:
@@ -92,7 +90,9 @@ class Builder:
                 f"{library.name} builds a plan on the GPU that will run it, and no NVIDIA GPU with its driver was "
                 "found here; build it there, from a copy of the bundle (tensorrt-rtx builds anywhere, for RTX GPUs)"
             )
-        if gpu is not None and precision == "fp8" and gpu.compute_capability < LEAST_FP8_CAPABILITY:
+        is_for_others = library.builds_without_gpu
+        lacks_fp8 = gpu is not None and gpu.compute_capability < LEAST_FP8_CAPABILITY
+        if precision == "fp8" and lacks_fp8 and not is_for_others:
             raise EngineError(
                 f"{gpu} has no products in fp8, which came with compute capability "
                 f"{'.'.join(map(str, LEAST_FP8_CAPABILITY))}; export the bundle with --vision-precision fp16"
@@ -108,7 +108,8 @@ def export_plan(folder: str | Path, settings: PlanSettings, *, is_quiet: bool = 
 
     A plan serves the machine that built it. It is therefore not a file of the manifest, which says what the bundle is
     wherever it goes, but has a sidecar with its own hash and that of the graph. One of TensorRT for RTX serves every
-    RTX GPU since Ampere; it can be built without a GPU, and then it is not compared, which the sidecar says.
+    RTX GPU since Ampere, or in fp8 since Ada; it can be built without a GPU, and then it is not compared, which the
+    sidecar says.
 
     Args:
         folder: the bundle.

@@ -97,9 +97,13 @@ def plan_settings_from(options: argparse.Namespace) -> PlanSettings | None:
     return PlanSettings(options.engine, **given)
 
 
+def _generation(record: PlanRecord) -> str:
+    return "Ada" if record.precision == "fp8" else "Ampere"
+
+
 def plan_summary(file: Path, record: PlanRecord) -> str:
     """What was built, for which machine, and how close it is to the graph."""
-    machine = "any RTX GPU since Ampere" if record.is_portable else str(record.gpu)
+    machine = f"any RTX GPU since {_generation(record)}" if record.is_portable else str(record.gpu)
     pruning = {None: "nothing is pruned", "plugin": "pruning by the plugin", "function": "pruning by standard layers"}
     found = record.verification
     lines = [

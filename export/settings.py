@@ -80,11 +80,6 @@ class ExportSettings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise SpecError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, allowed))}")
-        if self.vision_precision == "fp8" and not self.calibration:
-            raise SpecError(
-                "vision_precision fp8 is scaled to pictures like those that the model is meant for: give some files "
-                "with calibration (--calibration-pictures)"
-            )
         if self.vision_precision != "fp8" and self.calibration:
             raise SpecError(f"calibration is for vision_precision fp8, not {self.vision_precision}; drop it")
         self._check_decoder()
@@ -103,6 +98,18 @@ class ExportSettings:
             return None
         block_size = (self.block_size or DEFAULT_BLOCK_SIZE) if self.language_precision in NUM_BITS else None
         return DecoderKind(self.language_precision, block_size, self.prefill_precision)
+
+    def check_calibration(self) -> None:
+        """Refuse an export in fp8 without pictures; who only chooses layers needs none.
+
+        Raises:
+            SpecError: there are none.
+        """
+        if self.vision_precision == "fp8" and not self.calibration:
+            raise SpecError(
+                "vision_precision fp8 is scaled to pictures like those that the model is meant for: give some files "
+                "with calibration (--calibration-pictures)"
+            )
 
     def _check_decoder(self) -> None:
         for name in ("block_size", "prefill_precision", "decoder_from") if self.language_precision == "none" else ():

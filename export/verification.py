@@ -49,7 +49,8 @@ class VisionTolerance:
 # that in float16. Scores are absolute, and so are largest where few patches share the attention: those of 576 patches
 # differed by 1.4e-7, those of 64 by up to 1.2e-3. Kept sets agreed to 0.95 of 24 x 24 patches and to 0.91 of smaller
 # grids, and to 0.87 where 7 patches were kept and one of two tiles had another.
-# fp8 rounds to 4 bits, in the layers behind the scores alone: those are fp16's.
+# fp8 rounds to 4 bits, in the layers behind the scores alone: those are fp16's. Embeddings of ViT-L with random weights
+# were off by 0.024 in its 14 layers behind the paper's, and by 0.032 where nothing is pruned and all 23 are in fp8.
 VISION_TOLERANCES: Mapping[str, VisionTolerance] = {
     "fp32": VisionTolerance(1e-4, 1e-6, 0.99),
     "fp16": VisionTolerance(1e-2, 1e-4, 0.95),

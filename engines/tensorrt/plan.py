@@ -26,6 +26,8 @@ PLAN_SCHEMA_VERSION = 1
 PLANS_FOLDER = "vision/plans"
 # What TensorRT for RTX builds for where nothing else is asked (its guide, "CPU-Only AOT").
 LEAST_PORTABLE_CAPABILITY = (8, 0)
+# Products in fp8 came with Ada; Hopper and Blackwell have them too.
+LEAST_FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class PlanRecord:
         library_version: all of it.
         platform: operating system and processor, e.g. "linux-x86_64".
         gpu: on which it was built; None where there was none.
-        is_portable: whether it runs on every RTX GPU since Ampere; if not, on GPUs like `gpu` alone.
+        is_portable: whether it runs on every RTX GPU since Ampere, or in fp8 since Ada; if not, on GPUs like `gpu`
+            alone.
         profiles: the numbers of tiles, each fewest:usual:most.
         pruning: "plugin" or "function"; None where nothing is pruned.
         precision: of the graph.
@@ -110,6 +113,11 @@ class PlanRecord:
             raise BundleError(f"has a damaged sidecar: {type(error).__name__}: {error}") from error
         return record
 
+    @property
+    def least_capability(self) -> tuple[int, int]:
+        """The least compute capability that a portable plan runs on."""
+        return LEAST_FP8_CAPABILITY if self.precision == "fp8" else LEAST_PORTABLE_CAPABILITY
+
     def check_fits(self, library: Library, gpu: Gpu | None, graph: Mapping[str, str]) -> None:
         """Refuse a plan that cannot run here.
 
@@ -130,8 +138,8 @@ class PlanRecord:
         if gpu is None:
             raise EngineError("needs an NVIDIA GPU with its driver, and there is none here")
         if self.is_portable:
-            if gpu.compute_capability < LEAST_PORTABLE_CAPABILITY:
-                least = ".".join(map(str, LEAST_PORTABLE_CAPABILITY))
+            if gpu.compute_capability < self.least_capability:
+                least = ".".join(map(str, self.least_capability))
                 raise EngineError(f"runs on GPUs of compute capability {least} and later, and this is {gpu}")
         elif self.gpu is None or (self.gpu.name, self.gpu.compute_capability) != (gpu.name, gpu.compute_capability):
             raise EngineError(f"was built for {self.gpu}, and this is {gpu}")

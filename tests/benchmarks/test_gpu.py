@@ -37,6 +37,15 @@ def measure_here(
     return measure_in_turns(local, num_rounds, waits_for_quiet=False), Peaks(1e12, 1e11), Results({}, [0.0])
 
 
+# By precision other than float16 the engine that runs it on a CPU.
+OTHERS = {"bf16": "torch", "fp8": "onnxruntime"}
+
+
+def engines_here(bundle: Path, _device: str) -> list[str]:
+    precision = bundle.name.partition("-")[0]
+    return [OTHERS[precision]] if precision in OTHERS else ["onnxruntime", "torch"]
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What all parts but the kernel write, on a CPU and at the tiny shape."""
@@ -47,9 +56,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         patch.setattr(gpu, "VISION_RUNS", 2)
         patch.setattr(gpu, "BATCH_TOKENS", 4)
         # The one leaves its embeddings on the device, as the engines of a GPU do; the other does not.
-        patch.setattr(
-            gpu, "engines", lambda bundle, _: ["torch"] if "bf16" in bundle.name else ["onnxruntime", "torch"]
-        )
+        patch.setattr(gpu, "engines", engines_here)
+        # As where there is TensorRT.
+        patch.setattr(gpu, "builds_plans", lambda _: True)
         # To compile takes minutes.
         patch.setattr(gpu, "LANGUAGES", {"plain": False})
         only = [name for name in gpu.PARTS if name != "kernel"]
@@ -84,7 +93,8 @@ def test_every_part_has_goals_with_what_was_found_and_the_floor(measured: dict[s
 
 def test_the_vision_stage_is_compared_with_eager_attention(measured: dict[str, Any]) -> None:
     found = rows(measured["vision"], "vision stage, 1 image")
-    assert set(found) == {gpu.EAGER, gpu.HUGGING_FACE, "bf16, unpruned, torch", "bf16, preset 192, torch"} | OURS
+    others = {f"{name}, {budget}, {engine}" for name, engine in OTHERS.items() for budget in gpu.BUDGETS}
+    assert set(found) == {gpu.EAGER, gpu.HUGGING_FACE} | others | OURS
     assert found[gpu.EAGER]["ratio"] == 1
     assert found[gpu.EAGER]["over_floor"] is None
 

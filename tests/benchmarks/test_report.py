@@ -73,7 +73,7 @@ def test_systems_of_one_process_have_no_column_of_peak_memory(measured: dict[str
 def test_a_column_says_how_far_systems_are_from_their_floor_where_that_is_known(measured: dict[str, Any]) -> None:
     unpruned, pruned = measured["rows"]
     unpruned["over_floor"], pruned["over_floor"] = None, 1.234
-    pruned["floor_ms"], pruned["baseline_ms"] = 65.0, [100.0, 300.0, 200.0]
+    unpruned["least_ratio"], pruned["least_ratio"] = None, 0.325
     lines = markdown(measured).splitlines()
     assert (
         "| time to first token | median ms | min | max | ratio | time / floor | ratio at floor | peak GiB | goal |"

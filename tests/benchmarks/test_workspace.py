@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from benchmarks.workspace import Workspace, engines
+from benchmarks import workspace as module
+from benchmarks.workspace import Workspace, builds_plans, engines
 from hivtp.export.settings import ExportSettings
 
 if TYPE_CHECKING:
@@ -55,3 +56,16 @@ def test_engines_that_cannot_run_here_are_named_with_their_reason(
     printed = capsys.readouterr().out
     for name in ("torch-cuda", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"):
         assert f"{name} is left out for a: " in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_fp8_graph_is_for_tensorrt_alone(fp8_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert engines(fp8_bundle, "cuda") == []
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["tensorrt", "tensorrt-rtx"]
+
+
+def test_plans_are_built_where_a_library_and_a_gpu_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for installed, device, expected in (("tensorrt", "cuda", True), ("tensorrt", "cpu", False), ("", "cuda", False)):
+        monkeypatch.setattr(module.importlib.util, "find_spec", lambda name, installed=installed: name == installed)
+        assert builds_plans(device) == expected

@@ -12,12 +12,17 @@ from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 from transformers import CLIPVisionModel
 
+from benchmarks.checkpoints import make_checkpoint
+from hivtp import Pipeline
 from hivtp.engines import create_engine, open_vision_engine
 from hivtp.engines.bundle import Bundle
-from hivtp.export.calibration import activation_ranges
+from hivtp.export.calibration import activation_ranges, first_fp8_layer
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.cli import main
+from hivtp.export.clip import VisionShape
+from hivtp.export.exporter import export_bundle
 from hivtp.export.graph import LARGEST_FP8, quantize_fp8, save_model
+from hivtp.export.settings import ExportSettings
 from hivtp.export.verification import relative_error, sample_pixels
 from hivtp.export.vision import build_vision_graph
 from hivtp_ops import PruningSpec
@@ -39,36 +44,40 @@ def sizes_in_pytorch(checkpoint: Checkpoint, pixels: np.ndarray) -> Mapping[str,
     tower.load_state_dict({name: tensor.float() for name, tensor in checkpoint.part("vision.").items()}, strict=False)
     found: dict[str, float] = {}
 
-    def record(name: str) -> Any:
-        return lambda _module, inputs: found.update({f"vision.{name}.weight": float(inputs[0].abs().max())})
+    def record(name: str, offset: torch.Tensor | float) -> Any:
+        def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            found[f"vision.{name}.weight"] = float((inputs[0] - offset).abs().max())
 
-    for name, module in tower.named_modules():
+        return hook
+
+    modules = dict(tower.named_modules())
+    for name, module in modules.items():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(record(name))
+            # The values' bias is added behind the output projection, not before it.
+            values = modules.get(name.replace("out_proj", "v_proj")) if name.endswith("out_proj") else None
+            module.register_forward_pre_hook(record(name, 0.0 if values is None else values.bias.detach()))
     with torch.inference_mode():
         tower(torch.from_numpy(pixels))
     return found
 
 
-def test_ranges_are_those_of_pytorch_behind_the_scoring_layers(tiny_checkpoint: Path) -> None:
+def test_ranges_are_those_of_pytorch_behind_the_scoring_layers(tiny_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint, pixels = Checkpoint.open(tiny_checkpoint), sample_pixels(3, 64)
-    calls: list[tuple[int, int]] = []
-    found = activation_ranges(checkpoint, SPEC, pixels, lambda done, total: calls.append((done, total)))
-    assert calls == [(1, 3), (2, 3), (3, 3)]
+    found = activation_ranges(checkpoint, SPEC, [pixels], tmp_path)
     assert list(found) == [f"vision.encoder.layers.{layer}.{name}.weight" for layer in FP8_LAYERS for name in LINEARS]
     expected = sizes_in_pytorch(checkpoint, pixels)
     for weight, size in found.items():
-        # The values' bias is added behind the output projection, not before it.
-        assert size == pytest.approx(expected[weight], rel=1 if "out_proj" in weight else 1e-5)
-    alone = [activation_ranges(checkpoint, SPEC, pixels[tile : tile + 1]) for tile in range(3)]
-    assert found == {weight: max(ranges[weight] for ranges in alone) for weight in found}
-    assert len(activation_ranges(checkpoint, None, pixels[:1])) == 5 * len(LINEARS)
+        assert size == pytest.approx(expected[weight], rel=1e-5)
+    one_by_one = activation_ranges(checkpoint, SPEC, (pixels[tile : tile + 1] for tile in range(3)), tmp_path)
+    assert one_by_one == pytest.approx(found, rel=1e-6)
+    assert len(activation_ranges(checkpoint, None, [pixels[:1]], tmp_path)) == 5 * len(LINEARS)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_scores_of_the_last_layer_leave_nothing_for_fp8(tiny_checkpoint: Path) -> None:
     spec = PruningSpec(first_layer=3, num_layers=2).resolve(6)
     with pytest.raises(SpecError, match="of the 5 that run there are none behind layer 4; choose fp16"):
-        activation_ranges(Checkpoint.open(tiny_checkpoint), spec, sample_pixels(1, 64))
+        first_fp8_layer(spec, VisionShape.of(Checkpoint.open(tiny_checkpoint).config))
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1e-6, 1e-2, 1.0, 300.0]))
@@ -85,7 +94,7 @@ def test_weights_are_rounded_as_torch_rounds_them(seed: int, size: float) -> Non
 
 def write(folder: Path, file: Path, precision: str, spec: PruningSpec | None = SPEC) -> Path:
     checkpoint = Checkpoint.open(folder)
-    ranges = activation_ranges(checkpoint, spec, sample_pixels(1, 64)) if precision == "fp8" else None
+    ranges = activation_ranges(checkpoint, spec, [sample_pixels(1, 64)], file.parent) if precision == "fp8" else None
     save_model(build_vision_graph(checkpoint, spec, precision, ranges=ranges), file)
     return file
 
@@ -133,7 +142,7 @@ def test_the_command_exports_fp8_and_says_what_it_was_scaled_to(
     printed, progress = capsys.readouterr()
     assert "vision    fp8" in printed
     assert "scaled to 1 picture" in printed
-    assert "[2/5] Ranges of activations on 1 pictures: done" in progress
+    assert "[2/5] Ranges of activations, pictures: 1: done" in progress
     bundle = Bundle.open(tmp_path / "bundle", check_hashes=True)
     found = bundle.manifest.verification["vision"]
     assert (bundle.manifest.vision.precision, found["calibration_pictures"]) == ("fp8", 1)
@@ -156,9 +165,59 @@ def test_fp8_without_pictures_and_pictures_without_fp8_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("family", "settings", "num_rounded"),
+    [
+        ("llava", {"is_pruned": False}, 5 * 6),
+        ("llava", {"graph": "encoder"}, 2 * 6),
+        ("llava", {"preset": "192", "decoder_from": "pruned"}, 2 * 6),
+        ("llava_next", {"preset": "192"}, 2 * 6),
+        ("llava full", {"preset": "192"}, 2 * 6),
+    ],
+)
+def test_fp8_goes_with_every_other_choice(
+    tiny_checkpoint: Path,
+    pruned_bundle: Path,
+    photo: Path,
+    tmp_path: Path,
+    family: str,
+    settings: dict[str, Any],
+    num_rounded: int,
+) -> None:
+    folder = tiny_checkpoint
+    if family == "llava_next":
+        folder = make_checkpoint(tmp_path / "checkpoint", family=family)
+    elif family == "llava full":
+        folder = make_checkpoint(tmp_path / "checkpoint", vision_feature_select_strategy="full")
+    if "decoder_from" in settings:
+        settings = settings | {"decoder_from": pruned_bundle}
+    elif settings.get("graph") != "encoder":
+        settings = settings | {"language_precision": "none"}
+    asked = ExportSettings(vision_precision="fp8", calibration=(photo, photo), **settings)
+    bundle = export_bundle(folder, tmp_path / "bundle", asked, is_quiet=True)
+    assert bundle.manifest.verification["vision"]["calibration_pictures"] == 2
+    graph = onnx.load(bundle.vision_file, load_external_data=False).graph
+    assert sum(item.data_type == TensorProto.FLOAT8E4M3FN and len(item.dims) == 2 for item in graph.initializer) == (
+        num_rounded
+    )
+    if "decoder_from" in settings:
+        with pytest.warns(EngineWarning, match="in fp8"):
+            pipeline = Pipeline.load(bundle.folder)
+        answer = pipeline.generate("what", [photo], max_new_tokens=4)
+        assert (answer.num_image_tokens, answer.num_kept_tokens) == (64, 21)
+
+
+def test_layers_are_chosen_without_calibration(
+    tiny_checkpoint: Path, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--vision-precision", "fp8", "--choose-layers", str(photo), "--criterion", "features", "--quiet"]
+    assert main([str(tiny_checkpoint), *options]) == 0
+    assert "layers" in capsys.readouterr().out
+
+
 def test_other_engines_than_tensorrt_warn_or_refuse(fp8_bundle: Path) -> None:
     bundle = Bundle.open(fp8_bundle)
-    with pytest.warns(EngineWarning, match=r"onnxruntime rounds .* multiplies in half precision, .* build a plan"):
+    with pytest.warns(EngineWarning, match=r"onnxruntime rounds .* multiplies it in a wider type, .* build a plan"):
         open_vision_engine(bundle, "onnxruntime")
     with pytest.raises(EngineError, match=r"holds the operator .*; .* an fp8 graph for TensorRT"):
         open_vision_engine(bundle, "torch")

@@ -118,6 +118,9 @@ def test_a_gpu_without_fp8_is_refused(
     else:
         with pytest.raises(EngineError, match=r"has no products in fp8, which came with compute capability 8.9"):
             Builder.find(PlanSettings("tensorrt"), "fp8")
+    # What is built here may be for others.
+    monkeypatch.setattr(plan_module, "load_library", lambda name: fake_gpu.library(name, is_portable=True))
+    assert Builder.find(RTX, "fp8").gpu == gpu
 
 
 def test_a_library_that_needs_a_gpu_says_so_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +157,8 @@ def test_a_summary_says_what_was_compared_and_what_was_not(half_bundle: Path) ->
     unchecked = {"is_done": False, "reason": "there was no GPU to run it on"}
     text = plan_summary(Path("x.plan"), make_record(bundle, verification=unchecked, is_portable=True))
     assert "for any RTX GPU since Ampere" in text
+    text = plan_summary(Path("x.plan"), make_record(bundle, verification=unchecked, is_portable=True, precision="fp8"))
+    assert "for any RTX GPU since Ada" in text
     assert "NOT DONE: there was no GPU to run it on" in text
 
 
@@ -421,7 +426,8 @@ def write_graph(folder: Path, file: Path, spec: PruningSpec | None, precision: s
     resolved = None if spec is None else spec.resolve(VisionShape.of(checkpoint.config).num_layers)
     ranges = None
     if precision == "fp8":
-        ranges = activation_ranges(checkpoint, resolved, sample_pixels(1, checkpoint.config.vision_config.image_size))
+        pixel_values = sample_pixels(1, checkpoint.config.vision_config.image_size)
+        ranges = activation_ranges(checkpoint, resolved, [pixel_values], file.parent)
     save_model(build_vision_graph(checkpoint, resolved, precision, kind, ranges), file)
     return file
 

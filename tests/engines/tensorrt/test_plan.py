@@ -86,6 +86,11 @@ def test_a_bundle_without_plans_says_how_to_build_one(bundle):
         ({}, replace(H200, name="NVIDIA H100"), "built for NVIDIA H200 .*, and this is NVIDIA H100"),
         ({"gpu": None}, H200, "was built for None"),
         ({"is_portable": True}, replace(RTX, compute_capability=(7, 5)), r"capability 8\.0 and later, and this is"),
+        (
+            {"is_portable": True, "precision": "fp8"},
+            replace(RTX, compute_capability=(8, 6)),
+            r"capability 8\.9 and later, and this is",
+        ),
         ({"is_portable": True, "gpu": None}, None, "needs an NVIDIA GPU"),
     ],
 )
