@@ -36,8 +36,9 @@ layers: $(VENV)/.installed
 wheel: $(VENV)/.installed
 	$(BIN)/python -m tests.wheel
 
+# A worker for each core, each with about 2 GiB; the files of tests stay whole, since those of one share what they export.
 tests: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.latency --tiles 1 --output benchmarks/results/vision-cpu.json
