@@ -81,7 +81,9 @@ class ExportSettings:
             if getattr(self, name) not in allowed:
                 raise SpecError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, allowed))}")
         if self.vision_precision != "fp8" and self.calibration:
-            raise SpecError(f"calibration is for vision_precision fp8, not {self.vision_precision}; drop it")
+            raise SpecError(
+                f"calibration pictures are for vision_precision fp8, not {self.vision_precision}; leave them out"
+            )
         self._check_decoder()
         if not self.is_pruned and (self.first_layer, self.num_layers) != (None, None):
             raise SpecError("first_layer and num_layers say what scores the patches, and without pruning nothing does")

@@ -153,7 +153,10 @@ def test_the_command_exports_fp8_and_says_what_it_was_scaled_to(
     ("options", "message"),
     [
         (["--vision-precision", "fp8"], "fp8 is scaled to pictures .* give some files with calibration"),
-        (["--calibration-pictures", "a.jpg"], "calibration is for vision_precision fp8, not fp32; drop it"),
+        (
+            ["--calibration-pictures", "a.jpg"],
+            "calibration pictures are for vision_precision fp8, not fp32; leave them out",
+        ),
         (["--vision-precision", "fp8", "--calibration-pictures", "absent.jpg"], "there is no picture file absent.jpg"),
     ],
 )
