@@ -103,3 +103,31 @@ def test_what_is_slower_is_asked_for_where_it_is_needed(
     else:
         with pytest.raises(RuntimeError, match="does not have"):
             options.get_session_config_entry(EXACT_PRODUCTS)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 200])
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_blocks_of_int4_and_int8_need_no_such_care(num_bits: int, num_rows: int) -> None:
+    # All weights the largest, or all the smallest: what overflows most.
+    stored = np.where(np.arange(NUM_CHANNELS) % 2, 0, 2**num_bits - 1).astype(np.uint8)[:, None] * np.ones(
+        WIDTH, np.uint8
+    )
+    packed = stored if num_bits == 8 else stored[:, ::2] | stored[:, 1::2] << 4
+    constants = [
+        numpy_helper.from_array(packed.reshape(NUM_CHANNELS, WIDTH // 32, -1), "weight"),
+        numpy_helper.from_array(np.ones((NUM_CHANNELS, WIDTH // 32), np.float32), "scales"),
+    ]
+    settings = {"K": WIDTH, "N": NUM_CHANNELS, "bits": num_bits, "block_size": 32, "accuracy_level": 4}
+    node = helper.make_node(
+        "MatMulNBits", ["value", "weight", "scales"], ["product"], domain="com.microsoft", **settings
+    )
+    source = helper.make_tensor_value_info("value", TensorProto.FLOAT, ["rows", WIDTH])
+    result = helper.make_tensor_value_info("product", TensorProto.FLOAT, ["rows", NUM_CHANNELS])
+    graph = helper.make_graph([node], "blocks", [source], [result], constants)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for sign in (1, -1):
+        value = np.full((num_rows, WIDTH), sign, np.float32)
+        [found] = session.run(None, {"value": value})
+        np.testing.assert_allclose(found, value @ (stored.astype(np.float32) - 2 ** (num_bits - 1)).T, rtol=1e-5)
