@@ -11,6 +11,7 @@ from benchmarks.graph_profile import pixels
 from benchmarks.harness import Pass, Sample, Stopwatch, System, measure
 from benchmarks.record import Row, report
 from benchmarks.workspace import Workspace, add_options
+from hivtp.engines.int8 import overflows_int8
 from hivtp.export.settings import ExportSettings
 
 if TYPE_CHECKING:
@@ -71,8 +72,6 @@ def open_graph(num_threads: int, bundle: Path, reference: Path, is_exact: bool) 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and report."""
-    from hivtp.engines.int8 import overflows_int8
-
     parser = argparse.ArgumentParser(description=__doc__)
     add_options(parser, "exact-int8.json")
     options = parser.parse_args(arguments)

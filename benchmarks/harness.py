@@ -292,10 +292,11 @@ def _pause(max_wait_s: float) -> None:
 
 def environment(num_threads: int) -> dict[str, Any]:
     """Where the numbers come from: machine, threads, versions and date."""
+    flags = _cpu_info("flags", "").split()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_info("model name", platform.machine()),
-        "instruction_sets": [name for name in INSTRUCTION_SETS if name in _cpu_info("flags", "").split()],
+        "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
         "num_cores": os.cpu_count(),
         "num_threads": num_threads,
         "system": platform.platform(),

@@ -45,10 +45,6 @@ PARITY_TEXT = """\
 The same miniature, at half of its tokens: bundles against PyTorch. `python -m benchmarks.parity`"""
 
 
-# Whose stages are drawn.
-DRAWN = ("ttft", "prefill", "budgets")
-
-
 @dataclass(frozen=True)
 class Section:
     """One file of results.
@@ -161,7 +157,7 @@ def write_page(results: Path, page: Path) -> None:
     parts, answers, budgets = [HEAD, *([FLOOR_TEXT] if has_floors else []), *([] if has_gpu else [NO_GPU])], {}, {}
     for section, measured in found.items():
         parts.append(f"## {section.title}\n\n{section.text}\n\n{markdown(measured)}\n")
-        if section.name.startswith(DRAWN) and staged(measured):
+        if section.name.startswith(("ttft", "prefill", "budgets")) and staged(measured):
             answers[section.title] = measured
         if section.name.startswith("budgets"):
             budgets[section.title] = measured

@@ -6,8 +6,8 @@ from functools import cache
 
 import numpy as np
 
-# A MatMulInteger of uint8 "a" [m, k] and int8 "b" [k, n], as bytes, since running a
-# bundle needs no onnx; the test of this module writes the same bytes with it.
+# A MatMulInteger of uint8 "a" [m, k] and int8 "b" [k, n], as bytes, since running a bundle needs no onnx; the test of
+# this module writes the same bytes with it.
 PROBE = (
     b"\x08\n:f\n\x18\n\x01a\n\x01b\x12\x01y"
     b'"\rMatMulInteger\x12\x05probe'
@@ -27,7 +27,7 @@ def overflows_int8() -> bool:
     """Whether ONNX Runtime's usual product of uint8 activations and int8 weights is inexact here.
 
     On x86 without VNNI it adds two such products in 16 bits, and what is larger is cut off: the largest activation by
-    the largest weight, twice, is 64,770, and 32,767 is kept. `open_session` asks for `EXACT_PRODUCTS` there and only
+    the largest weight, twice, is 64,770, and 32,767 is kept. Sessions ask for `EXACT_PRODUCTS` there and only
     there, since processors with VNNI would lose speed by it.
 
     Source: ONNX Runtime, onnxruntime_session_options_config_keys.h, kOrtSessionOptionsAvx2PrecisionMode.

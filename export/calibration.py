@@ -71,9 +71,7 @@ def first_fp8_layer(spec: PruningSpec | None, shape: VisionShape) -> int:
     """
     if spec is None:
         return 0
-    assert spec.first_layer is not None, "the exporter resolves the layers first"
-    assert spec.num_layers is not None, "the exporter resolves the layers first"
-    first = spec.first_layer + spec.num_layers
+    first = spec.scoring_layers.stop
     if first >= shape.num_feature_layers:
         raise SpecError(
             f"fp8 is for the layers behind those that score, and of the {shape.num_feature_layers} that run there are "
@@ -89,12 +87,12 @@ def _range_graph(checkpoint: Checkpoint, spec: PruningSpec | None) -> tuple[ir.M
     graph = GraphBuilder(checkpoint.tensor, "fp32")
     tower = ClipTower(graph, shape, checkpoint.config.vision_config, scoring_layers=range(0))
     hidden = tower.embed(graph.input("pixel_values", "FLOAT", ["tiles", 3, shape.image_size, shape.image_size]))
-    scoring: set[str] = set()
-    for index in range(shape.num_feature_layers):
-        if index == first:
-            scoring = set(graph.factors)
+    for index in range(first):
         hidden = tower.layer(index, hidden)
-    factors = {weight: value for weight, value in graph.factors.items() if weight not in scoring}
+    in_half = set(graph.factors)
+    for index in range(first, shape.num_feature_layers):
+        hidden = tower.layer(index, hidden)
+    factors = {weight: value for weight, value in graph.factors.items() if weight not in in_half}
     outputs: dict[str, Output] = {}
     for value in factors.values():
         name = f"{value.name}.range"

@@ -18,7 +18,7 @@ from hivtp.engines.bundle import (
     VisionManifest,
     sha256_of,
 )
-from hivtp.export.calibration import activation_ranges, first_fp8_layer
+from hivtp.export.calibration import activation_ranges
 from hivtp.export.checkpoint import Checkpoint
 from hivtp.export.clip import VisionShape
 from hivtp.export.graph import save_model
@@ -85,8 +85,6 @@ def export_bundle(
         source = None
         if kind is not None and settings.decoder_from is not None:
             source = open_source(settings.decoder_from, checkpoint, kind)
-        if settings.calibration:
-            first_fp8_layer(spec, shape)
     with staged(destination) as folder:
         verification: dict[str, Any] = {}
         ranges = None

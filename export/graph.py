@@ -219,26 +219,30 @@ class GraphBuilder:
 
     def _through_fp8(self, value: ir.Value, size: float) -> ir.Value:
         """A value, rounded to fp8; what is beyond its range becomes the largest there is."""
-        # Queries, keys and values share one input: round it once.
-        for node in (usage.node for usage in value.uses()):
-            if node.op_type == "QuantizeLinear":
-                [rounded] = [usage.node.outputs[0] for usage in node.outputs[0].uses()]
-                return rounded
+        narrow = self._rounded_already(value, "QuantizeLinear")
+        if narrow is not None:
+            [usage] = narrow[0].uses()
+            return usage.node.outputs[0]
         scale = self.constant(f"{value.name}.scale", fp8_scale(size))
         zero = self._zero_fp8()
-        narrow = self.op("QuantizeLinear", value, scale, zero, name=f"{value.name}.fp8")
-        return self.op("DequantizeLinear", narrow, scale, zero, name=f"{value.name}.rounded")
+        rounded = self.op("QuantizeLinear", value, scale, zero, name=f"{value.name}.fp8")
+        return self.op("DequantizeLinear", rounded, scale, zero, name=f"{value.name}.rounded")
 
     def _zero_fp8(self) -> ir.Value:
         return self.constant("zero_fp8", np.zeros((), self._ir.DataType.FLOAT8E4M3FN.numpy()))
 
     def _quantized(self, value: ir.Value) -> Sequence[ir.Value]:
-        # Queries, keys and values share one input: quantise it once.
-        for node in (usage.node for usage in value.uses()):
-            if node.op_type == "DynamicQuantizeLinear":
-                return node.outputs
+        found = self._rounded_already(value, "DynamicQuantizeLinear")
+        if found is not None:
+            return found
         outputs = [f"{value.name}.{suffix}" for suffix in ("uint8", "scale", "zero_point")]
         return self.op_multi_out("DynamicQuantizeLinear", value, name=f"{value.name}.quantize", outputs=outputs)
+
+    @staticmethod
+    def _rounded_already(value: ir.Value, op_type: str) -> Sequence[ir.Value] | None:
+        """What an operator made of a value before: queries, keys and values share one input, which is rounded once."""
+        nodes = (usage.node for usage in value.uses())
+        return next((node.outputs for node in nodes if node.op_type == op_type), None)
 
 
 def shared_constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:

@@ -90,9 +90,9 @@ class Builder:
                 f"{library.name} builds a plan on the GPU that will run it, and no NVIDIA GPU with its driver was "
                 "found here; build it there, from a copy of the bundle (tensorrt-rtx builds anywhere, for RTX GPUs)"
             )
-        is_for_others = library.builds_without_gpu
+        # A plan of a library that builds without a GPU may be for another one than that which is here.
         lacks_fp8 = gpu is not None and gpu.compute_capability < LEAST_FP8_CAPABILITY
-        if precision == "fp8" and lacks_fp8 and not is_for_others:
+        if precision == "fp8" and lacks_fp8 and not library.builds_without_gpu:
             raise EngineError(
                 f"{gpu} has no products in fp8, which came with compute capability "
                 f"{'.'.join(map(str, LEAST_FP8_CAPABILITY))}; export the bundle with --vision-precision fp16"

@@ -69,10 +69,8 @@ def vision_reference(
         received.append(outputs[1].float().mean(dim=(1, 2))[:, 1:])
 
     if spec is not None:
-        assert spec.first_layer is not None, "the exporter resolves the layers first"
-        assert spec.num_layers is not None, "the exporter resolves the layers first"
-        for layer in tower.encoder.layers[spec.first_layer : spec.first_layer + spec.num_layers]:
-            layer.self_attn.register_forward_hook(record)
+        for index in spec.scoring_layers:
+            tower.encoder.layers[index].self_attn.register_forward_hook(record)
     with torch.inference_mode():
         outputs = tower(torch.from_numpy(pixel_values), output_hidden_states=True)
         features = outputs.hidden_states[config.vision_feature_layer]

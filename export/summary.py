@@ -77,9 +77,7 @@ def _tokens(manifest: Manifest) -> str:
     unit = "image" if tiling is None else "tile"
     if spec is None:
         return f"{vision.num_image_tokens} per {unit}, not pruned"
-    assert spec.first_layer is not None, "a manifest holds resolved specs"
-    assert spec.num_layers is not None, "a manifest holds resolved specs"
-    layers = f"scored by layers {spec.first_layer} to {spec.first_layer + spec.num_layers - 1}"
+    layers = f"scored by layers {spec.scoring_layers[0]} to {spec.scoring_layers[-1]}"
     if tiling is not None and tiling.keep_total is not None:
         return f"{tiling.keep_total} per image over all its tiles of {vision.num_image_tokens}, {layers}"
     bound = "" if spec.keep else "up to "

@@ -65,11 +65,7 @@ class _VisionGraph:
         self.config = checkpoint.config
         self.shape = VisionShape.of(checkpoint.config)
         self.graph = GraphBuilder(checkpoint.tensor, precision, ranges)
-        scoring_layers = range(0)
-        if spec is not None:
-            assert spec.first_layer is not None, "the exporter resolves the layers first"
-            assert spec.num_layers is not None, "the exporter resolves the layers first"
-            scoring_layers = range(spec.first_layer, spec.first_layer + spec.num_layers)
+        scoring_layers = range(0) if spec is None else spec.scoring_layers
         self.tower = ClipTower(self.graph, self.shape, self.config.vision_config, scoring_layers)
         side = self.shape.image_size
         self.pixels = self.graph.input("pixel_values", "FLOAT", ["tiles", 3, side, side])

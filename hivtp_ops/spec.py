@@ -114,6 +114,13 @@ class PruningSpec:
             )
         return replace(self, first_layer=first, num_layers=count)
 
+    @property
+    def scoring_layers(self) -> range:
+        """The 0-based encoder layers whose attention is read; the spec is a resolved one."""
+        assert self.first_layer is not None, "resolve sets the layers"
+        assert self.num_layers is not None, "resolve sets the layers"
+        return range(self.first_layer, self.first_layer + self.num_layers)
+
     def validate(self, grid: tuple[int, int]) -> None:
         """Check that the spec works on a grid.
 
