@@ -41,24 +41,24 @@ tests: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.latency --tiles 1 --output benchmarks/results/vision-cpu.json
-	$(BIN)/python -m benchmarks.latency --tiles 5 --rounds 3 --output benchmarks/results/vision-5-tiles-cpu.json
-	$(BIN)/python -m benchmarks.ttft --output benchmarks/results/ttft-cpu.json
-	$(BIN)/python -m benchmarks.prefill --output benchmarks/results/prefill-cpu.json
-	$(BIN)/python -m benchmarks.throughput --rounds 3 --output benchmarks/results/throughput-cpu.json
-	$(BIN)/python -m benchmarks.lookahead --checkpoint benchmarks/miniature/checkpoint \
+	$(BIN)/python -m benchmarks.speed.latency --tiles 1 --output benchmarks/results/vision-cpu.json
+	$(BIN)/python -m benchmarks.speed.latency --tiles 5 --rounds 3 --output benchmarks/results/vision-5-tiles-cpu.json
+	$(BIN)/python -m benchmarks.speed.ttft --output benchmarks/results/ttft-cpu.json
+	$(BIN)/python -m benchmarks.speed.prefill --output benchmarks/results/prefill-cpu.json
+	$(BIN)/python -m benchmarks.speed.throughput --rounds 3 --output benchmarks/results/throughput-cpu.json
+	$(BIN)/python -m benchmarks.speed.prefetch --checkpoint benchmarks/miniature/checkpoint \
 		--output benchmarks/results/lookahead-cpu.json
-	$(BIN)/python -m benchmarks.accuracy --ablation --output benchmarks/results/accuracy.json
-	$(BIN)/python -m benchmarks.parity --output benchmarks/results/parity.json
+	$(BIN)/python -m benchmarks.accuracy.curves --ablation --output benchmarks/results/accuracy.json
+	$(BIN)/python -m benchmarks.accuracy.parity --output benchmarks/results/parity.json
 	$(MAKE) report
 
 # Needs a CUDA device, and a torch and an onnxruntime that are built for it: the ones of .installed are for the CPU, so
 # give a VENV that has them.
 bench-gpu:
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.gpu.run
 
 report: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.report.page
 
 # TensorRT for RTX builds engines without a GPU: 100 MB of wheels for Linux on x86-64, under NVIDIA's licence.
 $(VENV)/.tensorrt-rtx: $(VENV)/.installed

@@ -156,7 +156,7 @@ SHAPES = {
         },
         attention_gain=2.0,
     ),
-    # LLaVA-1.5-7B and LLaVA-NeXT-7B (Vicuna): for benchmarks.large_checkpoint, which never holds a whole model.
+    # LLaVA-1.5-7B and LLaVA-NeXT-7B (Vicuna): for benchmarks.timing.large_checkpoint, which never holds a whole model.
     "7b": Shape(
         vision={
             "hidden_size": 1024,

@@ -13,9 +13,9 @@ from benchmarks.miniature.model import CHECKPOINT
 from benchmarks.miniature.pictures import HELD_OUT, draw
 from benchmarks.miniature.scores import BUDGETS, chosen_layers, settings_of
 from hivtp import Answer, Pipeline
-from hivtp.export.cli import summary
+from hivtp.export.cli.export import summary
 from hivtp.export.exporter import export_bundle
-from hivtp.runtime.cli import write_overlays
+from hivtp.runtime.cli.run import write_overlays
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

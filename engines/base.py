@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from hivtp_ops.errors import EngineError
+from hivtp_ops.errors import SettingsError
 
-if TYPE_CHECKING:
-    from hivtp.engines.view import View
+# More than any machine has use for; each thread costs memory and time to start.
+MAX_THREADS = 512
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -24,17 +24,17 @@ class EngineSettings:
         num_threads: threads of one run on the CPU; None leaves the choice to the engine (the physical cores).
         uses_cuda_graph: on a GPU, record the second run of each number of tiles and replay it from then on. It saves
             the time to launch kernels one by one, and costs memory for each number of tiles.
-        is_compiled: in torch, run the graph through torch.compile: the first run of each number of tiles takes up to a
-            minute, and the others less time.
     """
 
     num_threads: int | None = None
     uses_cuda_graph: bool = False
-    is_compiled: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_threads is not None and self.num_threads < 1:
-            raise EngineError(f"num_threads must be at least 1, not {self.num_threads}")
+        number: Any = self.num_threads
+        if number is None:
+            return
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= MAX_THREADS:
+            raise SettingsError(f"num_threads must be a whole number from 1 to {MAX_THREADS}, not {number!r}")
 
 
 Device = Literal["cuda", "cpu"]
@@ -59,29 +59,6 @@ class Engine(Protocol):
 
         Returns:
             Every output by name.
-
-        Raises:
-            EngineError: the inputs do not fit, or the engine failed.
-        """
-
-
-@runtime_checkable
-class DeviceEngine(Engine, Protocol):
-    """An engine that can leave an output where it was computed."""
-
-    @property
-    def view_device(self) -> Device | None:
-        """The device in whose memory it can leave an output; "cpu" stands in for one; None where it cannot."""
-
-    def run_keeping(self, inputs: Arrays, kept: str) -> tuple[View, dict[str, np.ndarray[Any, Any]]]:
-        """Run the graph, and wait for it.
-
-        Args:
-            inputs: as in Engine.run.
-            kept: an output that stays on the device. It is the caller's: no further run changes it.
-
-        Returns:
-            That output, and all others by name.
 
         Raises:
             EngineError: the inputs do not fit, or the engine failed.

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from hivtp.engines.base import Arrays, EngineSettings
 from hivtp.engines.int8 import EXACT_PRODUCTS, overflows_int8
-from hivtp_ops.errors import EngineError, MissingExtraError
+from hivtp_ops.errors import EngineError, HivtpError, MissingExtraError, OutOfMemoryError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import numpy as np
+
+# What onnxruntime says where memory ran out: its arena, its arena under gpu_mem_limit, CUDA, the C++ library.
+_MEMORY_RAN_OUT = ("failed to allocate memory", "is smaller than requested bytes", "out of memory", "bad_alloc")
 
 
 class OnnxRuntimeEngine:
@@ -37,11 +41,33 @@ class OnnxRuntimeEngine:
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """See Engine.run."""
-        try:
+        with run_errors("running the vision graph"):
             outputs = self.session.run(None, dict(inputs))
-        except Exception as error:
-            raise EngineError(f"onnxruntime failed: {error}") from error
         return dict(zip(self.output_names, outputs, strict=True))
+
+
+@contextlib.contextmanager
+def run_errors(doing: str) -> Iterator[None]:
+    """Turn what onnxruntime raises into errors that say what to do.
+
+    Args:
+        doing: what failed, for the message.
+
+    Raises:
+        OutOfMemoryError: memory ran out, of the host or of a GPU.
+        EngineError: any other failure.
+    """
+    try:
+        yield
+    except HivtpError:
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _MEMORY_RAN_OUT):
+            raise OutOfMemoryError(
+                f"memory ran out while {doing} ({error}); give fewer or smaller images, or ask for fewer requests or "
+                "tokens at once"
+            ) from error
+        raise EngineError(f"onnxruntime failed while {doing}: {error}") from error
 
 
 def open_session(
@@ -67,13 +93,11 @@ def open_session(
         import onnxruntime
     except ImportError as error:
         raise MissingExtraError("onnxruntime", "cpu") from error
-    try:
+    with run_errors(f"loading {file}"):
         options = session_options(settings)
         if stops_spinning:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         return onnxruntime.InferenceSession(file, options, providers=list(providers))
-    except Exception as error:
-        raise EngineError(f"onnxruntime cannot load {file}: {error}") from error
 
 
 def session_options(settings: EngineSettings | None = None) -> Any:

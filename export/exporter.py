@@ -14,23 +14,24 @@ from hivtp.engines.bundle import (
     Bundle,
     FileRecord,
     Manifest,
+    SourceManifest,
     TilingManifest,
     VisionManifest,
     sha256_of,
 )
-from hivtp.export.calibration import activation_ranges
-from hivtp.export.checkpoint import Checkpoint
-from hivtp.export.clip import VisionShape
-from hivtp.export.graph import save_model
+from hivtp.export.checkpoint.folder import Checkpoint
+from hivtp.export.checkpoint.processor import Processor
+from hivtp.export.decoder.reuse import open_source
+from hivtp.export.graph.builder import save_model
+from hivtp.export.graph.calibration import activation_ranges
+from hivtp.export.graph.clip import VisionShape
+from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.language import export_decoder, language_manifest, num_decoder_steps
-from hivtp.export.pictures import read_pictures
-from hivtp.export.processor import Processor
 from hivtp.export.progress import Progress
-from hivtp.export.reuse import open_source
-from hivtp.export.settings import least_for_base
+from hivtp.export.settings import min_for_base
 from hivtp.export.staging import check_destination, staged
-from hivtp.export.verification import verify_vision
-from hivtp.export.vision import build_vision_graph
+from hivtp.export.verify.checks import verify_vision
+from hivtp.runtime.inputs.images import load_image
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -131,15 +132,13 @@ def _calibration_runs(
 ) -> Iterator[NDArray[np.float32]]:
     """The pixels of one picture after the other, so that memory does not grow with their number."""
     for done, file in enumerate(settings.calibration, start=1):
-        yield processor.pixel_values(read_pictures([file]))
+        yield processor.pixel_values([load_image(file)])
         progress.update(done, len(settings.calibration))
 
 
-def _source(checkpoint: Checkpoint, settings: ExportSettings) -> Mapping[str, str]:
-    source = {"name": checkpoint.folder.resolve().name, "fingerprint": checkpoint.fingerprint}
-    if settings.decoder is None:
-        return source
-    return {**source, "language_fingerprint": checkpoint.language_fingerprint}
+def _source(checkpoint: Checkpoint, settings: ExportSettings) -> SourceManifest:
+    language = None if settings.decoder is None else checkpoint.language_fingerprint
+    return SourceManifest(checkpoint.folder.resolve().name, checkpoint.fingerprint, language)
 
 
 def _export_tiling(
@@ -154,7 +153,7 @@ def _export_tiling(
         newline=settings.newline,
         newline_file=NEWLINE_FILE,
         keep_total=settings.keep_total,
-        least_for_base=least_for_base(shape),
+        min_for_base=min_for_base(shape),
     )
 
 

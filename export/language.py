@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from hivtp.engines.bundle import DecoderManifest, LanguageManifest
-from hivtp.export.decoder import (
+from hivtp.engines.bundle import DecoderManifest, LanguageManifest, SamplingDefaults
+from hivtp.export.checkpoint.processor import eos_token_ids
+from hivtp.export.decoder.build import (
     DECODER_NAME,
     EMBEDDINGS_NAME,
     PREFILL_NAME,
@@ -15,17 +16,15 @@ from hivtp.export.decoder import (
     write_decoder,
     write_embeddings,
 )
-from hivtp.export.embedding_graphs import EMBED_NAME, INSERT_NAME, write_embedding_graphs
-from hivtp.export.processor import end_token_ids
-from hivtp.export.reuse import take_decoder
-from hivtp.export.verification import verify_language
+from hivtp.export.decoder.reuse import take_decoder
+from hivtp.export.verify.checks import verify_language
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from hivtp.engines.bundle import Bundle
-    from hivtp.export.checkpoint import Checkpoint
-    from hivtp.export.processor import Processor
+    from hivtp.export.checkpoint.folder import Checkpoint
+    from hivtp.export.checkpoint.processor import Processor
     from hivtp.export.progress import Progress
 
 LANGUAGE_FOLDER = "language"
@@ -64,16 +63,13 @@ def export_decoder(
         VerificationError: the decoder differs from PyTorch by more than its tolerance.
     """
     language = folder / LANGUAGE_FOLDER
-    is_half = decoder_dtype(kind.precision) == "float16"
     has_prefill = kind.prefill_precision is not None
     if source is not None:
         with progress.step(f"Decoder of {source.folder}"):
             verification = take_decoder(source, folder)
     else:
         with progress.step("Token embeddings"):
-            embeddings = write_embeddings(checkpoint, language, kind.precision)
-            if is_half:
-                write_embedding_graphs(embeddings)
+            write_embeddings(checkpoint, language, kind.precision)
         with progress.step(f"Decoder, {kind.precision}"):
             decoder = write_decoder(checkpoint, language, kind.precision, progress.update, block_size=kind.block_size)
         with progress.step("Decoder against PyTorch"):
@@ -95,8 +91,6 @@ def export_decoder(
         prefill_file=f"{LANGUAGE_FOLDER}/{PREFILL_NAME}" if has_prefill else None,
         prefill_precision=kind.prefill_precision,
         dtype=decoder_dtype(kind.precision),
-        embed_file=f"{LANGUAGE_FOLDER}/{EMBED_NAME}" if is_half else None,
-        insert_file=f"{LANGUAGE_FOLDER}/{INSERT_NAME}" if is_half else None,
     )
     return manifest, verification
 
@@ -115,5 +109,6 @@ def language_manifest(
         vocab_size=config.vocab_size,
         context_length=config.max_position_embeddings,
         image_token_id=checkpoint.config.image_token_id,
-        eos_token_ids=end_token_ids(checkpoint, processor.tokenizer),
+        eos_token_ids=eos_token_ids(checkpoint, processor.tokenizer),
+        sampling=SamplingDefaults(),
     )

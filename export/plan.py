@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from hivtp.engines import cpu_engine, create_engine
+from hivtp.engines import create_engine
 from hivtp.engines.base import EngineSettings
 from hivtp.engines.bundle import Bundle, FileRecord
 from hivtp.engines.gpu import Gpu, find_gpu
@@ -17,9 +17,8 @@ from hivtp.engines.tensorrt.library import Library, LibraryName, load_library
 from hivtp.engines.tensorrt.plan import LEAST_FP8_CAPABILITY, PlanRecord, graph_hashes, sha256_of_plan, write_plan
 from hivtp.engines.tensorrt.profile import TileProfile
 from hivtp.engines.tensorrt.timing_cache import cache_file, default_cache_folder, read_cache, write_cache
-from hivtp.engines.torch.errors import require_packages
-from hivtp.export.plan_verification import verify_plan
 from hivtp.export.progress import Progress
+from hivtp.export.verify.plan import verify_plan
 from hivtp_ops.errors import EngineError, EngineWarning, HivtpError
 
 if TYPE_CHECKING:
@@ -76,13 +75,13 @@ class Builder:
         """Find out whether a plan can be built here, which takes no time.
 
         Raises:
-            MissingExtraError: the library, or cuda-core, is not installed; or, for bf16, what the plan is compared in.
+            MissingExtraError: the library, or cuda-core, is not installed.
             EngineError: the library needs a GPU and there is none, or it or the GPU cannot take the precision.
         """
         if precision == "int8":
             raise EngineError(
                 "the int8 vision graph is made for the CPU, and TensorRT cannot take it; "
-                "export it with --vision-precision fp16, bf16 or fp8"
+                "export it with --vision-precision fp16 or fp8"
             )
         library, gpu = load_library(settings.library), find_gpu(settings.library)
         if gpu is None and not library.builds_without_gpu:
@@ -97,9 +96,6 @@ class Builder:
                 f"{gpu} has no products in fp8, which came with compute capability "
                 f"{'.'.join(map(str, LEAST_FP8_CAPABILITY))}; export the bundle with --vision-precision fp16"
             )
-        if gpu is not None and cpu_engine(precision) == "torch":
-            # What the plan is compared with.
-            require_packages("torch", "onnx_ir", extra="torch")
         return cls(library, gpu)
 
 
@@ -221,6 +217,6 @@ def _verify(
         if not record.is_portable:
             raise
         return {"is_done": False, "reason": f"the GPU here cannot run it ({error})"}
-    reference = create_engine(cpu_engine(bundle.manifest.vision.precision), bundle.vision_file)
+    reference = create_engine("onnxruntime", bundle.vision_file)
     sizes = sorted({size for profile in settings.profiles for size in (profile.minimum, profile.optimum)})
     return verify_plan(engine, reference, bundle.manifest, sizes, allows_tf32=settings.allows_tf32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
-from hivtp.export.decoder import (
+from hivtp.export.decoder.build import (
     BLOCK_SIZES,
     DEFAULT_BLOCK_SIZE,
     HALF_PRECISIONS,
@@ -13,17 +13,17 @@ from hivtp.export.decoder import (
     DecoderKind,
     PrefillPrecision,
 )
-from hivtp.export.graph import VisionPrecision
+from hivtp.export.graph.builder import VisionPrecision
+from hivtp.export.graph.vision import GraphKind
 from hivtp.export.language import LanguagePrecision
-from hivtp.export.vision import GraphKind
 from hivtp_ops.errors import SpecError
 from hivtp_ops.spec import PRESETS, PruningSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hivtp.export.checkpoint import Checkpoint
-    from hivtp.export.clip import VisionShape
+    from hivtp.export.checkpoint.folder import Checkpoint
+    from hivtp.export.graph.clip import VisionShape
 
 NewlineRule = Literal["kept-rows", "all", "none"]
 
@@ -38,7 +38,7 @@ class ExportSettings:
         first_layer: first scoring layer, 0-based; None leaves it to the spec.
         num_layers: number of scoring layers; None leaves it to the spec.
         is_pruned: False exports the unpruned model.
-        vision_precision: fp32, fp16, bf16, fp8 or int8.
+        vision_precision: fp32, fp16, fp8 or int8.
         calibration: for fp8: picture files, whose activations it is scaled to.
         language_precision: of the decoder: fp32, int8, int4 or w8a8 for a CPU; fp16 or int4-fp16 for a GPU; "none"
             leaves it out, for those who run the language model of the checkpoint in transformers.
@@ -174,12 +174,12 @@ class ExportSettings:
             raise SpecError("keep_total shares a budget between the tiles of LLaVA-NeXT; this is LLaVA-1.5: use keep")
         if not self.is_pruned:
             raise SpecError("keep_total needs pruning; drop one of the two")
-        least = least_for_base(shape)
+        least = min_for_base(shape)
         if self.keep_total < least:
             raise SpecError(f"keep_total is {self.keep_total}; the base tile alone keeps at least {least}")
 
 
-def least_for_base(shape: VisionShape) -> int:
+def min_for_base(shape: VisionShape) -> int:
     """Tokens that the base tile gets at least from a budget: those of the smallest preset."""
     counts = [PruningSpec.preset(name, shape.grid).keep for name in PRESETS]
     return min(count for count in counts if count is not None)

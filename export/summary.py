@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hivtp.export.decoder import ROUNDED_PRECISIONS
+from hivtp.export.decoder.build import ROUNDED_PRECISIONS
 from hivtp_ops.spec import PAPER_LAYERS, PruningSpec
 
 if TYPE_CHECKING:
@@ -32,9 +32,8 @@ def summary(bundle: Bundle, checkpoint: Path) -> str:
     lines.append(_part(manifest, "vision", vision.precision, ["vision/"], checks))
     decoder = None if language is None else language.decoder
     if decoder is not None:
-        tables = [path for path in (decoder.embeddings, decoder.embed_file, decoder.insert_file) if path is not None]
         checks = _decoder_checks(manifest.verification["language"], decoder.precision)
-        lines.append(_part(manifest, "language", decoder.precision, [decoder.file, *tables], checks))
+        lines.append(_part(manifest, "language", decoder.precision, [decoder.file, decoder.embeddings], checks))
         if decoder.prefill_file is not None and decoder.prefill_precision is not None:
             checks = _decoder_checks(manifest.verification["prefill"], decoder.prefill_precision)
             lines.append(_part(manifest, "prompts", decoder.prefill_precision, [decoder.prefill_file], checks))

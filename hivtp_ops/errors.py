@@ -39,6 +39,10 @@ class SettingsError(HivtpError, ValueError):
     """A setting of the wrong type or out of its range."""
 
 
+class RequestError(HivtpError):
+    """A request that failed in a way that nobody foresaw; others are not concerned."""
+
+
 class EngineError(HivtpError):
     """An inference engine that is absent, or that failed on a graph."""
 

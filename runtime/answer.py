@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from hivtp.runtime.language.sampling import TokenLogprobs
 
 FinishReason = Literal["stop", "length"]
 
@@ -34,21 +37,28 @@ class Answer:
     """The answer to one request.
 
     Attributes:
-        text: the answer, without special tokens.
-        token_ids: every generated token, the end-of-sequence token included.
+        text: the answer, without special tokens, cut before a stop string.
+        token_ids: every generated token, the end-of-sequence token and those of a stop string included.
+        num_prompt_tokens: positions that the language model saw of the prompt, visual tokens included.
         num_image_tokens: visual tokens of the request before pruning.
         num_kept_tokens: visual tokens that the language model saw.
         kept_indices: for each tile the raster indices of its kept patches.
-        finish_reason: "stop" after an end-of-sequence token; "length" at `max_new_tokens` or a full context.
+        finish_reason: "stop" after an end-of-sequence token or a stop string; "length" at `max_new_tokens` or a full
+            context.
+        stop: the stop string that ended the answer; None where none did.
+        logprobs: for each token its log probability and the most likely tokens; None where they were not asked for.
         timings: where the time went.
     """
 
     text: str
     token_ids: list[int]
+    num_prompt_tokens: int
     num_image_tokens: int
     num_kept_tokens: int
     kept_indices: list[list[int]]
     finish_reason: FinishReason
+    stop: str | None
+    logprobs: list[TokenLogprobs] | None
     timings: Timings
 
     def to_dict(self) -> dict[str, Any]:

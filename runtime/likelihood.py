@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hivtp.runtime.language.base import DecodeRequest
-from hivtp.runtime.outcome import attempt
+from hivtp.runtime.attempt import attempt
+from hivtp.runtime.generation import Generation, decode_together
+from hivtp.runtime.language.sampling import SamplingParams, token_logprobs
+from hivtp.runtime.request import Request
 from hivtp_ops.errors import HivtpError, PromptError
 
 if TYPE_CHECKING:
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hivtp.runtime.images import ImageSource
-    from hivtp.runtime.pipeline import Pipeline
+    from hivtp.runtime.inputs.images import ImageSource
+    from hivtp.runtime.model import EncodedPrompt, Model
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Continuation:
     Args:
         prompt: what it answers; see `Pipeline.stream` for this and the images.
         images: of the prompt.
-        text: comes right behind the opening of the answer; begin it with a space where a word begins there.
+        text: comes right after the opening of the answer; begin it with a space where a word begins there.
     """
 
     prompt: str
@@ -48,66 +50,61 @@ class Likelihood:
     is_greedy: bool
 
 
-def likelihoods(pipeline: Pipeline, continuations: Sequence[Continuation]) -> list[Likelihood | HivtpError]:
+def likelihoods(model: Model, continuations: Sequence[Continuation]) -> list[Likelihood | HivtpError]:
     """Judge continuations together, in joint steps of the decoder.
 
     Returns:
         For each the likelihood, or the error that it alone failed with: what `Pipeline.stream` raises, or a
         PromptError where the continuation has no tokens or does not fit the context.
     """
-    readers: dict[int, _Reader] = {}
-    errors: dict[int, HivtpError] = {}
-    for index, continuation in enumerate(continuations):
-        outcome = attempt(_read, pipeline, continuation)
-        if isinstance(outcome, HivtpError):
-            errors[index] = outcome
-        else:
-            readers[index] = outcome
-    order = list(readers)
-    for step in pipeline.language.generate_batch([readers[index].request() for index in order]):
-        errors |= {order[row]: outcome for row, outcome in step.items() if isinstance(outcome, HivtpError)}
-    return [
-        errors[index] if index in errors else attempt(readers[index].likelihood) for index in range(len(continuations))
-    ]
+    readers = [attempt(_open_reader, model, continuation) for continuation in continuations]
+    decode_together(model, [reader for reader in readers if not isinstance(reader, HivtpError)])
+    return [reader if isinstance(reader, HivtpError) else attempt(reader.likelihood) for reader in readers]
 
 
-def _read(pipeline: Pipeline, continuation: Continuation) -> _Reader:
-    prepared = pipeline.prepare(continuation.prompt, continuation.images)
-    text = pipeline.template.render(continuation.prompt, len(continuation.images)) + continuation.text
-    token_ids = pipeline.template.encode(pipeline.tokenizer, text, pipeline.image_token_id)
+def _open_reader(model: Model, continuation: Continuation) -> _Reader:
+    request = Request(continuation.prompt, continuation.images)
+    prepared = model.prepare(request)
+    text = model.template.render(request.messages, model.tokenizer) + model.tokenizer.escape(continuation.text)
+    token_ids = model.template.encode(model.tokenizer, text, model.manifest.image_token_id)
     # A tokenizer may join the last letters of the prompt with the first ones that follow.
     pairs = zip(prepared.token_ids, token_ids, strict=False)
     num_shared = next((place for place, (old, new) in enumerate(pairs) if old != new), len(prepared.token_ids))
     if num_shared >= len(token_ids):
         raise PromptError(f"the continuation {continuation.text!r} has no tokens; give text to judge")
-    images = pipeline.images.encode(prepared.images)
-    embeds = pipeline.embed(replace(prepared, token_ids=token_ids[:num_shared]), images)
-    return _Reader(embeds, token_ids[num_shared:])
+    encoded = model.encode(replace(prepared, token_ids=token_ids[:num_shared]))
+    return _Reader(model, encoded, token_ids[num_shared:])
 
 
-class _Reader:
+class _Reader(Generation):
     """Reads a continuation token by token, and notes what the model thought of each."""
 
-    def __init__(self, embeds: NDArray[np.float32], token_ids: list[int]) -> None:
-        self._embeds = embeds
-        self._token_ids = token_ids
+    def __init__(self, model: Model, prompt: EncodedPrompt, forced: list[int]) -> None:
+        sampling = SamplingParams(max_new_tokens=len(forced), ignores_eos=True).resolved(model.manifest.sampling)
+        super().__init__(model, replace(prompt, sampling=sampling))
+        self._forced = forced
         self._log_probabilities: list[float] = []
         self._is_greedy = True
 
-    def request(self) -> DecodeRequest:
-        return DecodeRequest(self._embeds, len(self._token_ids), self._choose)
+    def choose(self, logits: NDArray[np.float32]) -> int:
+        """See DecodeRequest.choose."""
+        token_id = self._forced[len(self._log_probabilities)]
+        self._log_probabilities.append(token_logprobs(logits, token_id, 0).logprob)
+        self._is_greedy &= int(np.argmax(logits)) == token_id
+        return token_id
 
     def likelihood(self) -> Likelihood:
-        if len(self._log_probabilities) < len(self._token_ids):
+        """What was found.
+
+        Raises:
+            HivtpError: what the request failed with.
+            PromptError: the context ended before the continuation did.
+        """
+        self.finish()
+        num_read = len(self._log_probabilities)
+        if num_read < len(self._forced):
             raise PromptError(
-                f"{len(self._log_probabilities)} of the continuation's {len(self._token_ids)} tokens were read: an "
-                "end-of-sequence token stands in it, or the context is full; shorten it or the prompt"
+                f"{num_read} of the continuation's {len(self._forced)} tokens were read: the context is full; shorten "
+                "it or the prompt"
             )
         return Likelihood(tuple(self._log_probabilities), self._is_greedy)
-
-    def _choose(self, logits: NDArray[np.float32]) -> int:
-        token_id = self._token_ids[len(self._log_probabilities)]
-        shifted = logits.astype(np.float64) - logits.max()
-        self._log_probabilities.append(float(shifted[token_id] - np.log(np.exp(shifted).sum())))
-        self._is_greedy &= int(logits.argmax()) == token_id
-        return token_id

@@ -1,19 +1,20 @@
-"""What a pipeline is asked: a prompt, its images, and how to answer."""
+"""What a pipeline is asked: a conversation that ends with a question, and how to answer it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from hivtp.runtime.sampling import SamplingSettings
-from hivtp_ops.errors import SettingsError
+from hivtp.runtime.inputs.messages import Message, check_text, user_message
+from hivtp.runtime.language.sampling import SamplingParams
+from hivtp_ops.errors import PromptError, SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from hivtp.runtime.inputs.images import ImageSource
 
-    from hivtp.runtime.images import ImageSource
-
-DEFAULT_MAX_NEW_TOKENS = 256
+# The mark that stands for an image in a prompt.
+IMAGE_MARK = "<image>"
 
 
 @dataclass(frozen=True)
@@ -21,43 +22,56 @@ class Request:
     """One request to a pipeline.
 
     Args:
-        prompt: the question; `<image>` marks say where the images stand, a single image needs none.
+        prompt: the question; `<image>` marks say where the images stand, and a single image needs none. Or a whole
+            message of the user, which holds its images.
         images: paths, encoded bytes, PIL images or uint8 arrays.
-        max_new_tokens: at most this many tokens; fewer where the context ends first.
-        temperature: 0 is greedy; see SamplingSettings for this and the rest.
-        top_p: share of the probability to draw from.
-        top_k: number of tokens to draw from; 0 is all.
-        seed: of the draws.
+        sampling: how the tokens are chosen, and where the answer ends.
+        system: what the model is told before the conversation.
+        history: messages before this one, images included.
+        has_marks: False makes `<image>` in the prompt ordinary text: a prompt that comes from somebody else must not
+            place images. Then images come before the words.
 
     Raises:
-        SettingsError: a setting cannot work. Prompt and images are checked where they are used.
+        PromptError: the prompt is empty or not text, or its marks do not match the images.
+        SettingsError: a setting is of the wrong type. Images are read where they are used.
     """
 
-    prompt: str
+    prompt: str | Message
     images: Sequence[ImageSource] = ()
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
-    temperature: float = SamplingSettings.temperature
-    top_p: float = SamplingSettings.top_p
-    top_k: int = SamplingSettings.top_k
-    seed: int | None = SamplingSettings.seed
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    system: str | None = None
+    history: Sequence[Message] = ()
+    has_marks: bool = True
 
     def __post_init__(self) -> None:
-        number = self.max_new_tokens
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise SettingsError(f"max_new_tokens must be a whole number, 1 or more, not {number!r}")
-        _ = self.sampling
+        if not isinstance(self.sampling, SamplingParams):
+            raise SettingsError(f"sampling must be SamplingParams(...), not a {type(self.sampling).__name__}")
+        if not isinstance(self.has_marks, bool):
+            raise SettingsError(f"has_marks must be True or False, not {self.has_marks!r}")
+        if isinstance(self.history, str) or not isinstance(self.history, Sequence):
+            raise PromptError(f"history must be a list of messages, not a {type(self.history).__name__}")
+        for message in self.history:
+            if not isinstance(message, Message):
+                raise PromptError(f"history must be a list of messages; it holds a {type(message).__name__}")
+        if self.system is not None:
+            if not isinstance(self.system, str):
+                raise PromptError(f"system must be a str, not a {type(self.system).__name__}")
+            check_text(self.system)
+        _ = self.message
 
     @property
-    def sampling(self) -> SamplingSettings:
-        """How its tokens are chosen."""
-        return SamplingSettings(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=self.seed)
+    def message(self) -> Message:
+        """The message that is answered."""
+        if isinstance(self.prompt, Message):
+            if self.images:
+                raise PromptError("a Message holds its images; leave images out")
+            if self.prompt.role != "user":
+                raise PromptError(f"the message that is answered must be the user's, not the {self.prompt.role}'s")
+            return self.prompt
+        return user_message(self.prompt, self.images, IMAGE_MARK if self.has_marks else None)
 
-
-class GenerationSettings(TypedDict, total=False):
-    """The settings of a Request as keyword arguments; Request has their meaning and defaults."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int | None
+    @property
+    def messages(self) -> list[Message]:
+        """The whole conversation."""
+        system = [] if self.system is None else [Message("system", [self.system])]
+        return [*system, *self.history, self.message]

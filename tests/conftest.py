@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from tests.reference import HuggingFace
+    from tests.support.reference import HuggingFace
 
 
 # Read when torch is imported: threads cost models this small more than they give, above all on a busy machine.
@@ -117,6 +117,6 @@ def photo(photos: Path) -> Path:
 @pytest.fixture(scope="session")
 def hugging_face(tiny_checkpoint: Path) -> HuggingFace:
     """transformers on the tiny checkpoint."""
-    from tests.reference import HuggingFace
+    from tests.support.reference import HuggingFace
 
     return HuggingFace(tiny_checkpoint)

@@ -80,12 +80,12 @@ def test_each_command_shows_its_help_with_the_core_alone(command, module):
 
 def test_the_commands_are_installed():
     scripts = importlib.metadata.entry_points(group="console_scripts")
-    assert scripts["hivtp-run"].load() is importlib.import_module("hivtp.runtime.cli").main
-    assert scripts["hivtp-export"].load() is importlib.import_module("hivtp.export.cli").main
+    assert scripts["hivtp-run"].load() is importlib.import_module("hivtp.runtime.cli.run").main
+    assert scripts["hivtp-export"].load() is importlib.import_module("hivtp.export.cli.export").main
 
 
 def test_running_without_an_engine_names_the_extra_that_brings_it(pruned_bundle):
-    code = f"from hivtp.runtime.cli import main; sys.exit(main([{str(pruned_bundle)!r}, 'what']))"
+    code = f"from hivtp.runtime.cli.run import main; sys.exit(main([{str(pruned_bundle)!r}, 'what']))"
     done = run_python(code, CORE)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "hivtp-run: onnxruntime is not installed; install it with: pip install 'hivtp[cpu]'\n"
@@ -93,7 +93,7 @@ def test_running_without_an_engine_names_the_extra_that_brings_it(pruned_bundle)
 
 def test_exporting_without_torch_names_the_extra_that_brings_it(tiny_checkpoint, tmp_path):
     destination = str(tmp_path / "bundle")
-    code = f"from hivtp.export.cli import main; sys.exit(main([{str(tiny_checkpoint)!r}, {destination!r}, '--quiet']))"
+    code = f"from hivtp.main import export; sys.exit(export([{str(tiny_checkpoint)!r}, {destination!r}, '--quiet']))"
     done = run_python(code, CORE)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.endswith("torch is not installed; install it with: pip install 'hivtp[export]'\n")
@@ -105,7 +105,7 @@ def test_exporting_no_decoder_needs_no_model_builder(tiny_checkpoint, tmp_path):
     code = f"""
 import sys
 sys.modules["onnxruntime_genai"] = None
-from hivtp.export.cli import main
+from hivtp.export.cli.export import main
 
 def export(precision):
     arguments = [{str(tiny_checkpoint)!r}, {str(tmp_path)!r} + "/" + precision, "--language-precision", precision]
@@ -125,7 +125,7 @@ def test_running_a_bundle_never_imports_what_exporting_needs(pruned_bundle, phot
     code = f"""
 import sys
 from hivtp import Pipeline
-from hivtp.runtime.cli import main
+from hivtp.runtime.cli.run import main
 
 pipeline = Pipeline.load({str(pruned_bundle)!r}, check_hashes=True)
 answer = pipeline.generate("what", [{str(photo)!r}], max_new_tokens=3, temperature=1.0, top_k=9, seed=1)

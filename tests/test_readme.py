@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from hivtp.export.cli import make_parser as export_parser
-from hivtp.export.plan_cli import make_engine_parser
-from hivtp.runtime.cli import make_parser as run_parser
+from hivtp.export.cli.export import make_parser as export_parser
+from hivtp.export.cli.plan import make_engine_parser
+from hivtp.runtime.cli.run import make_parser as run_parser
 from hivtp_ops import PRESETS, PruningSpec
 
 if TYPE_CHECKING:

@@ -9,12 +9,13 @@ from collections.abc import Mapping  # noqa: TC003  the hints are read at run ti
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hivtp.engines.bundle import Bundle, FileRecord
-from hivtp.engines.files import write_whole
-from hivtp.engines.gpu import Gpu
+from hivtp.engines.bundle import PLANS_FOLDER, Bundle, FileRecord
+from hivtp.engines.files import parse_json, read_regular, write_whole
+from hivtp.engines.gpu import Gpu  # noqa: TC001  the hints are read at run time
 from hivtp.engines.record import read_record
 from hivtp.engines.tensorrt.profile import TileProfile
 from hivtp.engines.tensorrt.timing_cache import as_file_name
+from hivtp.engines.tensorrt.trust import is_own_plan, remember_plan
 from hivtp_ops.errors import BundleError, EngineError, HivtpError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from hivtp.engines.tensorrt.library import Library
 
 PLAN_SCHEMA_VERSION = 1
-PLANS_FOLDER = "vision/plans"
+MAX_SIDECAR_BYTES = 2**20
 # What TensorRT for RTX builds for where nothing else is asked (its guide, "CPU-Only AOT").
 LEAST_PORTABLE_CAPABILITY = (8, 0)
 # Products in fp8 came with Ada; Hopper and Blackwell have them too.
@@ -92,24 +93,22 @@ class PlanRecord:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> PlanRecord:
+    def from_json(cls, text: bytes | str) -> PlanRecord:
         """Read a sidecar.
 
         Raises:
             BundleError: it is damaged or of another schema.
         """
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
             version = raw["schema_version"]
             if version != PLAN_SCHEMA_VERSION:
-                raise BundleError(f"has a sidecar of version {version!r}, this hivtp reads {PLAN_SCHEMA_VERSION}")
-            parts = {
-                "plan": read_record(FileRecord, raw["plan"]),
-                "gpu": None if raw["gpu"] is None else read_record(Gpu, raw["gpu"]),
-            }
-            record: PlanRecord = read_record(cls, raw | parts)
+                raise BundleError(
+                    f"has a sidecar of version {str(version)[:40]}, this hivtp reads {PLAN_SCHEMA_VERSION}"
+                )
+            record = read_record(cls, raw)
             _ = record.tile_profiles
-        except (KeyError, TypeError, ValueError, AttributeError, EngineError) as error:
+        except (KeyError, TypeError, ValueError, EngineError) as error:
             raise BundleError(f"has a damaged sidecar: {type(error).__name__}: {error}") from error
         return record
 
@@ -179,30 +178,44 @@ def write_plan(bundle: Bundle, record: PlanRecord, content: memoryview) -> Path:
         sidecar.unlink(missing_ok=True)
         write_whole(file, content)
         write_whole(sidecar, record.to_json().encode())
+        remember_plan(record.plan.sha256)
     except OSError as error:
         raise BundleError(f"cannot write the plan {file}: {error}; free some space or copy the bundle") from error
     return file
 
 
-def read_plan(bundle: Bundle, library: Library, gpu: Gpu | None) -> tuple[PlanRecord, bytes]:
+def read_plan(
+    bundle: Bundle, library: Library, gpu: Gpu | None, *, trust_plans: bool = False
+) -> tuple[PlanRecord, bytes]:
     """Find the plan of a bundle that fits this machine, and read it.
 
     The hash that is checked is that of the very bytes that are returned.
+
+    Args:
+        bundle: an opened bundle.
+        library: would run the plan.
+        gpu: of this machine.
+        trust_plans: also take one that this machine did not build.
 
     Raises:
         EngineError: there is none, and why each one that there is cannot be used, and how to build one.
     """
     # Where there is no GPU, another plan would not help.
-    advice = f"; build one with: hivtp-export engine {bundle.folder} --engine {library.name}" if gpu else ""
+    advice = f"; build one with: hivtp plan {bundle.folder} --engine {library.name}" if gpu else ""
     reasons = []
     for sidecar in _sidecars(bundle, library.name):
         try:
-            record = PlanRecord.from_json(sidecar.read_text(encoding="utf-8"))
+            record = PlanRecord.from_json(read_regular(sidecar, MAX_SIDECAR_BYTES))
             record.check_fits(library, gpu, graph_hashes(bundle))
+            if not trust_plans and not is_own_plan(record.plan.sha256):
+                raise EngineError(
+                    "was not built by this machine, and a plan is code: say trust_plans=True (--trust-plans) if you "
+                    "trust who built it"
+                )
             return record, _read_whole(sidecar.with_suffix(".plan"), record.plan)
         except HivtpError as error:
             reasons.append(f"{sidecar.stem} {error}")
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             reasons.append(f"{sidecar.stem} cannot be read: {error}")
     if not reasons:
         raise EngineError(f"the bundle {bundle.folder} holds no plan for {library.name}{advice}")
@@ -215,7 +228,7 @@ def _sidecars(bundle: Bundle, library: str) -> list[Path]:
 
 
 def _read_whole(file: Path, expected: FileRecord) -> bytes:
-    content = file.read_bytes()
+    content = read_regular(file, max(1, expected.num_bytes))
     if len(content) != expected.num_bytes:
         raise EngineError(f"has {len(content)} bytes instead of {expected.num_bytes}: it is truncated or altered")
     if sha256_of_plan(content) != expected.sha256:

@@ -15,11 +15,10 @@ from hivtp.engines.inputs import check_inputs
 from hivtp.engines.tensorrt.library import Library, LibraryName, load_library
 from hivtp.engines.tensorrt.plan import PlanRecord, read_plan
 from hivtp.engines.tensorrt.profile import find_profile, most_tiles
-from hivtp.engines.view import View
 from hivtp_ops.errors import EngineError, MissingExtraError
 
 if TYPE_CHECKING:
-    from hivtp.engines.base import Arrays, Device, EngineSettings
+    from hivtp.engines.base import Arrays, EngineSettings
     from hivtp.engines.bundle import Bundle
 
 
@@ -36,8 +35,6 @@ class TensorRtEngine:
         MissingExtraError: cuda-core is not installed.
         EngineError: the library refuses the plan.
     """
-
-    view_device: Device | None = "cuda"
 
     def __init__(self, library: Library, content: bytes, record: PlanRecord, settings: EngineSettings) -> None:
         try:
@@ -61,42 +58,41 @@ class TensorRtEngine:
             raise library.failure("cannot load the plan")
         self._context = self._new_context()
         self._tensors = [_describe(trt, self._engine, index) for index in range(self._engine.num_io_tensors)]
-        # By the number of tiles, and the output that stays on the GPU.
-        self._runs: dict[tuple[int, str | None], _Run] = {}
+        # By the number of tiles.
+        self._runs: dict[int, _Run] = {}
         self.output_names = tuple(tensor.name for tensor in self._tensors if not tensor.is_input)
         self.max_tiles: int | None = most_tiles(self._profiles)
 
     @classmethod
-    def open(cls, bundle: Bundle, library_name: LibraryName, settings: EngineSettings) -> TensorRtEngine:
+    def open(
+        cls, bundle: Bundle, library_name: LibraryName, settings: EngineSettings, *, trust_plans: bool
+    ) -> TensorRtEngine:
         """Open the plan of a bundle that fits this machine.
+
+        Args:
+            bundle: an opened bundle.
+            library_name: which library runs it.
+            settings: how to run it.
+            trust_plans: also one that this machine did not build.
 
         Raises:
             EngineError: there is none, and why; or the library refuses it.
             MissingExtraError: the library or cuda-core is not installed.
         """
         library = load_library(library_name)
-        record, content = read_plan(bundle, library, find_gpu(library_name))
+        record, content = read_plan(bundle, library, find_gpu(library_name), trust_plans=trust_plans)
         return cls(library, content, record, settings)
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """See Engine.run."""
-        return self._run(inputs, None)[1]
-
-    def run_keeping(self, inputs: Arrays, kept: str) -> tuple[View, dict[str, np.ndarray[Any, Any]]]:
-        """See DeviceEngine.run_keeping."""
-        view, outputs = self._run(inputs, kept)
-        assert view is not None, "it was kept"
-        return view, outputs
-
-    def _run(self, inputs: Arrays, kept: str | None) -> tuple[View | None, dict[str, np.ndarray[Any, Any]]]:
         num_tiles = self._check(inputs)
         with self._lock:
             try:
                 # CUDA knows the current device per thread.
                 self._device.set_current()
-                if (num_tiles, kept) not in self._runs:
-                    self._runs[num_tiles, kept] = self._new_run(num_tiles, kept)
-                return self._runs[num_tiles, kept](inputs)
+                if num_tiles not in self._runs:
+                    self._runs[num_tiles] = self._new_run(num_tiles)
+                return self._runs[num_tiles](inputs)
             except EngineError:
                 raise
             except Exception as error:
@@ -120,14 +116,12 @@ class TensorRtEngine:
             raise self._library.failure("cannot make an execution context")
         return context
 
-    def _new_run(self, num_tiles: int, kept: str | None) -> _Run:
+    def _new_run(self, num_tiles: int) -> _Run:
         profile = find_profile(self._profiles, num_tiles)
         assert profile is not None, "inputs are checked first"
         # A captured graph holds for as long as its context is left as it was, so each gets its own.
         context = self._new_context() if self._uses_cuda_graph else self._context
-        return _Run(
-            self._library, self._stream, context, self._tensors, num_tiles, profile, self._uses_cuda_graph, kept
-        )
+        return _Run(self._library, self._stream, context, self._tensors, num_tiles, profile, self._uses_cuda_graph)
 
 
 @dataclass(frozen=True)
@@ -152,14 +146,12 @@ class _Run:
         num_tiles: int,
         profile: int,
         uses_cuda_graph: bool,
-        kept: str | None,
     ) -> None:
         from cuda.core import LegacyPinnedMemoryResource
 
         self._library, self._stream, self._context = library, stream, context
         self._tensors, self._num_tiles, self._profile = tensors, num_tiles, profile
         self._uses_cuda_graph = uses_cuda_graph
-        self._kept = kept
         self._graph: Any = None
         self._on_gpu: dict[str, Any] = {}
         self._pinned: dict[str, Any] = {}
@@ -167,13 +159,11 @@ class _Run:
         for tensor in tensors:
             num_bytes = num_tiles * math.prod(tensor.tail) * tensor.dtype.itemsize
             self._on_gpu[tensor.name] = stream.device.allocate(num_bytes, stream=stream)
-            if tensor.name == kept:
-                continue
             pinned = self._pinned[tensor.name] = LegacyPinnedMemoryResource().allocate(num_bytes)
             memory = memoryview((ctypes.c_byte * num_bytes).from_address(int(pinned.handle)))
             self._arrays[tensor.name] = np.frombuffer(memory, tensor.dtype).reshape(num_tiles, *tensor.tail)
 
-    def __call__(self, inputs: Arrays) -> tuple[View | None, dict[str, np.ndarray[Any, Any]]]:
+    def __call__(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         for name, array in inputs.items():
             np.copyto(self._arrays[name], array)
         if self._graph is not None:
@@ -181,28 +171,15 @@ class _Run:
         else:
             self._prepare_context()
             self._enqueue(self._stream)
-        view = self._copy_kept()
         self._stream.sync()
         # What TensorRT put off until the first run must not be captured, so the second is.
         if self._uses_cuda_graph and self._graph is None:
             self._graph = self._capture()
-        arrays = {name: self._arrays[name].copy() for name in self._outputs}
-        return view, arrays
+        return {name: self._arrays[name].copy() for name in self._outputs}
 
     @property
     def _outputs(self) -> list[str]:
-        """Names of the outputs that come to the host."""
-        return [tensor.name for tensor in self._tensors if not tensor.is_input and tensor.name != self._kept]
-
-    def _copy_kept(self) -> View | None:
-        """The kept output in memory of its own, since the next run writes to the same buffers."""
-        for tensor in self._tensors:
-            if tensor.name == self._kept:
-                source = self._on_gpu[tensor.name]
-                copy = self._stream.device.allocate(source.size, stream=self._stream)
-                copy.copy_from(source, stream=self._stream)
-                return View(copy, (self._num_tiles, *tensor.tail), tensor.dtype, int(copy.handle))
-        return None
+        return [tensor.name for tensor in self._tensors if not tensor.is_input]
 
     def _prepare_context(self) -> None:
         context = self._context

@@ -1,106 +1,104 @@
-"""What every language backend offers: embeddings in, token ids out."""
+"""What every language backend offers: embeddings and a KV cache in slots, logits out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hivtp_ops.errors import BundleError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from hivtp.engines.base import Device
-    from hivtp.runtime.device_rows import Embeddings
+    from numpy.typing import NDArray
+
     from hivtp_ops.errors import HivtpError
 
-# From the logits [vocab] float32 of one position to a token id.
-ChooseToken = Callable[[NDArray[np.float32]], int]
 
+class Slots(Protocol):
+    """The KV cache of several sequences, one in each slot. One thread at a time uses it.
 
-class SequenceCache(Protocol):
-    """The keys and values of one sequence, kept between calls of `LanguageBackend.generate`."""
-
-    @property
-    def length(self) -> int:
-        """Positions that it holds."""
-
-    def cut(self, length: int) -> None:
-        """Forget all but the first positions; `length` is at most what it holds."""
-
-
-@dataclass(frozen=True)
-class DecodeRequest:
-    """One sequence of a batch: the arguments of `LanguageBackend.generate`.
-
-    Args:
-        inputs_embeds: [length, hidden], 0 < length < context_length, of the kind that the backend's `embed` gives.
-        max_new_tokens: at least 1.
-        choose_token: picks a token from the logits.
+    A run that fails leaves every slot as it was.
     """
 
-    inputs_embeds: Embeddings
-    max_new_tokens: int
-    choose_token: ChooseToken
+    @property
+    def num_slots(self) -> int:
+        """Sequences that it has room for."""
+
+    @property
+    def capacity(self) -> int:
+        """Positions that each slot has room for."""
+
+    def length(self, slot: int) -> int:
+        """Positions that a slot holds."""
+
+    def prefill(self, slot: int, embeds: NDArray[np.float32], prompt_length: int) -> NDArray[np.float32]:
+        """Append a prompt, or a chunk of one, to a slot.
+
+        Args:
+            slot: where.
+            embeds: [num, hidden] float32; the slot has room for them.
+            prompt_length: positions of the whole prompt that are computed, in this and its other chunks.
+
+        Returns:
+            The logits [vocab] float32 of the last position, valid until the next run.
+
+        Raises:
+            EngineError: the engine failed.
+            OutOfMemoryError: memory ran out.
+        """
+
+    def step(self, slots: Sequence[int], embeds: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | HivtpError]:
+        """Append one position to each of some slots, in one run.
+
+        Args:
+            slots: their numbers, ascending.
+            embeds: [slots, hidden] float32.
+
+        Returns:
+            For each the logits [vocab] float32, valid until the next run, or the error that it alone failed with.
+        """
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget all but the first positions of a slot; `length` is at most what it holds."""
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for this many positions in each slot; what the slots hold stays.
+
+        Raises:
+            OutOfMemoryError: memory ran out.
+        """
 
 
 class LanguageBackend(Protocol):
     """A decoder and its token embeddings. It knows nothing of images. Several threads may use it at once."""
 
-    context_length: int
+    @property
+    def context_length(self) -> int:
+        """Positions of the longest sequence, prompt and answer together."""
 
     @property
-    def rows_device(self) -> Device | None:
-        """The device whose memory it takes embeddings from, as DeviceRows; None where it takes arrays alone."""
+    def kv_bytes_per_position(self) -> int:
+        """Memory that one position of one sequence takes in a KV cache."""
 
-    def embed(self, token_ids: Sequence[int]) -> Embeddings:
-        """Look up token embeddings: [num_tokens, hidden], a float32 array, or DeviceRows where it takes them."""
+    def embed(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Look up token embeddings: [num_tokens, hidden] float32."""
 
-    def new_cache(self) -> SequenceCache:
-        """An empty cache for `generate` of this backend. One thread at a time uses it."""
-
-    def generate(
-        self,
-        inputs_embeds: Embeddings,
-        max_new_tokens: int,
-        choose_token: ChooseToken,
-        cache: SequenceCache | None = None,
-    ) -> Iterator[int]:
-        """Decode one sequence, yielding each token id as soon as it is known.
-
-        The first step of the iterator is the prefill. It ends after an end-of-sequence token, which it
-        yields, or after `max_new_tokens`, or where the context is full.
-
-        Args:
-            inputs_embeds: [length, hidden] as `embed` gives them, 0 < length < context_length.
-            max_new_tokens: at least 1.
-            choose_token: picks a token from the logits.
-            cache: what comes before `inputs_embeds`; the context must hold both. It grows by every position
-                that was computed: `inputs_embeds`, and each token but the last. None is an empty one.
+    def open_slots(self, num_slots: int, capacity: int) -> Slots:
+        """A KV cache for this many sequences of this many positions.
 
         Raises:
-            EngineError: the engine failed.
+            OutOfMemoryError: memory ran out.
         """
 
-    def generate_batch(self, requests: Sequence[DecodeRequest]) -> Iterator[dict[int, int | HivtpError]]:
-        """Decode several sequences together, each to the tokens that `generate` gives for it alone.
-
-        Yields one dict per run of the decoder, from the index of a request to its next token. The prefills come
-        first, one run per request, in order; then each run is a step of all sequences that have not ended. A
-        request that fails gets its error (an EngineError, an OutOfMemoryError, or what its `choose_token`
-        raised) in place of a token, and leaves the batch; nothing is raised.
-        """
-
-    def is_end(self, token_id: int) -> bool:
-        """Whether the token ends an answer."""
+    def close(self) -> None:
+        """Release the decoder; nothing can be run after this."""
 
 
 def embedding_table(file: Path, shape: tuple[int, int]) -> NDArray[np.floating]:
-    """Map a table [vocab, hidden] of floats into memory; only the rows that are used are read.
+    """Map a table [vocab, hidden] of floats into memory; only the vectors that are used are read.
 
     Raises:
         BundleError: the file is no such table.

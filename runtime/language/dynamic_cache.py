@@ -1,12 +1,11 @@
-"""Sequences of a transformers model, each with a KV cache of its own, or several padded into one."""
+"""The slots of a transformers model: a KV cache for each, padded and stacked for joint steps."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hivtp.engines.torch.errors import torch_errors
-from hivtp.runtime.language.torch_rows import gather
-from hivtp.runtime.outcome import attempt
+from hivtp.runtime.attempt import attempt
+from hivtp.runtime.language.torch_errors import torch_errors
 from hivtp_ops.errors import HivtpError
 
 if TYPE_CHECKING:
@@ -16,189 +15,178 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from hivtp.runtime.device_rows import Embeddings
-
-    # Keys and values of one layer, [rows, kv_heads, length, head_size] each.
+    # Keys and values of one layer, [sequences, kv_heads, length, head_size] each.
     Layer = tuple[torch.Tensor, torch.Tensor]
 
 
-class Decoder:
-    """A causal language model of transformers, fed with embeddings.
+class TransformersSlots:
+    """See Slots. The caches of slots that step together are stacked, and come apart when others do.
 
     Args:
-        model: on its device, in its dtype.
+        model: a causal language model of transformers, on its device, in its dtype.
+        num_slots: how many sequences.
+        capacity: positions of each; nothing is allocated before it is used.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, num_slots: int, capacity: int) -> None:
         self._model = model
-        self._table = model.get_input_embeddings()
+        self._capacity = capacity
+        self._caches = [_cache_of([]) for _ in range(num_slots)]
+        self._lengths = [0] * num_slots
+        # While some slots are stacked, this holds their caches, and `_caches` what they held before.
+        self._joint: _Joint | None = None
 
     @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        device: torch.device = self._table.weight.device
-        return device
+    def num_slots(self) -> int:
+        """See Slots.num_slots."""
+        return len(self._caches)
 
-    def run(
-        self, embeds: Embeddings, num_rows: int, cache: Any, padding: Sequence[int] | None = None
+    @property
+    def capacity(self) -> int:
+        """See Slots.capacity."""
+        return self._capacity
+
+    def length(self, slot: int) -> int:
+        """See Slots.length."""
+        return self._lengths[slot]
+
+    def prefill(
+        self,
+        slot: int,
+        embeds: NDArray[np.float32],
+        prompt_length: int,  # noqa: ARG002  one model runs prompts of any length
+    ) -> NDArray[np.float32]:
+        """See Slots.prefill."""
+        return self._append(slot, embeds)
+
+    def step(self, slots: Sequence[int], embeds: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | HivtpError]:
+        """See Slots.step."""
+        joint = attempt(self._step_together, list(slots), embeds)
+        if isinstance(joint, HivtpError):
+            # What one slot cannot do costs no other its answer.
+            return [attempt(self._append, slot, embed[None]) for slot, embed in zip(slots, embeds, strict=True)]
+        return list(joint)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """See Slots.truncate."""
+        assert length <= self._lengths[slot], "a slot cannot be truncated to more than it holds"
+        if length < self._lengths[slot]:
+            self._part(slot)
+            self._lengths[slot] = length
+            _truncate(self._caches[slot], length)
+
+    def reserve(self, capacity: int) -> None:
+        """See Slots.reserve."""
+        self._capacity = max(capacity, self._capacity)
+
+    def _append(self, slot: int, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+        self._part(slot)
+        try:
+            logits: NDArray[np.float32] = self._run(embeds[None], self._caches[slot])[0]
+            self._lengths[slot] += len(embeds)
+        finally:
+            # A run that failed may have got through some layers.
+            _truncate(self._caches[slot], self._lengths[slot])
+        return logits
+
+    def _step_together(self, slots: list[int], embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+        if len(slots) == 1:
+            return self._append(slots[0], embeds)[None]
+        if self._joint is None or self._joint.slots != slots:
+            self._part(*range(self.num_slots))
+            self._join(slots)
+        joint = self._joint
+        assert joint is not None, "the slots were joined"
+        length = joint.cache.get_seq_length()
+        try:
+            logits = self._run(embeds[:, None], joint.cache, joint.padding)
+            length += 1
+        finally:
+            _truncate(joint.cache, length)
+        for slot in slots:
+            self._lengths[slot] += 1
+        return logits
+
+    def _join(self, slots: list[int]) -> None:
+        import torch
+        from torch.nn.functional import pad
+
+        longest = max(self._lengths[slot] for slot in slots)
+        padding = [longest - self._lengths[slot] for slot in slots]
+
+        def stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([pad(part, (0, 0, num, 0)) for part, num in zip(parts, padding, strict=True)])
+
+        layers: list[Layer] = []
+        with torch_errors(self._model.device, "language model"), torch.inference_mode():
+            for parts in zip(*(_layers_of(self._caches[slot]) for slot in slots), strict=True):
+                keys, values = zip(*parts, strict=True)
+                layers.append((stacked(keys), stacked(values)))
+        self._joint = _Joint(slots, _cache_of(layers), padding)
+        for slot in slots:
+            # Its memory is given back; `_part` brings it anew.
+            self._caches[slot] = _cache_of([])
+
+    def _part(self, *slots: int) -> None:
+        """Take the joint cache apart, if it holds one of these slots."""
+        joint = self._joint
+        if joint is None or not set(slots) & set(joint.slots):
+            return
+        layers = _layers_of(joint.cache)
+        for row, (slot, num) in enumerate(zip(joint.slots, joint.padding, strict=True)):
+            self._caches[slot] = _cache_of(
+                [(keys[row : row + 1, :, num:], values[row : row + 1, :, num:]) for keys, values in layers]
+            )
+        self._joint = None
+
+    def _run(
+        self, embeds: NDArray[np.float32], cache: Any, padding: Sequence[int] | None = None
     ) -> NDArray[np.float32]:
         """Run the model on new positions.
 
         Args:
-            embeds: [num_rows * num_new, hidden], row after row.
-            num_rows: sequences that run together.
+            embeds: [sequences, num_new, hidden] float32.
             cache: a DynamicCache of what comes before, to which they are added.
-            padding: positions at the start of each row that belong to no sequence; None where there are none.
+            padding: positions at the start of each sequence that belong to none; None where there are none.
 
         Returns:
-            The logits [rows, vocab] of the last position of each row.
-
-        Raises:
-            EngineError: torch failed.
-            OutOfMemoryError: the memory of the device ran out.
+            The logits [sequences, vocab] float32 of the last position of each.
         """
         import torch
 
+        table = self._model.get_input_embeddings().weight
         masks = {}
-        num_new = len(embeds) // num_rows
         if padding is not None:
-            columns = torch.arange(cache.get_seq_length() + num_new)
+            columns = torch.arange(cache.get_seq_length() + embeds.shape[1])
             positions = columns - torch.tensor(padding)[:, None]
-            masks["attention_mask"] = (positions >= 0).long().to(self.device)
-            masks["position_ids"] = positions[:, -num_new:].to(self.device)
-        with torch_errors(self.device), torch.inference_mode():
+            masks["attention_mask"] = (positions >= 0).long().to(table.device)
+            masks["position_ids"] = positions[:, -embeds.shape[1] :].to(table.device)
+        with torch_errors(table.device, "language model"), torch.inference_mode():
             outputs = self._model(
-                inputs_embeds=gather(embeds, self._table.weight).reshape(num_rows, num_new, -1),
+                inputs_embeds=torch.tensor(embeds).to(table),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
                 **masks,
             )
-            return to_numpy(outputs.logits[:, -1])
-
-
-class CachedSequence:
-    """One sequence, and its KV cache; a DecoderSequence, and a SequenceCache for a chat.
-
-    Args:
-        decoder: runs it.
-        layers: keys and values of one row, which it begins with.
-    """
-
-    def __init__(self, decoder: Decoder, layers: Sequence[Layer] = ()) -> None:
-        self._decoder = decoder
-        self._cache = _cache_of(layers)
-        self.length: int = self._cache.get_seq_length()
-
-    @property
-    def layers(self) -> list[Layer]:
-        """Keys and values of each layer."""
-        return _layers_of(self._cache)
-
-    def append(self, embeds: Embeddings) -> NDArray[np.float32]:
-        """See DecoderSequence.append."""
-        try:
-            logits: NDArray[np.float32] = self._decoder.run(embeds, 1, self._cache)[0]
-            self.length += len(embeds)
-        finally:
-            # A run that failed may have got through some layers.
-            _cut(self._cache, self.length)
+            logits: NDArray[np.float32] = outputs.logits[:, -1].float().cpu().numpy()
         return logits
 
-    def cut(self, length: int) -> None:
-        """See SequenceCache.cut."""
-        assert length <= self.length, "a cache cannot be cut to more than it holds"
-        self.length = length
-        _cut(self._cache, length)
 
+class _Joint:
+    """Slots whose caches are stacked, each padded on the left to the longest."""
 
-class CachedBatch:
-    """Sequences that are decoded together; a DecoderBatch.
-
-    For their joint steps their caches are padded on the left and stacked. When a sequence leaves, or a joint step
-    fails, they come apart again.
-
-    Args:
-        decoder: runs them.
-    """
-
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        # Either these hold the sequences, or `_joint` does, with the padding of each row.
-        self._sequences: list[CachedSequence] = []
-        self._joint: Any = None
-        self._padding: list[int] = []
-
-    def append(self, slot: int, embeds: Embeddings) -> NDArray[np.float32]:
-        """See DecoderBatch.append."""
-        assert slot == len(self._sequences), "a sequence begins in the first free slot"
-        self._sequences.append(CachedSequence(self._decoder))
-        return self._sequences[slot].append(embeds)
-
-    def step(self, embeds: Embeddings) -> Sequence[NDArray[np.float32] | HivtpError]:
-        """See DecoderBatch.step."""
-        joint = attempt(self._step_together, embeds)
-        if isinstance(joint, HivtpError):
-            # What one row cannot do costs no other its answer.
-            self._part()
-            return [attempt(sequence.append, embeds[slot : slot + 1]) for slot, sequence in enumerate(self._sequences)]
-        return list(joint)
-
-    def drop(self, slot: int, last: int) -> None:
-        """See DecoderBatch.drop."""
-        self._part()
-        assert last == len(self._sequences) - 1, "the slots in use are the first ones"
-        self._sequences[slot] = self._sequences[last]
-        self._sequences.pop()
-
-    def _step_together(self, embeds: Embeddings) -> NDArray[np.float32]:
-        if self._joint is None:
-            self._join()
-        length = self._joint.get_seq_length()
-        try:
-            logits = self._decoder.run(embeds, len(embeds), self._joint, self._padding)
-            length += 1
-        finally:
-            _cut(self._joint, length)
-        return logits
-
-    def _join(self) -> None:
-        import torch
-        from torch.nn.functional import pad
-
-        longest = max(sequence.length for sequence in self._sequences)
-        padding = [longest - sequence.length for sequence in self._sequences]
-
-        def stacked(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-            return torch.cat([pad(row, (0, 0, num, 0)) for row, num in zip(rows, padding, strict=True)])
-
-        layers: list[Layer] = []
-        with torch_errors(self._decoder.device), torch.inference_mode():
-            for rows in zip(*(sequence.layers for sequence in self._sequences), strict=True):
-                keys, values = zip(*rows, strict=True)
-                layers.append((stacked(keys), stacked(values)))
-            self._joint = _cache_of(layers)
-        self._padding, self._sequences = padding, []
-
-    def _part(self) -> None:
-        if self._joint is None:
-            return
-        layers = _layers_of(self._joint)
-        self._sequences = [
-            CachedSequence(
-                self._decoder,
-                [(keys[row : row + 1, :, num:], values[row : row + 1, :, num:]) for keys, values in layers],
-            )
-            for row, num in enumerate(self._padding)
-        ]
-        self._joint = None
+    def __init__(self, slots: list[int], cache: Any, padding: list[int]) -> None:
+        self.slots = slots
+        self.cache = cache
+        self.padding = padding
 
 
 def _cache_of(layers: Sequence[Layer]) -> Any:
-    """A DynamicCache that holds these tensors themselves, no copies."""
+    """A DynamicCache that holds these tensors themselves, not copies."""
     from transformers import DynamicCache
 
-    # Without a config it keeps every position, also for a model with a sliding window, so that it can be cut.
+    # Without a config it keeps every position, also for a model with a sliding window, so that it can be truncated.
     cache = DynamicCache()
     for index, (keys, values) in enumerate(layers):
         cache.update(keys[:, :, :0], values[:, :, :0], index)
@@ -210,13 +198,7 @@ def _layers_of(cache: Any) -> list[Layer]:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def _cut(cache: Any, length: int) -> None:
+def _truncate(cache: Any, length: int) -> None:
     """Forget all but the first positions of each layer, as far as it has more."""
     for layer in cache.layers:
         layer.crop(min(0, length - layer.get_seq_length()))
-
-
-def to_numpy(tensor: torch.Tensor) -> NDArray[np.float32]:
-    """Logits as an array."""
-    array: NDArray[np.float32] = tensor.float().cpu().numpy()
-    return array

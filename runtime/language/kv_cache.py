@@ -1,4 +1,4 @@
-"""The KV cache of the ONNX Runtime decoder: its memory, and its rows bound to a session."""
+"""The KV cache of the ONNX Runtime decoder: one memory per layer, whose slots are bound to a session by address."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hivtp_ops.errors import EngineError
+from hivtp.engines.onnxruntime import run_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+    from hivtp.engines.base import Device
     from hivtp.engines.bundle import LanguageManifest
 
 
@@ -21,68 +22,124 @@ def cache_names(manifest: LanguageManifest) -> list[str]:
     return [f"{layer}.{kind}" for layer in range(manifest.num_layers) for kind in ("key", "value")]
 
 
-def cache_shape(manifest: LanguageManifest, num_rows: int, capacity: int) -> tuple[int, int, int, int]:
-    """The shape of the keys, or values, of one layer: [num_rows, kv_heads, capacity, head_size]."""
-    return num_rows, manifest.num_kv_heads, capacity, manifest.head_size
+class KvCache:
+    """Keys and values of several sequences, each in a slot: [slots, kv_heads, capacity, head_size] for each name.
 
+    Args:
+        manifest: sizes of the language model.
+        num_slots, capacity: sequences, and positions of each.
+        dtype: of keys and values, float32 or float16.
+        device: "cuda" allocates on the first GPU.
 
-def allocate_cache(manifest: LanguageManifest, num_rows: int, capacity: int) -> list[NDArray[np.float32]]:
-    """Memory for sequences: `cache_names` in turn, each of `cache_shape`.
-
-    The operating system gives pages of it as they are written, so what is never reached costs nothing.
+    Raises:
+        OutOfMemoryError: memory ran out.
     """
-    shape = cache_shape(manifest, num_rows, capacity)
-    return [np.zeros(shape, dtype=np.float32) for _ in cache_names(manifest)]
+
+    def __init__(
+        self, manifest: LanguageManifest, num_slots: int, capacity: int, dtype: np.dtype[Any], device: Device
+    ) -> None:
+        self.manifest = manifest
+        self.num_slots = num_slots
+        self.capacity = capacity
+        self.dtype = dtype
+        self.device = device
+        self.names = cache_names(manifest)
+        shape = self._shape(num_slots)
+        self._memories: list[Any]
+        if device == "cpu":
+            # The operating system gives pages as they are written, so positions never reached cost nothing.
+            self._memories = [np.zeros(shape, dtype) for _ in self.names]
+            self._addresses = [memory.ctypes.data for memory in self._memories]
+        else:
+            from onnxruntime import OrtValue
+
+            with run_errors("allocating the KV cache"):
+                self._memories = [
+                    OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, device, 0) for _ in self.names
+                ]
+            self._addresses = [memory.data_ptr() for memory in self._memories]
+
+    def bind(self, binding: Any, start: int, stop: int) -> None:
+        """Bind a range of slots to a session's past and present.
+
+        Past and present are one memory. Grouped-query attention then writes new keys and values after the old ones
+        instead of copying the past at every step.
+        """
+        shape = self._shape(stop - start)
+        offset = start * int(np.prod(shape[1:])) * self.dtype.itemsize
+        for name, address in zip(self.names, self._addresses, strict=True):
+            place = (self.device, 0, self.dtype.type, shape, address + offset)
+            binding.bind_input(f"past_key_values.{name}", *place)
+            binding.bind_output(f"present.{name}", *place)
+
+    def grown(self, capacity: int, lengths: Sequence[int]) -> KvCache:
+        """A larger copy.
+
+        Args:
+            capacity: positions of each slot.
+            lengths: positions of each slot that are copied.
+        """
+        grown = KvCache(self.manifest, self.num_slots, capacity, self.dtype, self.device)
+        if not any(lengths):
+            return grown
+        for index, memory in enumerate(self._memories):
+            # On a GPU through the host: a conversation rarely grows.
+            old = memory if self.device == "cpu" else memory.numpy()
+            new = grown._memories[index] if self.device == "cpu" else np.zeros(self._shape_of(grown), self.dtype)
+            for slot, length in enumerate(lengths):
+                new[slot, :, :length] = old[slot, :, :length]
+            if self.device != "cpu":
+                grown._memories[index].update_inplace(new)
+        return grown
+
+    def _shape(self, num_slots: int) -> list[int]:
+        return [num_slots, self.manifest.num_kv_heads, self.capacity, self.manifest.head_size]
+
+    @staticmethod
+    def _shape_of(cache: KvCache) -> list[int]:
+        return cache._shape(cache.num_slots)
 
 
-class BoundRows:
-    """Rows of a KV cache bound to the decoder, which runs them as one batch.
-
-    Past and present are bound to one buffer per layer. Grouped-query attention then writes the new keys
-    and values behind the old ones instead of copying the past at every step.
+class BoundSlots:
+    """A range of slots bound to the decoder, which runs them as one batch.
 
     Args:
         session: the decoder.
-        manifest: describes it.
-        cache: as `allocate_cache` gives it, or a range of its rows.
+        cache: holds the slots.
+        start, stop: which.
     """
 
-    def __init__(self, session: Any, manifest: LanguageManifest, cache: Sequence[NDArray[np.float32]]) -> None:
-        import onnxruntime
-
+    def __init__(self, session: Any, cache: KvCache, start: int, stop: int) -> None:
         self.session = session
+        # The bindings hold addresses only, so the memory must live as long as they do.
+        self._cache = cache
         self._binding = session.io_binding()
-        self.num_rows, _, capacity, _ = cache[0].shape
-        self._positions = np.arange(capacity)
-        # The bindings hold addresses only, so these buffers must live as long as they do.
-        self._logits = np.empty((self.num_rows, 1, manifest.vocab_size), dtype=np.float32)
-        self.buffers = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in (self._logits, *cache)]
-        self._binding.bind_ortvalue_output("logits", self.buffers[0])
-        for name, buffer in zip(cache_names(manifest), self.buffers[1:], strict=True):
-            self._binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
-            self._binding.bind_ortvalue_output(f"present.{name}", buffer)
+        self._positions = np.arange(cache.capacity)
+        self._logits = np.empty((stop - start, 1, cache.manifest.vocab_size), cache.dtype)
+        cache.bind(self._binding, start, stop)
+        logits = self._logits
+        self._binding.bind_output("logits", "cpu", 0, logits.dtype.type, list(logits.shape), logits.ctypes.data)
 
     def run(self, embeds: NDArray[np.float32], lengths: Sequence[int]) -> NDArray[np.float32]:
         """Run the decoder on new positions.
 
         Args:
-            embeds: [rows, num_new, hidden]; several rows take one position each, since their logits are the last.
-            lengths: positions of each row, the new ones included. The mask is padded on the right, as
-                grouped-query attention wants it.
+            embeds: [slots, num_new, hidden] float32; several slots take one position each, since the graph gives the
+                logits of the last position only.
+            lengths: positions of each slot, the new ones included. The mask is padded on the right: with padding on
+                the left, grouped-query attention gives wrong tokens without an error.
 
         Returns:
-            The logits [rows, vocab] of the last position of each row, valid until the next call.
+            The logits [slots, vocab] float32 of the last position of each slot, valid until the next call.
 
         Raises:
             EngineError: onnxruntime failed.
+            OutOfMemoryError: memory ran out.
         """
-        # Bound by address as well: both must be held until the run is over.
         mask = (self._positions[: max(lengths)] < np.array(lengths)[:, None]).astype(np.int64)
-        embeds = np.ascontiguousarray(embeds)
-        self._binding.bind_cpu_input("inputs_embeds", embeds)
-        self._binding.bind_cpu_input("attention_mask", mask)
-        try:
+        embeds = np.ascontiguousarray(embeds, self._cache.dtype)
+        with run_errors("running the decoder"):
+            self._binding.bind_cpu_input("inputs_embeds", embeds)
+            self._binding.bind_cpu_input("attention_mask", mask)
             self.session.run_with_iobinding(self._binding)
-        except Exception as error:
-            raise EngineError(f"onnxruntime failed in the decoder: {error}") from error
-        return self._logits[:, 0]
+        return self._logits[:, 0].astype(np.float32, copy=False)

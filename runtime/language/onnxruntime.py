@@ -1,224 +1,179 @@
-"""The decoder in ONNX Runtime: our loops over `inputs_embeds`, for one sequence and for several together."""
+"""The bundle's decoder in ONNX Runtime, on the CPU or on a GPU."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hivtp.engines.onnxruntime import open_session
-from hivtp.runtime.language.base import ChooseToken, DecodeRequest, SequenceCache, embedding_table
-from hivtp.runtime.language.decoding import DecoderSequence, decode, decode_batch_or_halves, num_new_tokens
-from hivtp.runtime.language.kv_cache import BoundRows, allocate_cache
-from hivtp.runtime.outcome import attempt
-from hivtp_ops.errors import HivtpError
+from hivtp.engines.onnxruntime_cuda import open_cuda_session
+from hivtp.runtime.attempt import attempt
+from hivtp.runtime.language.base import embedding_table
+from hivtp.runtime.language.kv_cache import BoundSlots, KvCache
+from hivtp_ops.errors import EngineError, HivtpError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from hivtp.engines.base import Device, EngineSettings
-    from hivtp.engines.bundle import DecoderManifest, LanguageManifest
-    from hivtp.runtime.device_rows import Embeddings
-    from hivtp.runtime.language.decoding import DecoderBatch
+    from hivtp.engines.bundle import LanguageManifest
 
-
-# From so many positions on, a decoder for prompts takes them. With fewer, int4 in blocks of 128 was as fast in one
-# product of 4096 x 4096, and int4 in blocks of 32 up to 6 positions.
-LEAST_PROMPT = 16
+# Prompts of at least this many tokens use the prefill decoder. With fewer, int4 in blocks of 128 was as fast in one
+# product of 4096 x 4096, and int4 in blocks of 32 up to 6 tokens.
+MIN_PREFILL_TOKENS = 16
+# Ranges of slots that stay bound. A batch whose requests end one by one runs through as many ranges as it has slots.
+NUM_BOUND_RANGES = 16
 
 
 class OnnxRuntimeLanguage:
     """A decoder written by ONNX Runtime GenAI's model builder, driven through IOBinding.
 
+    On a GPU the weights and the KV cache stay in its memory; embeddings go up and logits come down. It has not run on
+    one yet.
+
     Args:
         folder: the bundle's folder, which the manifest's paths are relative to.
-        manifest: describes decoder and embeddings.
+        manifest: describes the decoder and its embeddings.
         settings: how to run it.
+        device: "cpu" or "cuda".
 
     Raises:
         BundleError: the embeddings are damaged.
         MissingExtraError: onnxruntime is not installed.
-        EngineError: onnxruntime cannot load the decoder.
+        EngineError: onnxruntime cannot load the decoder, or not on that device.
+        OutOfMemoryError: the decoder does not fit into the memory of the device.
     """
 
-    def __init__(self, folder: Path, manifest: LanguageManifest, settings: EngineSettings) -> None:
+    def __init__(
+        self, folder: Path, manifest: LanguageManifest, settings: EngineSettings, device: Device = "cpu"
+    ) -> None:
         decoder = manifest.decoder
-        assert decoder is not None, "check_backend refuses a bundle without a decoder"
-        self.manifest = manifest
+        assert decoder is not None, "the factory refuses a bundle without a decoder"
+        if device == "cuda" and decoder.dtype != "float16":
+            raise EngineError(
+                f"the decoder of {folder} is {decoder.precision}, made for the CPU: onnxruntime's attention on a GPU "
+                "computes in float16 alone; export the bundle with --language-precision fp16 or int4-fp16, or run the "
+                "decoder on the CPU"
+            )
         self.context_length = manifest.context_length
-        self._sessions = DecoderSessions(folder, decoder, settings)
+        self.manifest = manifest
+        self.device = device
+        self.dtype: np.dtype[Any] = np.dtype(decoder.dtype)
         self._embeddings = embedding_table(folder / decoder.embeddings, (manifest.vocab_size, manifest.hidden_size))
-
-    def embed(self, token_ids: Sequence[int]) -> Embeddings:
-        """See LanguageBackend.embed."""
-        return self._embeddings[np.asarray(token_ids, dtype=np.int64)].astype(np.float32, copy=False)
+        self._decode = self._prefill = self._open(folder / decoder.file, settings, stops_spinning=False)
+        if decoder.prefill_file is not None:
+            # The decode steps follow at once in the other decoder, whose threads these would spin against.
+            self._prefill = self._open(folder / decoder.prefill_file, settings, stops_spinning=True)
 
     @property
-    def rows_device(self) -> Device | None:
-        """See LanguageBackend.rows_device."""
-        return None
+    def kv_bytes_per_position(self) -> int:
+        """See LanguageBackend.kv_bytes_per_position."""
+        manifest = self.manifest
+        return 2 * manifest.num_layers * manifest.num_kv_heads * manifest.head_size * self.dtype.itemsize
 
-    def is_end(self, token_id: int) -> bool:
-        """See LanguageBackend.is_end."""
-        return token_id in self.manifest.eos_token_ids
+    def embed(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """See LanguageBackend.embed."""
+        return self._embeddings[np.asarray(token_ids, np.int64)].astype(np.float32, copy=False)
 
-    def new_cache(self) -> GrowingSequence:
-        """See LanguageBackend.new_cache."""
-        return self._new_sequence(capacity=1)
+    def open_slots(self, num_slots: int, capacity: int) -> OnnxRuntimeSlots:
+        """See LanguageBackend.open_slots."""
+        cache = KvCache(self.manifest, num_slots, capacity, self.dtype, self.device)
+        return OnnxRuntimeSlots(cache, self._decode, self._prefill)
 
-    def generate(
-        self,
-        inputs_embeds: Embeddings,
-        max_new_tokens: int,
-        choose_token: ChooseToken,
-        cache: SequenceCache | None = None,
-    ) -> Iterator[int]:
-        """See LanguageBackend.generate."""
-        length = len(inputs_embeds) + (0 if cache is None else cache.length)
-        num_tokens = min(max_new_tokens, self.context_length - length)
-        sequence = self._new_sequence(length + num_tokens) if cache is None else cast("GrowingSequence", cache)
-        sequence.reserve(length + num_tokens)
-        yield from decode(self, sequence, inputs_embeds, num_tokens, choose_token)
+    def close(self) -> None:
+        """See LanguageBackend.close."""
+        del self._decode, self._prefill, self._embeddings
 
-    def generate_batch(self, requests: Sequence[DecodeRequest]) -> Iterator[dict[int, int | HivtpError]]:
-        """See LanguageBackend.generate_batch.
-
-        The decoder gives logits of the last position only, so each prompt is prefilled alone, into its own row of
-        one KV cache. Where there is no memory for all rows at once, the halves are decoded one after the other.
-        """
-        if not requests:
-            return
-        capacity = max(len(request.inputs_embeds) + num_new_tokens(self, request) for request in requests)
-        yield from decode_batch_or_halves(self, requests, lambda: self._new_batch(len(requests), capacity))
-
-    def _new_sequence(self, capacity: int) -> GrowingSequence:
-        return _Sequence(self._sessions, self.manifest, capacity)
-
-    def _new_batch(self, num_rows: int, capacity: int) -> DecoderBatch:
-        return _Batch(self._sessions, self.manifest, num_rows, capacity)
+    def _open(self, file: Path, settings: EngineSettings, *, stops_spinning: bool) -> Any:
+        if self.device == "cuda":
+            return open_cuda_session(file, settings)
+        return open_session(file, settings, stops_spinning=stops_spinning)
 
 
-class DecoderSessions:
-    """The decoder of a bundle, and the one for prompts where it holds one; both read and write the same KV cache.
+class OnnxRuntimeSlots:
+    """The slots of a KV cache, run by the decoder; see Slots.
+
+    Slots run together as one range, from the lowest to the highest. A slot inside the range that takes no part runs
+    as a dummy: it computes one position after those it holds, which nothing reads and its next position overwrites.
 
     Args:
-        folder: the bundle's folder.
-        manifest: names the files.
-        settings: how to run them.
-
-    Raises:
-        MissingExtraError: onnxruntime is not installed.
-        EngineError: onnxruntime cannot load a decoder.
+        cache: holds the slots.
+        decode, prefill: sessions of the decoder, and of the one for prompts; they may be the same.
     """
 
-    def __init__(self, folder: Path, manifest: DecoderManifest, settings: EngineSettings) -> None:
-        self._decode = self._prefill = open_session(folder / manifest.file, settings)
-        if manifest.prefill_file is not None:
-            # The other decoder runs at once after it, and its threads would spin against that one's.
-            self._prefill = open_session(folder / manifest.prefill_file, settings, stops_spinning=True)
+    def __init__(self, cache: KvCache, decode: Any, prefill: Any) -> None:
+        self._cache = cache
+        self._decode, self._prefill = decode, prefill
+        self._lengths = [0] * cache.num_slots
+        self._ranges: dict[tuple[int, int, bool], BoundSlots] = {}
 
-    def session_for(self, num_positions: int) -> Any:
-        """The session that runs so many positions of one sequence."""
-        return self._prefill if num_positions >= LEAST_PROMPT else self._decode
-
-
-class GrowingSequence(DecoderSequence, Protocol):
-    """A sequence whose memory can grow."""
-
-    def reserve(self, capacity: int) -> None:
-        """Make room for so many positions; at least twice the room there was, so that turns rarely copy."""
-
-
-class _Sequence:
-    """One sequence in the decoder, and its KV cache."""
-
-    def __init__(self, sessions: DecoderSessions, manifest: LanguageManifest, capacity: int) -> None:
-        self.length = 0
-        self._sessions = sessions
-        self._manifest = manifest
-        self._cache = allocate_cache(manifest, 1, capacity)
-        self._bound: BoundRows | None = None
+    @property
+    def num_slots(self) -> int:
+        """See Slots.num_slots."""
+        return self._cache.num_slots
 
     @property
     def capacity(self) -> int:
-        """The most positions that there is room for."""
-        return int(self._cache[0].shape[2])
+        """See Slots.capacity."""
+        return self._cache.capacity
 
-    def append(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """See DecoderSequence.append."""
-        rows = self._rows(self._sessions.session_for(len(embeds)))
-        logits: NDArray[np.float32] = rows.run(embeds[None], [self.length + len(embeds)])[0]
-        self.length += len(embeds)
-        return logits
+    def length(self, slot: int) -> int:
+        """See Slots.length."""
+        return self._lengths[slot]
 
-    def cut(self, length: int) -> None:
-        """See SequenceCache.cut."""
-        assert length <= self.length, "a cache cannot be cut to more than it holds"
-        self.length = length
+    def prefill(self, slot: int, embeds: NDArray[np.float32], prompt_length: int) -> NDArray[np.float32]:
+        """See Slots.prefill."""
+        return self._append(slot, embeds, is_long=prompt_length >= MIN_PREFILL_TOKENS)
+
+    def step(self, slots: Sequence[int], embeds: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | HivtpError]:
+        """See Slots.step."""
+        joint = attempt(self._step_together, slots, embeds)
+        if isinstance(joint, HivtpError):
+            # What one slot cannot do costs no other its answer. A step that failed has changed no length.
+            alone = [attempt(self._append, slot, embed[None]) for slot, embed in zip(slots, embeds, strict=True)]
+            return [logits if isinstance(logits, HivtpError) else logits.copy() for logits in alone]
+        return list(joint)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """See Slots.truncate."""
+        assert length <= self._lengths[slot], "a slot cannot be truncated to more than it holds"
+        self._lengths[slot] = length
 
     def reserve(self, capacity: int) -> None:
-        """See GrowingSequence.reserve."""
-        if capacity <= self.capacity:
-            return
-        capacity = max(capacity, min(2 * self.capacity, self._manifest.context_length))
-        cache = allocate_cache(self._manifest, 1, capacity)
-        for new, old in zip(cache, self._cache, strict=True):
-            new[:, :, : self.length] = old[:, :, : self.length]
-        self._cache, self._bound = cache, None
+        """See Slots.reserve."""
+        if capacity > self.capacity:
+            self._cache = self._cache.grown(capacity, self._lengths)
+            self._ranges.clear()
 
-    def _rows(self, session: Any) -> BoundRows:
-        """The cache bound to a session, which is the same for all steps after a prompt."""
-        if self._bound is None or self._bound.session is not session:
-            self._bound = BoundRows(session, self._manifest, self._cache)
-        return self._bound
-
-
-class _Batch:
-    """Sequences that are decoded together: the first rows of one KV cache."""
-
-    def __init__(self, sessions: DecoderSessions, manifest: LanguageManifest, num_rows: int, capacity: int) -> None:
-        self._sessions = sessions
-        self._manifest = manifest
-        self._cache = allocate_cache(manifest, num_rows, capacity)
-        self._lengths = [0] * num_rows
-        self._joint: BoundRows | None = None
-
-    def append(self, slot: int, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """See DecoderBatch.append."""
+    def _append(self, slot: int, embeds: NDArray[np.float32], *, is_long: bool = False) -> NDArray[np.float32]:
         length = self._lengths[slot] + len(embeds)
-        rows = self._bind(slot, slot + 1, num_positions=len(embeds))
-        logits: NDArray[np.float32] = rows.run(embeds[None], [length])[0]
+        logits: NDArray[np.float32] = self._bound(slot, slot + 1, is_long=is_long).run(embeds[None], [length])[0]
         self._lengths[slot] = length
         return logits
 
-    def step(self, embeds: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | HivtpError]:
-        """See DecoderBatch.step."""
-        joint = attempt(self._step_together, embeds)
-        if isinstance(joint, HivtpError):
-            # What one row cannot do costs no other its answer. A step that failed has changed no length.
-            return [attempt(self.append, slot, embed[None]) for slot, embed in enumerate(embeds)]
-        return list(joint)
-
-    def drop(self, slot: int, last: int) -> None:
-        """See DecoderBatch.drop."""
-        if slot != last:
-            length = self._lengths[last]
-            for array in self._cache:
-                array[slot, :, :length] = array[last, :, :length]
-        self._lengths[slot], self._lengths[last] = self._lengths[last], 0
-
-    def _step_together(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        if self._joint is None or self._joint.num_rows != len(embeds):
-            self._joint = self._bind(0, len(embeds), num_positions=1)
-        lengths = [length + 1 for length in self._lengths[: len(embeds)]]
-        logits = self._joint.run(embeds[:, None], lengths)
-        self._lengths[: len(embeds)] = lengths
+    def _step_together(self, slots: Sequence[int], embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+        start, stop = slots[0], slots[-1] + 1
+        rows = np.array(slots) - start
+        for slot in set(range(start, stop)).difference(slots):
+            # The dummy position needs room: a full slot forgets its last one.
+            self._lengths[slot] = min(self._lengths[slot], self.capacity - 1)
+        lengths = [length + 1 for length in self._lengths[start:stop]]
+        inputs = np.zeros((stop - start, 1, embeds.shape[1]), np.float32)
+        inputs[rows, 0] = embeds
+        logits: NDArray[np.float32] = self._bound(start, stop, is_long=False).run(inputs, lengths)[rows]
+        for slot in slots:
+            self._lengths[slot] += 1
         return logits
 
-    def _bind(self, start: int, stop: int, *, num_positions: int) -> BoundRows:
-        # A range of whole rows is contiguous, so binding it copies nothing.
-        cache = [array[start:stop] for array in self._cache]
-        return BoundRows(self._sessions.session_for(num_positions), self._manifest, cache)
+    def _bound(self, start: int, stop: int, *, is_long: bool) -> BoundSlots:
+        key = (start, stop, is_long)
+        if key not in self._ranges:
+            if len(self._ranges) == NUM_BOUND_RANGES:
+                del self._ranges[next(iter(self._ranges))]
+            session = self._prefill if is_long else self._decode
+            self._ranges[key] = BoundSlots(session, self._cache, start, stop)
+        return self._ranges[key]

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks import harness
-from benchmarks.exam import Exam
+from benchmarks.accuracy.evaluation import Exam
 from benchmarks.miniature.model import make_model, make_tokenizer, save
 from benchmarks.miniature.pictures import HELD_OUT
+from benchmarks.timing import harness
 
 if TYPE_CHECKING:
     from pathlib import Path

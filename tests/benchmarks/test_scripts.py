@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks import budgets, exact_int8, latency, lookahead, prefill, throughput, ttft
-from benchmarks.bundle_floors import Floors
-from benchmarks.floor import Peaks
-from benchmarks.harness import Results, measure
-from benchmarks.peaks import NAME
+from benchmarks.speed import budgets, exact_int8, latency, prefill, throughput, ttft
+from benchmarks.speed import prefetch as lookahead
+from benchmarks.timing.bundle_floors import Floors
+from benchmarks.timing.floor import Peaks
+from benchmarks.timing.harness import Results, measure
+from benchmarks.timing.peaks import NAME
 from hivtp.engines.int8 import overflows_int8
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import ModuleType
 
-    from benchmarks.harness import System
+    from benchmarks.timing.harness import System
 
 PEAKS = Peaks(flops_per_s=1e12, bytes_per_s=1e11)
 

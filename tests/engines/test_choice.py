@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hivtp.engines.torch import session as torch_session
 
 from hivtp import Pipeline, engines
 from hivtp.engines import EngineSettings, onnxruntime_cuda, open_vision_engine
@@ -16,11 +17,10 @@ from hivtp.engines.bundle import Bundle
 from hivtp.engines.onnxruntime import OnnxRuntimeEngine
 from hivtp.engines.tensorrt import session
 from hivtp.engines.tensorrt.library import load_library
-from hivtp.engines.torch import session as torch_session
 from hivtp_ops.errors import EngineError, EngineWarning, MissingExtraError
 from tests.engines.tensorrt import fake_gpu
 from tests.engines.tensorrt.plans import H200, RTX, add
-from tests.runtime.command import hivtp_run
+from tests.support.command import hivtp_run
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benchmarks.checkpoints import make_checkpoint
-from hivtp.engines.weights import CheckpointWeights, canonical_name, locate_weights
+from hivtp.runtime.weights import CheckpointWeights, canonical_name, locate_weights
 
 if TYPE_CHECKING:
     from pathlib import Path

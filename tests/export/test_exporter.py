@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp.engines.bundle import Bundle
-from hivtp.export import language
+from hivtp.export.decoder import language
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
 from hivtp.export.staging import staged
@@ -71,7 +71,7 @@ def test_an_encoder_bundle_holds_the_graph_alone(tiny_checkpoint: Path, tmp_path
 def test_a_vision_export_never_reads_the_language_model(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hivtp.export.checkpoint import Checkpoint
+    from hivtp.export.checkpoint.folder import Checkpoint
 
     read = []
     tensor = Checkpoint.tensor
@@ -161,7 +161,7 @@ def start_export(checkpoint: Path, destination: Path, max_file_bytes: int | None
         if max_file_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
 
-    command = [sys.executable, "-m", "hivtp.export.cli", str(checkpoint), str(destination)]
+    command = [sys.executable, "-m", "hivtp.export.cli.export", str(checkpoint), str(destination)]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -10,10 +10,11 @@ import pytest
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp.engines.bundle import Bundle
-from hivtp.export import exporter, language
-from hivtp.export.checkpoint import Checkpoint
-from hivtp.export.cli import main
-from hivtp.export.decoder import DEFAULT_BLOCK_SIZE, DecoderKind
+from hivtp.export import exporter
+from hivtp.export.checkpoint.folder import Checkpoint
+from hivtp.export.cli.export import main
+from hivtp.export.decoder import language
+from hivtp.export.decoder.build import DEFAULT_BLOCK_SIZE, DecoderKind
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
 from hivtp_ops.errors import BundleError, SpecError, VerificationError

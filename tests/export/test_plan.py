@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hivtp.engines.torch.session import TorchEngine
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp import Pipeline
@@ -21,19 +22,18 @@ from hivtp.engines.tensorrt.builder import BuildSettings, BuiltPlan, build_plan
 from hivtp.engines.tensorrt.library import load_library
 from hivtp.engines.tensorrt.plan import PLANS_FOLDER, PlanRecord, has_plans
 from hivtp.engines.tensorrt.profile import TileProfile
-from hivtp.engines.torch.session import TorchEngine
 from hivtp.export import plan as plan_module
-from hivtp.export.calibration import activation_ranges
-from hivtp.export.checkpoint import Checkpoint
-from hivtp.export.cli import main, make_parser
-from hivtp.export.clip import VisionShape
+from hivtp.export.checkpoint.folder import Checkpoint
+from hivtp.export.cli.export import main, make_parser
+from hivtp.export.cli.plan import make_engine_parser, plan_settings_from, plan_summary
 from hivtp.export.exporter import export_bundle
-from hivtp.export.graph import save_model
+from hivtp.export.graph.builder import save_model
+from hivtp.export.graph.calibration import activation_ranges
+from hivtp.export.graph.clip import VisionShape
+from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.plan import Builder, PlanSettings, export_plan
-from hivtp.export.plan_cli import make_engine_parser, plan_settings_from, plan_summary
 from hivtp.export.settings import ExportSettings
-from hivtp.export.verification import sample_pixels
-from hivtp.export.vision import build_vision_graph
+from hivtp.export.verify.checks import sample_pixels
 from hivtp_ops import PRESETS, PruningSpec, tensorrt_plugin
 from hivtp_ops.errors import BundleError, EngineError, EngineWarning, KernelError, MissingExtraError
 from tests.engines.tensorrt import fake_gpu
@@ -387,7 +387,7 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing(bundle: Path) -> None:
     code = """
 import os, signal, sys
 from hivtp.export import plan
-from hivtp.export.cli import main
+from hivtp.export.cli.export import main
 
 # At every step, as somebody does who is in a hurry.
 plan.Progress.update = lambda *_: os.kill(os.getpid(), signal.SIGINT)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hivtp.export.cli import main
+from hivtp.export.cli.export import main
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,12 +11,12 @@ from benchmarks.checkpoints import make_checkpoint
 from hivtp import HivtpError, Pipeline, Request
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
-from hivtp.runtime.images import load_image
+from hivtp.runtime.inputs.images import load_image
 from hivtp.runtime.language import kv_cache, onnxruntime
 from hivtp.runtime.language.base import DecodeRequest
-from hivtp.runtime.sampling import Sampler, SamplingSettings
+from hivtp.runtime.language.sampling import Sampler, SamplingSettings
 from hivtp_ops.errors import EngineError, ImageError, OutOfMemoryError, PromptError, SettingsError
-from tests.answers import alone, same
+from tests.support.answers import alone, same
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,17 +10,17 @@ from PIL import Image
 
 from benchmarks.checkpoints import CHAT_TEMPLATE
 from hivtp import Chat, Pipeline
-from hivtp.runtime.images import load_image
+from hivtp.runtime.inputs.images import load_image
+from hivtp.runtime.inputs.prompt import PromptTemplate, Turn
 from hivtp.runtime.language import kv_cache, onnxruntime
-from hivtp.runtime.prompt import PromptTemplate, Turn
-from hivtp.runtime.sampling import Sampler, SamplingSettings
+from hivtp.runtime.language.sampling import Sampler, SamplingSettings
 from hivtp_ops.errors import EngineError, ImageError, PromptError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from tests.reference import HuggingFace
+    from tests.support.reference import HuggingFace
 
 NUM_TOKENS = 8
 # (prompt, photos): text alone, one picture, a picture in a later turn, several with marks.

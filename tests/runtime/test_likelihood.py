@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hivtp import Pipeline
-    from tests.reference import HuggingFace
+    from tests.support.reference import HuggingFace
 
 
 def embeds_of(pipeline: Pipeline, prompt: str, images: list[Path]) -> np.ndarray:

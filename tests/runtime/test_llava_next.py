@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from hivtp.runtime.device_rows import DeviceRows
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
 from benchmarks.checkpoints import make_checkpoint
@@ -16,12 +17,11 @@ from hivtp.engines import EngineSettings
 from hivtp.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
-from hivtp.runtime.device_rows import DeviceRows
-from hivtp.runtime.embedding_cache import EmbeddingCache
-from hivtp.runtime.image_encoder import open_image_encoder
-from hivtp.runtime.images import load_image
-from hivtp.runtime.tiling import Tiler
-from hivtp.runtime.vision import VisionStage
+from hivtp.runtime.inputs.images import load_image
+from hivtp.runtime.inputs.tiling import Tiler
+from hivtp.runtime.vision.cache import EmbeddingCache
+from hivtp.runtime.vision.encoder import open_image_encoder
+from hivtp.runtime.vision.stage import VisionStage
 from hivtp_ops import PruningSpec, select
 from hivtp_ops.errors import CheckpointError, SpecError
 
@@ -179,7 +179,7 @@ def test_a_picture_seen_before_costs_no_vision_run(budgeted: Pipeline, photos: P
 
 
 def test_overlay_shows_base_tile_and_grid(budgeted: Pipeline, photos: Path) -> None:
-    from hivtp.runtime.overlay import draw_tiles
+    from hivtp.runtime.vision.overlay import draw_tiles
 
     image = picture(photos, (128, 64))
     stream = budgeted.stream(PROMPT, [image], max_new_tokens=1)

@@ -9,13 +9,13 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hivtp.runtime.lookahead import Taken
 
 from hivtp import Answer, Pipeline, Request
 from hivtp.runtime import lookahead
-from hivtp.runtime.images import load_image
-from hivtp.runtime.lookahead import Taken
+from hivtp.runtime.inputs.images import load_image
 from hivtp_ops.errors import EngineError, ImageError, OutOfMemoryError, PromptError
-from tests.answers import alone, same
+from tests.support.answers import alone, same
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,9 +14,9 @@ from PIL import Image
 
 from hivtp import Answer, AnswerStream, Pipeline, Timings
 from hivtp.engines import Engine, EngineSettings
-from hivtp.runtime.embedding_cache import EmbeddingCache
-from hivtp.runtime.image_encoder import open_image_encoder
-from hivtp.runtime.vision import VisionStage
+from hivtp.runtime.vision.cache import EmbeddingCache
+from hivtp.runtime.vision.encoder import open_image_encoder
+from hivtp.runtime.vision.stage import VisionStage
 from hivtp_ops.errors import ImageError, OutOfMemoryError, PromptError, ScoreError, SettingsError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from benchmarks.checkpoints import make_checkpoint
 from hivtp import Pipeline
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
-from tests.reference import HuggingFace
+from tests.support.reference import HuggingFace
 
 if TYPE_CHECKING:
     from pathlib import Path

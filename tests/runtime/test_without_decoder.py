@@ -12,11 +12,11 @@ from hivtp import Pipeline, Request
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
 from hivtp.runtime import pipeline as pipeline_module
-from hivtp.runtime.benchmark_model import BenchmarkModel, Question
-from hivtp.runtime.cli import main
-from hivtp.runtime.images import load_image
+from hivtp.runtime.cli.run import main
+from hivtp.runtime.inputs.images import load_image
+from hivtp.runtime.integrations.lmms_eval.evaluation import BenchmarkModel, Question
 from hivtp_ops.errors import BundleError
-from tests.answers import assert_same_alone, assert_same_together, same
+from tests.support.answers import assert_same_alone, assert_same_together, same
 
 if TYPE_CHECKING:
     from pathlib import Path

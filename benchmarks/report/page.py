@@ -1,0 +1,208 @@
+"""The page of all results, with its plots: `python -m benchmarks.report.page` writes docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.report.plots import TITLES, draw
+from benchmarks.report.tables import ablation, accuracy, goals, gpu, markdown, parity, staged
+from benchmarks.report.time_plots import draw_budgets, draw_stages, draw_throughput
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+HEAD = """\
+# Benchmarks
+
+Written by `make report` from the raw samples in [benchmarks/results](../benchmarks/results); `make bench` measures
+anew. All systems of a table ran in one session, in turns, round after round; a ratio is the median over the rounds of
+a time by the baseline's of the same round. Rounds in which other processes took more than 0.1 core were dropped where
+there were enough others. Weights are random at real shapes, except for the accuracy of the miniature. Peak memory is
+that of a system's own process, weights mapped from files included.
+"""
+NO_GPU = "Nothing here ran on a GPU. Where torch sees one, the same commands measure it too, in tables of its own.\n"
+GPU_TEXT = """\
+LLaVA in transformers and our bundles in turns, in float16; the language model of ours runs in transformers too, once as
+it is and once compiled. `python -m benchmarks.gpu.run`"""
+FLOOR_TEXT = """\
+A floor is what a stage cannot be faster than, whoever writes it: the larger of its matrix products by the rate of a
+large one, and of its weights and KV cache by the rate of a large copy, both measured in the same run
+([floor.py](../benchmarks/floor.py)); that of a first token is the sum of vision and prefill. "ratio at floor" is the
+ratio of a system that takes no more than that: where a goal is below it, the goal is out of reach of what computes the
+same at that rate. Both are of one run, with its noise: what is at its floor may be found a few percent below it.
+"""
+ACCURACY_TEXT = """\
+The trained [miniature](../benchmarks/miniature/README.md), 144 patches, whose language model saw dropped tokens in
+training. Each rival is written from its paper ([rivals.py](../benchmarks/rivals.py)); [accuracy.md](accuracy.md) says
+what the numbers mean. `python -m benchmarks.accuracy.curves --ablation`"""
+PARITY_TEXT = """\
+The same miniature, at half of its tokens: bundles against PyTorch. `python -m benchmarks.accuracy.parity`"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One file of results.
+
+    Attributes:
+        name: of the file, without its suffix.
+        title: of the section.
+        text: what was measured, and by which command.
+    """
+
+    name: str
+    title: str
+    text: str
+
+    def load(self, folder: Path) -> Any:
+        """What was measured; None where it was not."""
+        return _load(folder / f"{self.name}.json")
+
+
+SECTIONS = (
+    Section(
+        "vision-cpu",
+        "The vision stage on a CPU",
+        "CLIP ViT-L/14 at 336 px. `python -m benchmarks.speed.latency`",
+    ),
+    Section(
+        "vision-5-tiles-cpu",
+        "The vision stage of five tiles on a CPU",
+        "The same, for a picture of LLaVA-NeXT. `python -m benchmarks.speed.latency --tiles 5`",
+    ),
+    Section(
+        "ttft-cpu",
+        "A whole answer on a CPU",
+        "CLIP ViT-L/14 at 336 px with a Llama of 0.3 B; bundles by the precision of vision / language. Their vision "
+        "stage is divided as ONNX Runtime's profiler found it. `python -m benchmarks.speed.ttft`",
+    ),
+    Section(
+        "vision-cpu-avx2",
+        "The vision stage on a CPU without AVX-512",
+        "The same on a processor that has AVX2 alone. There PyTorch is nearer to "
+        "ONNX Runtime in float32, and products of 8 bits, which take VNNI to be fast, gain less. "
+        "`python -m benchmarks.speed.latency --tiles 1`",
+    ),
+    Section(
+        "ttft-cpu-avx2",
+        "A whole answer on a CPU without AVX-512",
+        "The same models on that processor. `python -m benchmarks.speed.ttft`",
+    ),
+    Section(
+        "exact-int8-cpu-avx2",
+        "Exact products of 8 bits on that CPU",
+        "What ONNX Runtime's exact kernels cost there against those that it takes by itself, which cut sums off: see "
+        "[engines.md](engines.md#8-bits-without-vnni). `python -m benchmarks.speed.exact_int8`",
+    ),
+    Section(
+        "prefill-cpu",
+        "A decoder for prompts",
+        "The same models, int8 vision at preset 192; by the precision of the decoder, against one int4 decoder. "
+        "`python -m benchmarks.speed.prefill`",
+    ),
+    Section(
+        "prefill-7b-cpu",
+        "LLaVA-1.5-7B shapes: a decoder for prompts",
+        "At real size. `python -m benchmarks.speed.prefill --checkpoint FOLDER --only 'int4, prompts in w8a8'` "
+        "on what `python -m benchmarks.timing.large_checkpoint FOLDER` wrote",
+    ),
+    Section(
+        "throughput-cpu",
+        "Throughput on a CPU",
+        "The same models; every answer about a picture of its own. The paper's code answers one request at a time. "
+        "`python -m benchmarks.speed.throughput`",
+    ),
+    Section(
+        "lookahead-cpu",
+        "Preparing the next request's pictures",
+        "The miniature, six requests in a row, each with a picture of its own: `generate_each`, which prepares the "
+        "next one's while the present one is decoded, against `generate`. On a CPU both share the cores. "
+        "`python -m benchmarks.speed.prefetch --checkpoint benchmarks/miniature/checkpoint`",
+    ),
+    Section(
+        "budgets-7b-cpu",
+        "LLaVA-1.5-7B shapes: token budgets on a CPU",
+        "int8 vision, int4 language; every budget against the same bundle unpruned. "
+        "`python -m benchmarks.speed.budgets --checkpoint FOLDER` on what "
+        "`python -m benchmarks.timing.large_checkpoint FOLDER` wrote",
+    ),
+    Section(
+        "budgets-next-7b-cpu",
+        "LLaVA-NeXT-7B shapes at 5 tiles: token budgets on a CPU",
+        "int8 vision, int4 language; every budget against the same bundle unpruned. "
+        "`python -m benchmarks.speed.budgets --checkpoint FOLDER` on what "
+        "`python -m benchmarks.timing.large_checkpoint FOLDER --family llava_next` wrote",
+    ),
+)
+
+
+def write_page(results: Path, page: Path) -> None:
+    """Write the page and its plots from what was measured.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    page.parent.mkdir(parents=True, exist_ok=True)
+    found = {section: measured for section in SECTIONS if (measured := section.load(results)) is not None}
+    on_gpu = _load(results / "gpu.json")
+    has_gpu = on_gpu is not None or any("gpu" in measured["environment"] for measured in found.values())
+    has_floors = on_gpu is not None or any(
+        row.get("over_floor") for measured in found.values() for row in measured["rows"]
+    )
+    parts, answers, budgets = [HEAD, *([FLOOR_TEXT] if has_floors else []), *([] if has_gpu else [NO_GPU])], {}, {}
+    for section, measured in found.items():
+        parts.append(f"## {section.title}\n\n{section.text}\n\n{markdown(measured)}\n")
+        if section.name.startswith(("ttft", "prefill", "budgets")) and staged(measured):
+            answers[section.title] = measured
+        if section.name.startswith("budgets"):
+            budgets[section.title] = measured
+        if section.name.startswith("throughput"):
+            by_size = [result["samples"] for result in measured["results"].values()]
+            draw_throughput(by_size, section.title, page.parent / f"{section.name}.png")
+            parts.append(f"![Answers per second over the batch size]({section.name}.png)\n")
+    if on_gpu is not None:
+        parts.append(f"## On a GPU\n\n{GPU_TEXT}\n\n{gpu(on_gpu)}\n")
+    if answers:
+        draw_stages(answers, page.parent / "where-the-time-goes.png")
+        parts.append("## Where the time goes\n\n![Stages of an answer](where-the-time-goes.png)\n")
+    if budgets:
+        draw_budgets(budgets, page.parent / "ttft-over-tokens.png")
+        parts.append("## First token over tokens\n\n![Time to first token by budget](ttft-over-tokens.png)\n")
+    measured = _load(results / "accuracy.json")
+    if measured is not None:
+        parts.append(f"## Accuracy over tokens\n\n{ACCURACY_TEXT}\n\n{accuracy(measured)}\n")
+        for kind, title in TITLES.items():
+            name = f"accuracy-{kind}.png"
+            draw(measured, kind, page.parent / name)
+            parts.append(f"![{title}]({name})\n")
+        parts.append(f"{goals(measured)}\n")
+        if "ablation" in measured:
+            parts.append(f"### Each setting by itself\n\n{ablation(measured)}\n")
+    measured = _load(results / "parity.json")
+    if measured is not None:
+        parts.append(f"## Bundles and PyTorch\n\n{PARITY_TEXT}\n\n{parity(measured)}\n\n{goals(measured)}\n")
+    page.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _load(file: Path) -> Any:
+    """What was measured; None where it was not."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the raw samples")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page to write; its plots go beside it")
+    options = parser.parse_args(arguments)
+    write_page(options.results, options.page)
+    print(options.page)
+
+
+if __name__ == "__main__":
+    main()

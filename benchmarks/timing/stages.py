@@ -1,0 +1,80 @@
+"""Where the time of an answer goes, stage by stage."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from benchmarks.timing.harness import Sample
+
+# In their order. "vision" stands for the three before it where a system does not tell them apart.
+STAGES = {
+    "preprocess_ms": "preprocess",
+    "tower_ms": "vision tower",
+    "selection_ms": "selection",
+    "projector_ms": "projector",
+    "vision_ms": "vision",
+    "prefill_ms": "prefill",
+    "decode_ms": "decode",
+}
+TOKENS = "num_kept_tokens"
+INSIDE_VISION = ("tower_ms", "selection_ms", "projector_ms")
+
+
+def by_profile(title: str) -> str:
+    """The name of the results that hold the profiles of the bundles in `title`'s."""
+    return f"{title}, by profile"
+
+
+def stages(
+    samples: Mapping[str, Sequence[Sample]], profiles: Mapping[str, Sequence[Sample]]
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds of each stage, by system; and "num_kept_tokens", where it is known.
+
+    Args:
+        samples: by system. One that times its tower alone has no need of a profile.
+        profiles: for bundles, the times inside their graph: its shares divide the time of their vision stage.
+    """
+    found = {}
+    for system, passes in samples.items():
+        times = {stage: median(sample[stage] for sample in passes) for stage in STAGES if stage in passes[0]}
+        if "answer_ms" in passes[0]:
+            times["decode_ms"] = median(sample["answer_ms"] - sample["ttft_ms"] for sample in passes)
+        if system in profiles:
+            [inside] = profiles[system]
+            for stage in filter(inside.get, INSIDE_VISION):
+                times[stage] = times["vision_ms"] * inside[stage] / inside["vision_ms"]
+        if "tower_ms" in times:
+            times.pop("vision_ms", None)
+        found[system] = {stage: times[stage] for stage in STAGES if stage in times}
+        if TOKENS in passes[0]:
+            found[system][TOKENS] = median(sample[TOKENS] for sample in passes)
+    return found
+
+
+def table(found: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """Head and rows as text: a column for every stage that somebody has, a dash where a system has it not."""
+    titles = {TOKENS: "image tokens", **STAGES}
+    columns = [name for name in titles if any(name in times for times in found.values())]
+    rows = [["where the time goes, median ms", *(titles[name] for name in columns)]]
+    for system, times in found.items():
+        rows.append([system, *(number(times[name]) if name in times else "–" for name in columns)])
+    return rows
+
+
+def number(value: float) -> str:
+    """Three digits at least, and never an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def text(rows: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(lines)

@@ -1,1 +1,0 @@
-"""PyTorch as an engine: the vision graph as a `torch.fx` graph, on the CPU or on a GPU."""

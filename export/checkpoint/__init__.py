@@ -1,0 +1,1 @@
+"""A checkpoint folder as it is found, its processor, and what is refused."""

@@ -1,0 +1,256 @@
+"""hivtp export: from a Hugging Face checkpoint to a bundle; `hivtp-export` is the same command."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from pathlib import Path
+from typing import Any, get_args
+
+from hivtp.engines.tensorrt.library import LibraryName
+from hivtp.export.cli.plan import plan_summary
+from hivtp.export.decoder.build import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, PrefillPrecision
+from hivtp.export.exporter import export_bundle
+from hivtp.export.graph.builder import VisionPrecision
+from hivtp.export.graph.vision import GraphKind
+from hivtp.export.language import LanguagePrecision
+from hivtp.export.layers.choice import choose_layers
+from hivtp.export.layers.ranking import ChoiceSettings
+from hivtp.export.plan import Builder, PlanSettings, export_plan
+from hivtp.export.settings import ExportSettings, NewlineRule
+from hivtp.export.summary import summary
+from hivtp_ops.errors import EngineError, HivtpError, SpecError
+from hivtp_ops.spec import PRESETS, PruningSpec
+
+DESCRIPTION = """\
+Turn a LLaVA-1.5 or LLaVA-NeXT checkpoint (Hugging Face format) into a bundle: a folder with the vision graph,
+HIVTP token pruning inside it, and the language model, all ONNX. Every graph is compared with PyTorch
+before the bundle appears. Run a bundle with hivtp run.
+"""
+EXAMPLES = """\
+examples:
+  hivtp-export llava-1.5-7b-hf bundle                            the paper's pruning, float32
+  hivtp-export llava-1.5-7b-hf bundle --preset 192 \\
+      --vision-precision int8 --language-precision int4          small and fast on a CPU
+  hivtp-export llava-1.5-7b-hf bundle --no-pruning               all 576 tokens, to compare with
+  hivtp-export llava-1.5-7b-hf bundle --window 3 --keep 150      a rule of your own
+  hivtp-export llava-1.5-7b-hf bundle --vision-precision fp16 \\
+      --engine tensorrt                                          with a TensorRT plan for this GPU
+  hivtp-export llava-1.5-7b-hf bundle --vision-precision fp8 \\
+      --calibration-pictures *.jpg --engine tensorrt             the same in fp8, on Ada, Hopper or Blackwell
+  hivtp-export llava-1.5-7b-hf bundle --vision-precision fp16 \\
+      --language-precision fp16                                  all of it on a GPU
+  hivtp-export llava-1.5-7b-hf bundle --language-precision none  no decoder, to answer in transformers
+  hivtp-export llava-1.5-7b-hf --preset 192 --choose-layers *.jpg
+                                                                 which layers should score your images: hivtp layers
+"""
+# The rule's settings, by the option that gives each.
+SPEC_OPTIONS = ("regions", "global_ratio", "window", "keep")
+
+
+def make_parser(program: str) -> argparse.ArgumentParser:
+    """The command line; defaults come from ExportSettings and PruningSpec."""
+    defaults = ExportSettings()
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint: config.json, *.safetensors, tokenizer")
+    parser.add_argument(
+        "bundle", type=Path, nargs="?", help="folder to write; whole when it appears; none with --choose-layers"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+    parser.add_argument("--quiet", action="store_true", help="print the summary only")
+
+    add_pruning_options(parser)
+    tiles = parser.add_argument_group("LLaVA-NeXT, whose pictures are cut into tiles; presets count per tile")
+    tiles.add_argument(
+        "--keep-total",
+        type=int,
+        metavar="N",
+        help="one budget of tokens over all tiles of a picture, newlines not counted",
+    )
+    tiles.add_argument(
+        "--newline",
+        choices=get_args(NewlineRule),
+        default=defaults.newline,
+        help="picture rows that end with a newline token (default: %(default)s)",
+    )
+
+    precision = parser.add_argument_group("precision and graph")
+    precision.add_argument(
+        "--vision-precision",
+        choices=get_args(VisionPrecision),
+        default=defaults.vision_precision,
+        help="int8 is fastest on a CPU, fp16 and fp8 are meant for a GPU: fp8 is for TensorRT on Ada, Hopper and later "
+        "(default: %(default)s)",
+    )
+    precision.add_argument(
+        "--calibration-pictures",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE",
+        help="for fp8: pictures like those that the model is meant for, whose activations it is scaled to",
+    )
+    precision.add_argument(
+        "--language-precision",
+        choices=get_args(LanguagePrecision),
+        default=defaults.language_precision,
+        help="what the decoder computes in: fp32, int8, int4 and w8a8 are for a CPU, fp16 and int4-fp16 for a GPU; "
+        "none leaves it out, for hivtp run --language-backend transformers (default: %(default)s)",
+    )
+    precision.add_argument(
+        "--block-size",
+        type=int,
+        choices=BLOCK_SIZES,
+        help="weights of an int8 or int4 decoder that share a scale; 128 answers sooner than the default, and rounds "
+        f"more coarsely, by as much as the summary says (default: {DEFAULT_BLOCK_SIZE})",
+    )
+    precision.add_argument(
+        "--prefill-precision",
+        choices=get_args(PrefillPrecision),
+        help="write a second decoder, which runs the prompts: w8a8 halves the time of an int4 prefill on a CPU, for "
+        "one byte more per weight; the summary says what it rounds (default: one decoder runs all)",
+    )
+    precision.add_argument(
+        "--decoder-from",
+        type=Path,
+        metavar="BUNDLE",
+        help="take the decoder of another bundle with this language model, and the one for prompts with it, instead of "
+        "writing them again, to try another pruning in a fraction of the time",
+    )
+    precision.add_argument(
+        "--graph",
+        choices=get_args(GraphKind),
+        default=defaults.graph,
+        help="vision: a bundle that answers; encoder: only the graph that emits features and middle-layer "
+        "attention (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=get_args(LibraryName),
+        help="also build a TensorRT plan of the vision graph: tensorrt on and for this GPU, tensorrt-rtx for any RTX "
+        "GPU; hivtp plan has more options",
+    )
+    parser.add_argument(
+        "--choose-layers",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE",
+        help="rank the layers that could score these images and write nothing; hivtp layers has more options",
+    )
+    return parser
+
+
+def add_pruning_options(parser: argparse.ArgumentParser) -> None:
+    """Add a preset, or a rule, and its layers."""
+    defaults, rule = ExportSettings(), PruningSpec()
+    pruning = parser.add_argument_group("pruning, a preset or none")
+    choice = pruning.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="paper keeps 252 to 288 of 576 tokens, by content; a number keeps exactly that many "
+        f"(default: {defaults.preset})",
+    )
+    choice.add_argument("--no-pruning", action="store_true", help="keep every token")
+
+    layers = parser.add_argument_group("pruning, the layers that score, for any preset or rule")
+    layers.add_argument("--first-layer", type=int, metavar="N", help="first scoring layer, 0-based (default: 6 of 24)")
+    layers.add_argument("--num-layers", type=int, metavar="N", help="number of scoring layers (default: 3 of 24)")
+
+    own = parser.add_argument_group("pruning, a rule of your own (starts from the paper's)")
+    own.add_argument("--regions", type=int, metavar="N", help=f"regions per axis (default: {rule.regions})")
+    own.add_argument(
+        "--global-ratio",
+        type=float,
+        metavar="R",
+        help=f"share kept in each region, 0 to 1 (default: {rule.global_ratio})",
+    )
+    own.add_argument("--window", type=int, metavar="N", help=f"side of a local window (default: {rule.window})")
+    own.add_argument(
+        "--keep",
+        type=int,
+        metavar="N",
+        help="exact number of tokens per image (default: what the rule gives)",
+    )
+
+
+def pruning_from(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that `add_pruning_options` asked for.
+
+    Raises:
+        SpecError: options that exclude each other, or a spec that cannot work.
+    """
+    own = {name: getattr(options, name) for name in SPEC_OPTIONS if getattr(options, name) is not None}
+    if own and (options.preset or options.no_pruning):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in own)
+        other = f"--preset {options.preset}" if options.preset else "--no-pruning"
+        raise SpecError(f"{flags} make a rule of your own and cannot go with {other}; drop one of the two")
+    return {
+        "preset": options.preset or ExportSettings.preset,
+        "spec": PruningSpec(**own) if own else None,
+        "first_layer": options.first_layer,
+        "num_layers": options.num_layers,
+        "is_pruned": not options.no_pruning,
+    }
+
+
+def settings_from(options: argparse.Namespace) -> ExportSettings:
+    """The settings that a command line asks for.
+
+    Raises:
+        SpecError: options that exclude each other, or a spec that cannot work.
+    """
+    return ExportSettings(
+        **pruning_from(options),
+        vision_precision=options.vision_precision,
+        calibration=tuple(options.calibration_pictures or ()),
+        language_precision=options.language_precision,
+        block_size=options.block_size,
+        prefill_precision=options.prefill_precision,
+        newline=options.newline,
+        keep_total=options.keep_total,
+        graph=options.graph,
+        decoder_from=options.decoder_from,
+        overwrite=options.overwrite,
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Export, say what was written, and build a plan where one is asked for."""
+    settings = settings_from(options)
+    if options.choose_layers is not None:
+        _choose_layers(options, settings)
+        return
+    if options.bundle is None:
+        raise SpecError("no bundle was named; give the folder to write after the checkpoint")
+    plan = None if options.engine is None else PlanSettings(options.engine)
+    if plan is not None:
+        # An export takes minutes; what the plan lacks is better known before.
+        Builder.find(plan, settings.vision_precision)
+    bundle = export_bundle(options.checkpoint, options.bundle, settings, is_quiet=options.quiet)
+    # The bundle is whole, whether or not anybody reads the summary.
+    with contextlib.suppress(BrokenPipeError):
+        print(summary(bundle, options.checkpoint), flush=True)
+    if plan is None:
+        return
+    try:
+        print(plan_summary(*export_plan(options.bundle, plan, is_quiet=options.quiet)))
+    except HivtpError as error:
+        raise EngineError(f"the bundle is whole, and without a plan: {error}") from error
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt("the bundle is whole, and without a plan") from stopped
+
+
+def _choose_layers(options: argparse.Namespace, settings: ExportSettings) -> None:
+    if options.bundle is not None or options.engine is not None:
+        raise SpecError(
+            "--choose-layers writes nothing; leave the bundle and --engine out, then export with what it prints"
+        )
+    ranking = choose_layers(
+        options.checkpoint, options.choose_layers, settings, ChoiceSettings(), is_quiet=options.quiet
+    )
+    print(ranking.table())

@@ -1,0 +1,92 @@
+"""The decoder of a bundle that exists already, for another bundle of the same language model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from hivtp.engines.bundle import Bundle
+from hivtp_ops.errors import BundleError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hivtp.export.checkpoint.folder import Checkpoint
+    from hivtp.export.decoder.build import DecoderKind
+
+
+def open_source(source: Path, checkpoint: Checkpoint, kind: DecoderKind) -> Bundle:
+    """Open the bundle whose decoder is to be taken over, if it can be.
+
+    Args:
+        source: the bundle; its hashes are checked.
+        checkpoint: what is being exported.
+        kind: which decoder is asked for.
+
+    Raises:
+        BundleError: not a bundle with a decoder, or of another language model or kind.
+    """
+    bundle = Bundle.open(source, check_hashes=True)
+    manifest = bundle.manifest
+    if manifest.language is None:
+        raise BundleError(f"{source} holds no decoder: it is an encoder bundle; name one that answers")
+    decoder = manifest.language.decoder
+    if decoder is None:
+        raise BundleError(
+            f"{source} holds no decoder: it was exported with --language-precision none; name one that "
+            "holds one, or export the decoder"
+        )
+    if manifest.source.language_fingerprint != checkpoint.language_fingerprint:
+        raise BundleError(
+            f"{source} was exported from {manifest.source.name}, whose language model is another than that of "
+            f"{checkpoint.folder}; name a bundle of this one, or export the decoder again"
+        )
+    if decoder.precision != kind.precision:
+        raise BundleError(
+            f"the decoder of {source} is {decoder.precision}, and {kind.precision} is asked for; "
+            f"say --language-precision {decoder.precision}, or export the decoder again"
+        )
+    if decoder.block_size != kind.block_size:
+        raise BundleError(
+            f"the decoder of {source} is rounded in blocks of {decoder.block_size}, and {kind.block_size} is asked "
+            f"for; say --block-size {decoder.block_size}, or export the decoder again"
+        )
+    if decoder.prefill_precision != kind.prefill_precision:
+        held = decoder.prefill_precision
+        advice = "leave --prefill-precision out" if held is None else f"say --prefill-precision {held}"
+        raise BundleError(
+            f"for prompts {source} holds a decoder of precision {held or 'none'}, and "
+            f"{kind.prefill_precision or 'none'} is asked for; {advice}, or export the decoder again"
+        )
+    return bundle
+
+
+def take_decoder(source: Bundle, folder: Path) -> dict[str, Any]:
+    """Take decoder and token embeddings over, unchanged; on one file system they are linked and cost no space.
+
+    Args:
+        source: from `open_source`.
+        folder: the bundle that is being written.
+
+    Returns:
+        What was found when it was compared with PyTorch, as `export_decoder` gives it.
+    """
+    manifest, language = source.manifest, source.manifest.language
+    assert language is not None, "open_source refuses an encoder bundle"
+    assert language.decoder is not None, "open_source refuses a bundle without a decoder"
+    part = language.decoder.file.partition("/")[0]
+    for name in manifest.files:
+        if name.startswith(f"{part}/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(source.folder / name, folder / name)
+    return {part: found for part, found in manifest.verification.items() if part != "vision"}
+
+
+def _link_or_copy(source: Path, destination: Path) -> None:
+    # Other file systems, and some of one's own, refuse links.
+    with contextlib.suppress(OSError):
+        os.link(source, destination)
+        return
+    shutil.copy2(source, destination)

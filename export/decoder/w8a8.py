@@ -1,0 +1,102 @@
+"""W8A8 for a decoder: products of int8 weights with activations that are rounded to 8 bits as they come."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hivtp.export.decoder.weight_only import constant_products, drop_unused
+from hivtp.export.graph.builder import MICROSOFT, quantize_per_channel, shared_constant
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnx_ir as ir
+
+# One operator multiplies in int8 and scales; ONNX Runtime has it on the CPU.
+PRODUCT = "MatMulIntegerToFloat"
+# Rounded activations lie around it, in 1 to 255: what CPUs multiply by int8 is uint8.
+ZERO_POINT = 128
+LARGEST = 127
+# A position of zeros has no scale of its own.
+LEAST = 1e-30
+
+
+def quantize_products(model: ir.Model, on_node: Callable[[int, int], None] = lambda _done, _total: None) -> None:
+    """Replace every MatMul with a constant weight by a product in int8, in place.
+
+    A weight has one scale per output channel, and an activation one per position, which is found at run time: a
+    position with outliers rounds no other more coarsely, and a prompt gives the same whatever stands beside it.
+
+    Source: ZeroQuant (arXiv 2206.01861), token-wise activations; its weights have several scales per channel.
+
+    Args:
+        model: float32; its weights may be lazy: one at a time is in memory in float32, and all of them in int8.
+        on_node: called with (products done, all products).
+    """
+    nodes = constant_products(model)
+    rounder = _Rounder(model)
+    for done, node in enumerate(nodes, start=1):
+        rounder.replace(node)
+        on_node(done, len(nodes))
+
+
+class _Rounder:
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        # By the name of an activation: what it is rounded to, and its scales; several products may share it.
+        self._rounded: dict[str, tuple[ir.Value, ir.Value]] = {}
+
+    def replace(self, node: ir.Node) -> None:
+        import onnx_ir as ir
+        from onnx_ir.convenience import replace_nodes_and_values
+
+        value, weight = node.inputs
+        assert value is not None, "a product has two factors"
+        assert weight is not None, "it was found by its weight"
+        assert weight.const_value is not None, "it was found by its weight"
+        matrix, scales = quantize_per_channel(weight.const_value.numpy().T.astype(np.float32, copy=False))
+        rounded, value_scales = self._round(value, node)
+        inputs = [
+            rounded,
+            shared_constant(self._model, f"{weight.name}.int8", matrix),
+            shared_constant(self._model, "w8a8/one", np.array(1, np.float32)),
+            shared_constant(self._model, f"{weight.name}.scales", scales),
+            shared_constant(self._model, "w8a8/zero_point", np.array(ZERO_POINT, np.uint8)),
+        ]
+        # It keeps the name of the product, by which DecoderWeights knows whose weight it holds.
+        product = ir.node(PRODUCT, inputs, domain=MICROSOFT, name=node.name)
+        product.outputs[0].name = f"{node.name}/unscaled"
+        scaled = ir.node("Mul", [product.outputs[0], value_scales], name=f"{node.name}/scaled")
+        replace_nodes_and_values(self._model.graph, node, [node], [product, scaled], node.outputs, scaled.outputs)
+        drop_unused(self._model, weight)
+
+    def _round(self, value: ir.Value, before: ir.Node) -> tuple[ir.Value, ir.Value]:
+        """A value [batch, positions, width] in uint8, and its scales [batch, positions, 1] float32."""
+        import onnx_ir as ir
+
+        name = str(value.name)
+        if name in self._rounded:
+            return self._rounded[name]
+        nodes: list[ir.Node] = []
+        constant = partial(shared_constant, self._model)
+
+        def add(op_type: str, *inputs: ir.Value, output: str, **attributes: Any) -> ir.Value:
+            node = ir.node(op_type, inputs, attributes, name=f"{name}/w8a8/{output}")
+            node.outputs[0].name = node.name
+            nodes.append(node)
+            return node.outputs[0]
+
+        size = add("Abs", value, output="sizes")
+        size = add("ReduceMax", size, constant("w8a8/axes", np.array([-1])), output="largest", keepdims=1)
+        size = add("Max", size, constant("w8a8/least", np.array(LEAST, np.float32)), output="size")
+        scales = add("Mul", size, constant("w8a8/step", np.array(1 / LARGEST, np.float32)), output="scales")
+        steps = add("Div", value, scales, output="steps")
+        whole = add("Round", steps, output="whole")
+        moved = add("Add", whole, constant("w8a8/middle", np.array(ZERO_POINT, np.float32)), output="moved")
+        rounded = add("Cast", moved, output="uint8", to=int(ir.DataType.UINT8))
+        self._model.graph.insert_before(before, nodes)
+        self._rounded[name] = rounded, scales
+        return rounded, scales

@@ -1,0 +1,1 @@
+"""The vision graphs: towers, scores, pruning and projector as ONNX."""

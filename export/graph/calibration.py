@@ -1,0 +1,103 @@
+"""The ranges of activations over pictures, from which an fp8 graph has its scales."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hivtp.engines.onnxruntime import open_session
+from hivtp.export.graph.builder import GraphBuilder, Output, save_model
+from hivtp.export.graph.clip import ClipTower, VisionShape
+from hivtp_ops.errors import SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import numpy as np
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from hivtp.export.checkpoint.folder import Checkpoint
+    from hivtp_ops.spec import PruningSpec
+
+
+def activation_ranges(
+    checkpoint: Checkpoint,
+    spec: PruningSpec | None,
+    runs: Iterable[NDArray[np.float32]],
+    folder: Path,
+) -> Mapping[str, float]:
+    """The largest size of what each linear map multiplies in the layers behind the scoring ones.
+
+    In the layers up to those an fp8 graph multiplies in half precision, so that it scores and keeps what fp16 does.
+    The graph that is run is the one that is exported, in float32, since it moves biases about.
+
+    Args:
+        checkpoint: only its vision weights are read.
+        spec: with its layers resolved; None for no pruning, where every layer counts.
+        runs: pixel values [tiles, 3, H, W] float32, as many as memory is for at once in each.
+        folder: on whose disk the float32 graph is kept meanwhile.
+
+    Returns:
+        By the name of the weight.
+
+    Raises:
+        SpecError: the scoring layers are the last that run.
+    """
+    model, outputs = _range_graph(checkpoint, spec)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        file = Path(place) / "ranges.onnx"
+        save_model(model, file)
+        session = open_session(file)
+        ranges = dict.fromkeys(outputs, 0.0)
+        for pixel_values in runs:
+            found = session.run(list(outputs.values()), {"pixel_values": pixel_values})
+            ranges = {weight: max(ranges[weight], float(size)) for weight, size in zip(outputs, found, strict=True)}
+        # The file is mapped into memory, and some systems do not delete such.
+        del session
+    return ranges
+
+
+def first_fp8_layer(spec: PruningSpec | None, shape: VisionShape) -> int:
+    """The first layer behind the scoring ones, 0-based; 0 without pruning.
+
+    Args:
+        spec: with its layers resolved.
+        shape: of the tower.
+
+    Raises:
+        SpecError: there is none that runs.
+    """
+    if spec is None:
+        return 0
+    first = spec.scoring_layers.stop
+    if first >= shape.num_feature_layers:
+        raise SpecError(
+            f"fp8 is for the layers behind those that score, and of the {shape.num_feature_layers} that run there are "
+            f"none behind layer {first - 1}; choose fp16"
+        )
+    return first
+
+
+def _range_graph(checkpoint: Checkpoint, spec: PruningSpec | None) -> tuple[ir.Model, Mapping[str, str]]:
+    """The tower up to the feature layer, and by weight the name of the output that is the range."""
+    shape = VisionShape.of(checkpoint.config)
+    first = first_fp8_layer(spec, shape)
+    graph = GraphBuilder(checkpoint.tensor, "fp32")
+    tower = ClipTower(graph, shape, checkpoint.config.vision_config, scoring_layers=range(0))
+    hidden = tower.embed(graph.input("pixel_values", "FLOAT", ["tiles", 3, shape.image_size, shape.image_size]))
+    for index in range(first):
+        hidden = tower.layer(index, hidden)
+    in_half = set(graph.factors)
+    for index in range(first, shape.num_feature_layers):
+        hidden = tower.layer(index, hidden)
+    factors = {weight: value for weight, value in graph.factors.items() if weight not in in_half}
+    outputs: dict[str, Output] = {}
+    for value in factors.values():
+        name = f"{value.name}.range"
+        if name not in outputs:
+            size = graph.op("Abs", value, name=f"{value.name}.size")
+            outputs[name] = Output(graph.op("ReduceMax", size, name=name, keepdims=0), "FLOAT", ())
+    names = {weight: f"{value.name}.range" for weight, value in factors.items()}
+    return graph.model(list(outputs.values()), tower.functions()), names

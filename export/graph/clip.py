@@ -1,0 +1,245 @@
+"""The CLIP tower as a graph: embeddings, encoder layers, and the scores of the middle layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hivtp.export.graph.builder import MICROSOFT, OPSET
+from hivtp_ops.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+    from hivtp.export.graph.builder import GraphBuilder
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """The sizes of a LLaVA vision tower that the graph, the manifest and the checks share."""
+
+    num_layers: int
+    num_heads: int
+    hidden_size: int
+    image_size: int
+    patch_size: int
+    feature_layer: int
+    has_cls_feature: bool
+    language_hidden_size: int
+
+    @classmethod
+    def of(cls, config: Any) -> VisionShape:
+        """Read the sizes from a `transformers.LlavaConfig` or `LlavaNextConfig`."""
+        vision = config.vision_config
+        return cls(
+            num_layers=vision.num_hidden_layers,
+            num_heads=vision.num_attention_heads,
+            hidden_size=vision.hidden_size,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            feature_layer=config.vision_feature_layer,
+            has_cls_feature=config.vision_feature_select_strategy == "full",
+            language_hidden_size=config.text_config.hidden_size,
+        )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one tile."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Features in front of the patches: the CLS where the strategy is "full", else none."""
+        return int(self.has_cls_feature)
+
+    @property
+    def num_feature_layers(self) -> int:
+        """How many encoder layers run before the features: `hidden_states[i]` is the output of i layers."""
+        layer = self.feature_layer
+        return layer if layer >= 0 else self.num_layers + 1 + layer
+
+
+class ClipTower:
+    """Adds the nodes of a CLIP vision tower to a graph.
+
+    Only the scoring layers compute attention as MatMul, Softmax, MatMul, the form whose probabilities can be
+    read; the others use the fused operator.
+
+    Args:
+        graph: the graph; its weights are named "vision.…".
+        shape: sizes of the tower.
+        config: its `transformers.CLIPVisionConfig`.
+        scoring_layers: 0-based encoder layers whose attention is read.
+    """
+
+    def __init__(self, graph: GraphBuilder, shape: VisionShape, config: Any, scoring_layers: range) -> None:
+        self.graph = graph
+        self.shape = shape
+        self.config = config
+        self.scoring_layers = scoring_layers
+        self.attention_maps: list[ir.Value] = []
+
+    def embed(self, pixels: ir.Value) -> ir.Value:
+        """Tokens [tiles, 1 + patches, width] from pixels [tiles, 3, H, W], CLS first."""
+        graph, shape = self.graph, self.shape
+        width = shape.hidden_size
+        pixels = graph.narrow(pixels, "pixels")
+        # The convolution's windows do not overlap, so it is a matrix product, and a faster one on a CPU.
+        (rows, cols), side = shape.grid, shape.patch_size
+        split = graph.constant("split_patches", [-1, 3, rows, side, cols, side])
+        patches = graph.op("Reshape", pixels, split, name="patches.split")
+        patches = graph.op("Transpose", patches, name="patches.by_place", perm=[0, 2, 4, 1, 3, 5])
+        num_values = 3 * side * side
+        flat = graph.constant("flat_patches", [-1, shape.num_patches, num_values])
+        patches = graph.op("Reshape", patches, flat, name="patches.flat")
+        kernel = "vision.embeddings.patch_embedding.weight"
+        patches = graph.matmul(patches, kernel, "patches", shape=(width, num_values))
+        cls = graph.weight("vision.embeddings.class_embedding", shape=(1, 1, width))
+        tiles = graph.op("Shape", patches, name="tiles", start=0, end=1)
+        cls_shape = graph.op("Concat", tiles, graph.constant("one_row", [1, width]), name="cls.shape", axis=0)
+        cls = graph.op("Expand", cls, cls_shape, name="cls")
+        tokens = graph.op("Concat", cls, patches, name="tokens", axis=1)
+        positions = graph.weight("vision.embeddings.position_embedding.weight")
+        tokens = graph.op("Add", tokens, positions, name="tokens.positioned")
+        return self._norm(tokens, "vision.pre_layrnorm", "pre_norm")
+
+    def layer(self, index: int, hidden: ir.Value, rows: ir.Value | None = None) -> ir.Value:
+        """One encoder layer on [tiles, tokens, width]; with `rows` [tiles, num, 1], its output for those alone."""
+        graph, name, path = self.graph, f"layers.{index}", f"vision.encoder.layers.{index}"
+        normed = self._norm(hidden, f"{path}.layer_norm1", f"{name}.norm1")
+        queries_from, residual = normed, hidden
+        if rows is not None:
+            queries_from = graph.op("GatherND", normed, rows, name=f"{name}.kept_norm1", batch_dims=1)
+            residual = graph.op("GatherND", hidden, rows, name=f"{name}.kept", batch_dims=1)
+        attended = self._attention(index, queries_from, normed, f"{name}.attention", f"{path}.self_attn")
+        hidden = graph.op("Add", residual, attended, name=f"{name}.attended")
+        normed = self._norm(hidden, f"{path}.layer_norm2", f"{name}.norm2")
+        inner = self._linear(normed, f"{path}.mlp.fc1", f"{name}.fc1")
+        inner = activation(graph, self.config.hidden_act, inner, f"{name}.activation")
+        outer = self._linear(inner, f"{path}.mlp.fc2", f"{name}.fc2")
+        return graph.op("Add", hidden, outer, name=f"{name}.output")
+
+    def importance(self, name: str) -> ir.Value:
+        """Scores [tiles, patches] float32: the mean attention that each patch receives, over layers, heads and queries.
+
+        Source: HIVTP (arXiv 2509.23663), importance; DESIGN.md, section 2, step 1.
+        """
+        graph = self.graph
+        means = [self._received(item) for item in self.attention_maps]
+        total = means[0]
+        for index, mean in enumerate(means[1:], start=1):
+            total = graph.op("Add", total, mean, name=f"importance.sum{index}")
+        share = graph.constant("layer_share", np.array(1.0 / len(means), np.float32))
+        average = graph.op("Mul", total, share, name="importance.with_cls")
+        return self.drop_cls(average, name)
+
+    def _received(self, attention: ir.Value) -> ir.Value:
+        """Mean over heads and queries of [tiles, heads, queries, keys]: [tiles, keys] float32."""
+        graph, name = self.graph, f"{attention.name}.received"
+        axes = graph.constant("axes_heads_queries", [1, 2])
+        if graph.is_half:
+            return graph.op("ReduceMean", attention, axes, name=name, keepdims=0)
+        # On a CPU a product with a constant row is 20 times as fast as reducing the whole map, and more exact. A
+        # GPU would round it to TF32, so the graphs that are meant for one reduce.
+        num_tokens = 1 + self.shape.num_patches
+        share = graph.constant("query_share", np.full((1, num_tokens), 1 / num_tokens, np.float32))
+        by_head = graph.op("MatMul", share, attention, name=f"{name}.by_head")
+        return graph.op("ReduceMean", by_head, axes, name=name, keepdims=0)
+
+    def drop_cls(self, value: ir.Value, name: str) -> ir.Value:
+        """A value [tiles, 1 + patches, ...] without its first entry."""
+        graph = self.graph
+        starts, ends = graph.constant("after_cls", [1]), graph.constant("to_end", [2**31])
+        return graph.op("Slice", value, starts, ends, graph.constant("axis_patches", [1]), name=name)
+
+    def _attention(self, index: int, queries_from: ir.Value, normed: ir.Value, name: str, path: str) -> ir.Value:
+        graph = self.graph
+        queries = self._linear(queries_from, f"{path}.q_proj", f"{name}.queries")
+        # Softmax takes no notice of what is the same for all keys of a query, and the keys' bias is just that.
+        keys = graph.linear(normed, f"{path}.k_proj.weight", None, f"{name}.keys")
+        # Probabilities sum to one, so the values' bias passes through them, and is added behind instead.
+        values = graph.linear(normed, f"{path}.v_proj.weight", None, f"{name}.values")
+        if index in self.scoring_layers:
+            mixed = self._explicit_attention(queries, keys, values, name)
+        else:
+            mixed = self._fused_attention(queries, keys, values, f"{name}.fused")
+        bias = graph.read(f"{path}.out_proj.weight") @ graph.read(f"{path}.v_proj.bias")
+        bias = (bias + graph.read(f"{path}.out_proj.bias")).astype(graph.compute_dtype.numpy())
+        bias_with_values = graph.constant(f"{path}.out_proj.bias_with_values", bias)
+        return graph.linear(mixed, f"{path}.out_proj.weight", bias_with_values, f"{name}.output")
+
+    def _fused_attention(self, queries: ir.Value, keys: ir.Value, values: ir.Value, name: str) -> ir.Value:
+        graph, num_heads = self.graph, self.shape.num_heads
+        # ONNX Runtime's own operator is faster than its standard Attention. Where it is unknown, as to TensorRT, its
+        # function body is the standard one.
+        return graph.op("MultiHeadAttention", queries, keys, values, name=name, domain=MICROSOFT, num_heads=num_heads)
+
+    def functions(self) -> list[onnx.FunctionProto]:
+        """Bodies for the operators of the tower that are not standard ONNX.
+
+        TensorRT refuses an Attention that asks for a softmax in float32, so this one does not ask: fused kernels
+        accumulate in float32 by themselves.
+        """
+        from onnx import helper
+
+        names = ["query", "key", "value"]
+        num_heads = self.shape.num_heads
+        body = helper.make_node("Attention", names, ["output"], q_num_heads=num_heads, kv_num_heads=num_heads)
+        opsets = [helper.make_opsetid("", OPSET)]
+        return [
+            helper.make_function(
+                MICROSOFT, "MultiHeadAttention", names, ["output"], [body], opsets, attributes=["num_heads"]
+            )
+        ]
+
+    def _explicit_attention(self, queries: ir.Value, keys: ir.Value, values: ir.Value, name: str) -> ir.Value:
+        graph, shape = self.graph, self.shape
+        head_size = shape.hidden_size // shape.num_heads
+        split = graph.constant("split_heads", [0, -1, shape.num_heads, head_size])
+        merge = graph.constant("merge_heads", [0, -1, shape.hidden_size])
+
+        def heads(value: ir.Value, perm: list[int]) -> ir.Value:
+            value = graph.op("Reshape", value, split, name=f"{value.name}.split")
+            return graph.op("Transpose", value, name=f"{value.name}.heads", perm=perm)
+
+        scaled = graph.op("Mul", queries, graph.constant("attention_scale", head_size**-0.5), name=f"{name}.scaled")
+        logits = graph.op("MatMul", heads(scaled, [0, 2, 1, 3]), heads(keys, [0, 2, 3, 1]), name=f"{name}.logits")
+        wide = graph.widen(logits, f"{name}.logits.float32")
+        probabilities = graph.op("Softmax", wide, name=f"{name}.probabilities", axis=-1)
+        self.attention_maps.append(probabilities)
+        probabilities = graph.narrow(probabilities, f"{name}.probabilities.half")
+        mixed = graph.op("MatMul", probabilities, heads(values, [0, 2, 1, 3]), name=f"{name}.mixed")
+        mixed = graph.op("Transpose", mixed, name=f"{name}.rows", perm=[0, 2, 1, 3])
+        return graph.op("Reshape", mixed, merge, name=f"{name}.merged")
+
+    def _linear(self, value: ir.Value, path: str, name: str) -> ir.Value:
+        return self.graph.linear(value, f"{path}.weight", f"{path}.bias", name)
+
+    def _norm(self, value: ir.Value, path: str, name: str) -> ir.Value:
+        return self.graph.layer_norm(value, f"{path}.weight", f"{path}.bias", self.config.layer_norm_eps, name)
+
+
+def activation(graph: GraphBuilder, kind: str, value: ir.Value, name: str) -> ir.Value:
+    """One of the activations that CLIP towers and LLaVA projectors use.
+
+    Raises:
+        CheckpointError: for any other.
+    """
+    if kind == "quick_gelu":
+        gate = graph.op("Mul", value, graph.constant("quick_gelu_scale", 1.702), name=f"{name}.scaled")
+        return graph.op("Mul", value, graph.op("Sigmoid", gate, name=f"{name}.gate"), name=name)
+    approximate = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}.get(kind)
+    if approximate is not None:
+        return graph.op("Gelu", value, name=name, approximate=approximate)
+    if kind == "relu":
+        return graph.op("Relu", value, name=name)
+    raise CheckpointError(f"activation {kind!r} is not supported; supported are quick_gelu, gelu and relu")

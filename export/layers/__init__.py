@@ -1,0 +1,1 @@
+"""The choice of the layers that score the patches."""

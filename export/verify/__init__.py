@@ -1,0 +1,1 @@
+"""The numeric checks that every graph passes before a bundle exists."""

@@ -1,0 +1,91 @@
+"""The weights that a written decoder computes with, dequantised, under the names of the checkpoint."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hivtp.export.decoder.w8a8 import PRODUCT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import onnx_ir as ir
+    import torch
+    from numpy.typing import NDArray
+
+    from hivtp.export.checkpoint.folder import Checkpoint
+
+# How the model builder names the nodes of a layer's linear maps; "qkv" is three of them stacked.
+_NODE_NAME = re.compile(r"^/model/layers\.(?P<layer>\d+)/(?P<block>attn|mlp)/(?P<kind>\w+)_proj/")
+_BLOCKS = {"attn": "self_attn", "mlp": "mlp"}
+
+
+class DecoderWeights:
+    """Reads weights as a decoder of the model builder holds them: quantised ones are dequantised.
+
+    Args:
+        checkpoint: gives the weights that the decoder does not quantise.
+        file: the decoder.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, file: Path) -> None:
+        import onnx_ir as ir
+
+        self._checkpoint = checkpoint
+        # By the weight's name: the node that holds it, and which of the node's rows.
+        self._places: dict[str, tuple[ir.Node, slice]] = {}
+        for node in ir.load(file).graph:
+            if node.op_type in ("MatMulNBits", PRODUCT):
+                self._register(node)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A weight by its name in the causal language model, [out, in] float32 where it is quantised."""
+        import torch
+
+        if name not in self._places:
+            return self._checkpoint.language_tensor(name)
+        node, rows = self._places[name]
+        return torch.from_numpy(dequantize(node, rows))
+
+    def _register(self, node: ir.Node) -> None:
+        match = _NODE_NAME.match(node.name or "")
+        if match is None:
+            self._places["lm_head.weight"] = (node, slice(None))
+            return
+        prefix = f"model.layers.{match['layer']}.{_BLOCKS[match['block']]}"
+        if match["kind"] != "qkv":
+            self._places[f"{prefix}.{match['kind']}_proj.weight"] = (node, slice(None))
+            return
+        config = self._checkpoint.config.text_config
+        start = 0
+        for kind, num_heads in zip("qkv", (config.num_attention_heads, *[config.num_key_value_heads] * 2), strict=True):
+            stop = start + num_heads * config.head_dim
+            self._places[f"{prefix}.{kind}_proj.weight"] = (node, slice(start, stop))
+            start = stop
+
+
+def dequantize(node: Any, rows: slice = slice(None)) -> NDArray[np.float32]:
+    """Rows of the weight [out, in] float32 of a com.microsoft node.
+
+    Args:
+        node: a MatMulNBits with symmetric blocks of 4 or 8 bits, or what quantize_products leaves.
+        rows: which.
+    """
+    if node.op_type == PRODUCT:
+        matrix, channel_scales = (node.inputs[index].const_value.numpy() for index in (1, 3))
+        return np.ascontiguousarray((matrix[:, rows] * channel_scales[rows]).T)
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    packed, scales = (node.inputs[index].const_value.numpy() for index in (1, 2))
+    num_out, num_in, bits = attributes["N"], attributes["K"], attributes["bits"]
+    packed, scales = packed.reshape(num_out, -1)[rows], scales.reshape(num_out, -1, 1)[rows]
+    if bits == 4:
+        # Two values in a byte, the lower half first.
+        packed = np.stack([packed & 0xF, packed >> 4], axis=-1)
+    values = packed.reshape(len(packed), -1, attributes["block_size"]).astype(np.float32)
+    # In place: at 7 B the float32 weights of one layer take 0.8 GB.
+    values -= 1 << (bits - 1)
+    values *= scales
+    return np.ascontiguousarray(values.reshape(len(packed), -1)[:, :num_in])

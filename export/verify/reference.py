@@ -1,0 +1,151 @@
+"""The reference: what PyTorch and transformers compute from the same checkpoint, in float32."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from numpy.typing import NDArray
+
+    from hivtp.export.checkpoint.folder import Checkpoint
+    from hivtp_ops.spec import PruningSpec
+
+
+@dataclass(frozen=True)
+class VisionReference:
+    """The unpruned vision stage in float32.
+
+    Attributes:
+        features: [tiles, prefix + patches, width], the layer that LLaVA selects.
+        embeds: [tiles, prefix + patches, hidden of the language model], after the projector.
+        layer_importance: [scoring layers, tiles, patches]; None without a spec.
+    """
+
+    features: NDArray[np.float32]
+    embeds: NDArray[np.float32]
+    layer_importance: NDArray[np.float32] | None
+
+    @property
+    def importance(self) -> NDArray[np.float32] | None:
+        """[tiles, patches], the mean over the scoring layers; None without a spec."""
+        if self.layer_importance is None:
+            return None
+        importance: NDArray[np.float32] = self.layer_importance.mean(axis=0)
+        return importance
+
+
+def vision_reference(
+    checkpoint: Checkpoint, spec: PruningSpec | None, pixel_values: NDArray[np.float32]
+) -> VisionReference:
+    """Run transformers' CLIP tower and projector.
+
+    Args:
+        checkpoint: only its vision and projector weights are read.
+        spec: with its layers resolved.
+        pixel_values: [tiles, 3, H, W] float32.
+    """
+    import torch
+    from transformers import CLIPVisionModel
+    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+    config = checkpoint.config
+    tower = CLIPVisionModel._from_config(config.vision_config, attn_implementation="eager").eval()
+    weights = {name: tensor.float() for name, tensor in checkpoint.part("vision.").items()}
+    tower.load_state_dict(weights, strict=False)
+    projector = LlavaMultiModalProjector(config).eval()
+    projector.load_state_dict({name: tensor.float() for name, tensor in checkpoint.part("projector.").items()})
+
+    received: list[torch.Tensor] = []
+
+    def record(_module: object, _inputs: object, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        # Mean over heads and queries, CLS column dropped (HIVTP, importance; DESIGN.md 2.1).
+        received.append(outputs[1].float().mean(dim=(1, 2))[:, 1:])
+
+    if spec is not None:
+        for index in spec.scoring_layers:
+            tower.encoder.layers[index].self_attn.register_forward_hook(record)
+    with torch.inference_mode():
+        outputs = tower(torch.from_numpy(pixel_values), output_hidden_states=True)
+        features = outputs.hidden_states[config.vision_feature_layer]
+        if config.vision_feature_select_strategy == "default":
+            features = features[:, 1:]
+        embeds = projector(features)
+        layer_importance = torch.stack(received).numpy() if received else None
+    return VisionReference(features.numpy(), embeds.numpy(), layer_importance)
+
+
+def language_reference(
+    config: Any,
+    read_weight: Callable[[str], torch.Tensor],
+    sequences: Sequence[NDArray[np.float32]],
+    num_last: Sequence[int] | None = None,
+) -> list[NDArray[np.float32]]:
+    """Run transformers' language model in float32 with one layer in memory at a time.
+
+    Args:
+        config: the language model's config.
+        read_weight: returns a weight by its name in the causal language model; each is read once.
+        sequences: embeddings, [length, hidden] float32 each; those of one length are computed together.
+        num_last: for each sequence how many of its last positions are wanted; None is all of all.
+
+    Returns:
+        For each sequence the logits of the wanted positions, [positions, vocab] float32.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = deepcopy(config)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config).model
+    members: dict[int, list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        members.setdefault(len(sequence), []).append(index)
+
+    def load(module: Any, prefix: str) -> Any:
+        weights = {name: read_weight(prefix + name).float() for name in module.state_dict()}
+        module.load_state_dict(weights, assign=True)
+        return module.eval()
+
+    with torch.inference_mode():
+        states = {
+            length: torch.from_numpy(np.stack([sequences[index] for index in indices]))
+            for length, indices in members.items()
+        }
+        # Its frequencies are no weights, so it is made anew off the meta device.
+        make_rotary = type(skeleton.rotary_emb)(config)
+        places = {}
+        for length, hidden in states.items():
+            positions = torch.arange(length)[None]
+            places[length] = {
+                "attention_mask": _sees(config, length)[None, None],
+                "position_ids": positions,
+                "position_embeddings": make_rotary(hidden, positions),
+            }
+        for index, layer in enumerate(skeleton.layers):
+            load(layer, f"model.layers.{index}.")
+            states = {length: layer(hidden, **places[length]) for length, hidden in states.items()}
+            layer.to("meta")
+        norm, head = load(skeleton.norm, "model.norm."), read_weight("lm_head.weight").float().T
+        logits: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(sequences)
+        for length, indices in members.items():
+            for row, index in enumerate(indices):
+                first = 0 if num_last is None else length - num_last[index]
+                logits[index] = (norm(states[length][row, first:]) @ head).numpy()
+    return logits
+
+
+def _sees(config: Any, length: int) -> torch.Tensor:
+    """Which positions [length, length] attend to which: those before them, in a sliding window if there is one."""
+    import torch
+
+    sees = torch.ones(length, length, dtype=torch.bool).tril()
+    window = getattr(config, "sliding_window", None)
+    return sees if window is None else sees.triu(1 - window)

@@ -1,0 +1,1 @@
+"""What a user gives: images, prompts, and the text and pixels that a model takes."""

@@ -1,0 +1,237 @@
+"""The preprocessing that a LLaVA-1.5 checkpoint expects: from RGB pictures to pixel values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from hivtp.runtime.inputs.images import MAX_IMAGE_PIXELS
+from hivtp_ops.errors import CheckpointError, ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy.typing as npt
+
+CLIP_TYPES = ("CLIPImageProcessor", "CLIPFeatureExtractor")
+LLAVA_TYPES = ("LlavaImageProcessor",)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageProcessor:
+    """What transformers' CLIPImageProcessor and LlavaImageProcessor (PIL backend) do to an image.
+
+    The fields bear the names of `preprocessor_config.json`, and the defaults are those of both classes.
+    The steps, in order: pad, resize, crop, rescale, normalize.
+
+    Args:
+        do_pad: pad to a square with the mean colour, the image in the middle (LlavaImageProcessor only).
+        do_resize: whether to resize.
+        size: what to resize to, in pixels: the length of the shorter side, or (height, width).
+        resample: the filter, a number of `PIL.Image.Resampling`.
+        do_center_crop: whether to cut out the middle; where the image is smaller, black surrounds it.
+        crop_size: (height, width) of the crop in pixels.
+        do_rescale: whether to multiply the values 0..255 by `rescale_factor`.
+        rescale_factor: see `do_rescale`.
+        do_normalize: whether to subtract `image_mean` and divide by `image_std`.
+        image_mean: one number for each of red, green and blue; also the colour of the padding.
+        image_std: one number for each of red, green and blue.
+
+    Raises:
+        CheckpointError: if a value cannot work, or images of different shapes would come out in different
+            sizes: a vision graph takes one.
+    """
+
+    do_pad: bool = False
+    do_resize: bool = True
+    size: int | tuple[int, int] = 224
+    resample: int = Image.Resampling.BICUBIC.value
+    do_center_crop: bool = True
+    crop_size: tuple[int, int] = (224, 224)
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self) -> None:
+        for name in ("do_pad", "do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+            self._expect(name, "true or false", isinstance(getattr(self, name), bool))
+        is_size = _is_length(self.size) or _is_height_width(self.size)
+        self._expect("size", "the shorter side or (height, width) in pixels", is_size)
+        self._expect("crop_size", "(height, width) in pixels", _is_height_width(self.crop_size))
+        filters = [resample.value for resample in Image.Resampling]
+        self._expect("resample", f"one of Pillow's filters {filters}", self.resample in filters)
+        self._expect("rescale_factor", "a number", _is_number(self.rescale_factor))
+        self._expect("image_mean", "three numbers", _is_rgb(self.image_mean))
+        self._expect("image_std", "three numbers, none 0", _is_rgb(self.image_std) and all(self.image_std))
+        if not (self.do_center_crop or (self.do_resize and (self.do_pad or isinstance(self.size, tuple)))):
+            raise CheckpointError(
+                "image preprocessing: the output would vary in size, and a vision graph takes one size; "
+                "expected do_center_crop, or do_resize with do_pad or with a size of height and width"
+            )
+
+    def _expect(self, name: str, expected: str, is_met: bool) -> None:
+        if not is_met:
+            raise CheckpointError(f"image preprocessing: {name} is {getattr(self, name)!r}; expected {expected}")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ImageProcessor:
+        """Read a checkpoint's `preprocessor_config.json`.
+
+        In a checkpoint of transformers 5 it is the "image_processor" of `processor_config.json`. What is
+        absent takes its default and a null step is off, as in transformers; keys that do not bear on the
+        pixels are ignored. `size` may be an int, [height, width], {"shortest_edge"} or
+        {"height", "width"}; `crop_size` the same without "shortest_edge".
+
+        Raises:
+            CheckpointError: if the type of processor is not supported, or a value is not.
+        """
+        found = config.get("image_processor_type") or config.get("feature_extractor_type")
+        kind = str(found).removesuffix("Fast").removesuffix("Pil")
+        if kind not in CLIP_TYPES + LLAVA_TYPES:
+            raise CheckpointError(
+                f"the image processor of this checkpoint is {found!r}; supported are "
+                f"{', '.join(CLIP_TYPES + LLAVA_TYPES)}, and their Fast and Pil forms"
+            )
+        settings: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            value = config.get(field.name, field.default)
+            if value is None:
+                value = False if field.name.startswith("do_") else field.default
+            settings[field.name] = value
+        if kind in CLIP_TYPES:
+            # CLIP's do_pad evens out a batch, and one size leaves nothing to even out.
+            settings["do_pad"] = False
+        settings["size"] = _read_size(settings["size"], is_square=bool(config.get("default_to_square")))
+        settings["crop_size"] = _read_size(settings["crop_size"], is_square=True)
+        for name in ("image_mean", "image_std"):
+            value = settings[name]
+            settings[name] = (value,) * 3 if _is_number(value) else _as_tuple(value)
+        return cls(**settings)
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of what comes out, whatever goes in."""
+        if self.do_center_crop:
+            return self.crop_size
+        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
+
+    def __call__(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
+        """Turn pictures into the vision graph's input.
+
+        Args:
+            images: as `load_image` gives them.
+
+        Returns:
+            [num_images, 3, height, width] float32, equal to what the checkpoint's own processor makes.
+
+        Raises:
+            ImageError: if an image is so long and thin that resizing or padding would blow it up beyond
+                `MAX_IMAGE_PIXELS`.
+        """
+        pixel_values = np.empty((len(images), 3, *self.output_size), np.float32)
+        for image, channels in zip(images, pixel_values, strict=True):
+            pixels = np.asarray(self.frame(image))
+            for channel, values in enumerate(self._values):
+                # "clip" never clips a uint8 index; it spares numpy a checked copy.
+                np.take(values, pixels[:, :, channel], out=channels[channel], mode="clip")
+        return pixel_values
+
+    def frame(self, image: Image.Image) -> Image.Image:
+        """Give the picture that the model sees: RGB, of `output_size`, before rescaling and normalising."""
+        image = _flatten(image)
+        if self.do_pad:
+            image = self._pad(image)
+        if self.do_resize:
+            height, width = _resized_size(image, self.size)
+            image = image.resize((width, height), self.resample)
+        if self.do_center_crop:
+            height, width = self.crop_size
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            # Pillow fills what lies outside of the image with 0, which is black, as the original does.
+            image = image.crop((left, top, left + width, top + height))
+        return image
+
+    def _pad(self, image: Image.Image) -> Image.Image:
+        side = max(image.size)
+        _check_num_pixels(image, side, side)
+        red, green, blue = (int(mean * 255) for mean in self.image_mean)
+        square = Image.new("RGB", (side, side), (red, green, blue))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
+
+    @cached_property
+    def _values(self) -> npt.NDArray[np.float32]:
+        """[3, 256] float32: what each level of each channel becomes, by the original's own arithmetic."""
+        values = np.arange(256, dtype=np.float32)[None]
+        if self.do_rescale:
+            values = (values.astype(np.float64) * self.rescale_factor).astype(np.float32)
+        if self.do_normalize:
+            mean, std = np.array([self.image_mean, self.image_std], np.float32)[:, :, None]
+            values = (values - mean) / std
+        return np.broadcast_to(values, (3, 256))
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    # transformers puts a white ground under what is transparent. `load_image` drops an alpha channel before
+    # that, as its original does, but a file's single transparent colour is still in `info`, and counts.
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _resized_size(image: Image.Image, size: int | tuple[int, int]) -> tuple[int, int]:
+    if isinstance(size, tuple):
+        return size
+    short, long = sorted(image.size)
+    long = int(size * long / short)
+    height, width = (long, size) if image.width <= image.height else (size, long)
+    _check_num_pixels(image, height, width)
+    return height, width
+
+
+def _check_num_pixels(image: Image.Image, height: int, width: int) -> None:
+    if height * width > MAX_IMAGE_PIXELS:
+        raise ImageError(
+            f"an image of {image.width} x {image.height} pixels is too long and thin: resizing or padding it "
+            f"for the model would make {width} x {height} pixels; crop it first"
+        )
+
+
+def _read_size(size: Any, is_square: bool) -> Any:
+    """Bring the forms that a size has on the hub to an int (the shorter side) or (height, width)."""
+    match size:
+        case {"shortest_edge": length, **rest} if not rest and not is_square:
+            return length
+        case {"height": height, "width": width, **rest} if not rest:
+            return height, width
+        case int() if is_square:
+            return size, size
+    return _as_tuple(size)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_length(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_height_width(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_length, value))
+
+
+def _is_rgb(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 3 and all(map(_is_number, value))

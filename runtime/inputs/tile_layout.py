@@ -1,0 +1,74 @@
+"""How a LLaVA-NeXT image lies on its tiles, and which patches its padding takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class TileLayout:
+    """How a picture lies on its tiles.
+
+    Tile 0 is the base tile, the whole picture. The others follow in raster order; together they show the
+    picture once more, larger, with padding on two opposite sides where its shape is not that of the tile grid.
+
+    Attributes:
+        tile_rows: rows of the tile grid, which does not count the base tile.
+        tile_cols: columns of the tile grid.
+        image_size: (height, width) of the original picture in pixels.
+    """
+
+    tile_rows: int
+    tile_cols: int
+    image_size: tuple[int, int]
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the picture, the base tile included."""
+        return 1 + self.tile_rows * self.tile_cols
+
+    def patch_rows(self, grid: tuple[int, int]) -> slice:
+        """Give the rows of patches of the whole tile grid that the model keeps when it unpads.
+
+        The slice is empty where the picture is so wide that it is less than one row of patches high.
+
+        Args:
+            grid: rows and columns of patches in one tile.
+        """
+        return self._unpadded(grid)[0]
+
+    def patch_cols(self, grid: tuple[int, int]) -> slice:
+        """Give the columns of patches of the whole tile grid that remain; see `patch_rows`."""
+        return self._unpadded(grid)[1]
+
+    def patch_mask(self, grid: tuple[int, int]) -> NDArray[np.bool_]:
+        """Tell the patches of the picture from those of the padding.
+
+        Args:
+            grid: rows and columns of patches in one tile.
+
+        Returns:
+            [num_tiles, patches] bool, True for a patch of the picture; the base tile has no padding.
+        """
+        rows, cols = grid
+        picture = np.zeros((self.tile_rows * rows, self.tile_cols * cols), np.bool_)
+        picture[self._unpadded(grid)] = True
+        tiles = picture.reshape(self.tile_rows, rows, self.tile_cols, cols).swapaxes(1, 2)
+        return np.concatenate([np.ones((1, rows * cols), np.bool_), tiles.reshape(-1, rows * cols)])
+
+    def _unpadded(self, grid: tuple[int, int]) -> tuple[slice, slice]:
+        # As transformers' unpad_image has it, operation by operation: floats decide which rows go, and rounding to 7
+        # places is what keeps a product of 2.9999999999999996 from losing one.
+        height, width = self.image_size
+        rows, cols = self.tile_rows * grid[0], self.tile_cols * grid[1]
+        if width / height > cols / rows:
+            padding = (rows - int(round(height * (cols / width), 7))) // 2
+            return slice(padding, rows - padding), slice(0, cols)
+        padding = (cols - int(round(width * (rows / height), 7))) // 2
+        return slice(0, rows), slice(padding, cols - padding)

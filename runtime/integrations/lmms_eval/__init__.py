@@ -1,0 +1,1 @@
+"""A bundle as a model of lmms-eval."""

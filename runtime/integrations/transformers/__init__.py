@@ -1,0 +1,57 @@
+"""The rule in a loaded Hugging Face model, for those who stay in transformers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, get_args
+
+from hivtp.runtime.integrations.transformers.image_pruner import EncodedImages, has_tiles
+from hivtp.runtime.integrations.transformers.pruned_model import PrunedModel
+from hivtp.runtime.vision.packing import NewlineRule
+from hivtp_ops.errors import SettingsError
+
+if TYPE_CHECKING:
+    from hivtp.runtime.integrations.transformers.image_pruner import Llava
+    from hivtp_ops import PruningSpec
+
+__all__ = ["EncodedImages", "PrunedModel", "prune"]
+
+
+def prune(model: Llava, spec: PruningSpec, *, newline: NewlineRule = "kept-rows") -> PrunedModel:
+    """Make a model prune, until `restore` or the end of a `with` block.
+
+    Nothing but this model changes, and of it only `generate` and a hook before `forward`; its attention
+    implementation stays, as does every other model. For transformers 5.16 to 5.23.
+
+    Args:
+        model: LLaVA-1.5 or LLaVA-NeXT with a CLIP vision tower, on any device and of any dtype.
+        spec: the settings; its layers may be left open.
+        newline: LLaVA-NeXT: which rows of the unpadded picture keep their newline token: those that kept a patch,
+            all, or none.
+
+    Raises:
+        SettingsError: the model is of another class, has another vision tower or select strategy, or is pruned
+            already; or there is no such newline rule.
+        SpecError: the spec does not fit the tower or its grid.
+    """
+    from transformers import CLIPVisionModel, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+
+    if not isinstance(model, LlavaForConditionalGeneration | LlavaNextForConditionalGeneration):
+        raise SettingsError(
+            f"cannot prune a {type(model).__name__}; expected a LlavaForConditionalGeneration or a "
+            "LlavaNextForConditionalGeneration of transformers"
+        )
+    if isinstance(getattr(model.generate, "__self__", None), PrunedModel):
+        raise SettingsError("this model is pruned already; call restore() on what prune() gave before pruning again")
+    tower, strategy = model.model.vision_tower, model.config.vision_feature_select_strategy
+    if not isinstance(tower, CLIPVisionModel):
+        raise SettingsError(
+            f"the vision tower is a {type(tower).__name__}; the rule needs a CLIPVisionModel, which has a CLS token "
+            "and a square grid of patches"
+        )
+    if strategy not in (["default"] if has_tiles(model) else ["default", "full"]):
+        raise SettingsError(f"vision_feature_select_strategy {strategy!r} is not supported for {type(model).__name__}")
+    if newline not in get_args(NewlineRule):
+        raise SettingsError(f"newline must be one of {', '.join(get_args(NewlineRule))}, not {newline!r}")
+    side = tower.config.image_size // tower.config.patch_size
+    spec.validate((side, side))
+    return PrunedModel(model, spec.resolve(tower.config.num_hidden_layers), (side, side), newline)

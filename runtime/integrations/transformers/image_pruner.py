@@ -1,0 +1,146 @@
+"""Pictures through the vision tower and the projector of a transformers model, pruned between the two."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hivtp.runtime.inputs.tile_layout import TileLayout
+from hivtp.runtime.integrations.transformers.token_blocks import NEWLINE, keep_tokens, picture_blocks
+from hivtp.runtime.vision.torch_tower import run_tower
+from hivtp_ops import torch_op
+from hivtp_ops.errors import PromptError, ScoreError
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    import torch
+    from numpy.typing import NDArray
+    from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+
+    from hivtp.runtime.vision.packing import NewlineRule
+    from hivtp_ops import PruningSpec
+
+    Llava: TypeAlias = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """What is left of some images.
+
+    Attributes:
+        embeds: [num_kept_tokens, hidden], one image after the other, in the order of the unpruned tokens.
+        is_kept: [num_unpruned_tokens] bool, which of the unpruned tokens those are, newlines included.
+        kept_indices: [tiles, capacity] int64, as `hivtp_ops.torch_op.hierarchical_prune` gives them.
+        kept_counts: [tiles] int64, likewise.
+        importance: [tiles, patches] float32, -inf in the padding of LLaVA-NeXT.
+    """
+
+    embeds: torch.Tensor
+    is_kept: torch.Tensor
+    kept_indices: torch.Tensor
+    kept_counts: torch.Tensor
+    importance: torch.Tensor
+
+
+class ImagePruner:
+    """Encodes pictures as a model does, but for what the rule drops; leaves the model as it is.
+
+    Args:
+        model: LLaVA-1.5 or LLaVA-NeXT with a CLIP vision tower.
+        spec: the settings, with their layers resolved.
+        grid: rows and columns of patches in a tile.
+        newline: see `prune`.
+    """
+
+    def __init__(self, model: Llava, spec: PruningSpec, grid: tuple[int, int], newline: NewlineRule) -> None:
+        self.model = model
+        self.spec = spec
+        self.grid = grid
+        self.newline = newline
+
+    def encode(self, pixel_values: torch.Tensor, image_sizes: Any = None) -> EncodedImages:
+        """Run the vision tower and the projector, and prune between the two.
+
+        The tower stops at the layer whose features are used, and the projector sees the kept tokens only.
+
+        Args:
+            pixel_values: as the processor gives them: [images, 3, H, W]; for LLaVA-NeXT
+                [images, most tiles, 3, H, W] or [tiles, 3, H, W].
+            image_sizes: LLaVA-NeXT: [images, 2], height and width of each picture in pixels.
+
+        Raises:
+            PromptError: pixels and sizes do not match.
+            ScoreError: the importance scores hold NaN.
+        """
+        import torch
+
+        model = self.model.model
+        tiles, blocks = self._lay_out(pixel_values, image_sizes)
+        layers = model.config.vision_feature_layer
+        num_layers = model.config.vision_config.num_hidden_layers
+        wanted = [range(num_layers + 1)[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+        features, importance = run_tower(model.vision_tower, tiles, wanted, self.spec.scoring_layers)
+        assert importance is not None, "prune() resolves the scoring layers"
+        is_picture = np.zeros(features.shape[:2], np.bool_)
+        for block in blocks:
+            is_picture.ravel()[block[block != NEWLINE]] = True
+        is_padding = torch.from_numpy(~is_picture[:, 1:]).to(importance.device)
+        importance = importance.masked_fill(is_padding, -torch.inf)
+        if importance.isnan().any():
+            raise ScoreError("the importance scores hold NaN: the vision tower overflowed; load it in a wider dtype")
+        kept_indices, kept_counts = torch_op.prune(importance, self.grid, self.spec)
+
+        # Patch i is token i + 1, so that no patch (-1) falls on the CLS, which stays wherever a block has it.
+        scattered = torch.zeros(features.shape[:2], dtype=torch.bool, device=kept_indices.device)
+        stays = scattered.scatter_(1, kept_indices + 1, True).cpu().numpy()
+        stays[:, 0] = True
+        flags = [keep_tokens(block, stays.ravel(), self.newline) for block in blocks]
+        tokens = np.concatenate([block[is_kept] for block, is_kept in zip(blocks, flags, strict=True)])
+        is_kept = np.concatenate([block_flags.ravel() for block_flags in flags])
+
+        is_patch = torch.from_numpy(tokens != NEWLINE).to(features.device)
+        rows = torch.from_numpy(tokens).to(features.device)[is_patch]
+        embeds = model.multi_modal_projector(features.flatten(0, 1)[rows])
+        if len(rows) < len(tokens):
+            newlines = model.image_newline.to(embeds).expand(len(tokens), -1)
+            embeds = newlines.masked_scatter(is_patch[:, None].to(embeds.device), embeds)
+        return EncodedImages(embeds, torch.from_numpy(is_kept), kept_indices, kept_counts, importance)
+
+    def _lay_out(self, pixel_values: torch.Tensor, image_sizes: Any) -> tuple[torch.Tensor, list[NDArray[np.int64]]]:
+        """Pixels of all tiles [tiles, 3, H, W], and where the unpruned tokens come from; see `_picture_blocks`."""
+        import torch
+
+        config = self.model.config
+        if not has_tiles(self.model):
+            size = len(pixel_values), 1 + math.prod(self.grid)
+            first = int(config.vision_feature_select_strategy == "default")
+            return pixel_values, [np.arange(math.prod(size)).reshape(size)[:, first:]]
+
+        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+        if image_sizes is None:
+            raise PromptError("LLaVA-NeXT needs image_sizes beside pixel_values; pass both as the processor gave them")
+        pinpoints, side = config.image_grid_pinpoints, config.vision_config.image_size
+        layouts = []
+        for height, width in torch.as_tensor(image_sizes).tolist():
+            rows, cols = get_anyres_image_grid_shape((height, width), pinpoints, side)
+            layouts.append(TileLayout(rows, cols, (height, width)))
+        if pixel_values.dim() == 5:
+            # Pictures with fewer tiles than another are padded with empty ones.
+            pictures = zip(pixel_values, layouts, strict=False)
+            pixel_values = torch.cat([tiles[: layout.num_tiles] for tiles, layout in pictures])
+        if len(pixel_values) != (num_tiles := sum(layout.num_tiles for layout in layouts)):
+            raise PromptError(
+                f"pixel_values holds {len(pixel_values)} tiles and image_sizes calls for {num_tiles}; "
+                "pass both as the processor gave them"
+            )
+        return pixel_values, picture_blocks(layouts, self.grid)
+
+
+def has_tiles(model: Llava) -> bool:
+    """Whether the model is LLaVA-NeXT."""
+    return bool(model.config.model_type == "llava_next")

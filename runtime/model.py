@@ -1,0 +1,272 @@
+"""The stages of a bundle: a request prepared, its images encoded, its prompt embedded."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hivtp.engines import open_vision_engine
+from hivtp.engines.bundle import Bundle
+from hivtp.runtime.attempt import memory_errors
+from hivtp.runtime.inputs.images import image_name, load_image
+from hivtp.runtime.inputs.prompt import PromptTemplate
+from hivtp.runtime.inputs.tokenizer import Tokenizer
+from hivtp.runtime.language import LanguageOptions, create_language
+from hivtp.runtime.vision import VisionOptions, create_image_encoder
+from hivtp.runtime.vision.encoder import EncodedImage
+from hivtp_ops.errors import EngineError, EngineWarning, HivtpError, ImageError, PromptError
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from PIL import Image
+
+    from hivtp.engines.base import Engine
+    from hivtp.engines.bundle import LanguageManifest
+    from hivtp.runtime.inputs.prepared_image import PreparedImage
+    from hivtp.runtime.language.base import LanguageBackend
+    from hivtp.runtime.language.sampling import SamplingParams
+    from hivtp.runtime.request import Request
+    from hivtp.runtime.vision.cache import CachedEncoder
+
+
+@dataclass(frozen=True)
+class PreparedPrompt:
+    """A checked request.
+
+    Attributes:
+        token_ids: of the whole conversation, one placeholder per image.
+        images: in the order of the placeholders: pixels, or what an earlier turn has encoded.
+        sampling: resolved.
+        preprocess_ms: see Timings.
+    """
+
+    token_ids: list[int]
+    images: list[PreparedImage | EncodedImage]
+    sampling: SamplingParams
+    preprocess_ms: float
+
+    @property
+    def pixels(self) -> list[PreparedImage]:
+        """The images that are still to be encoded."""
+        return [image for image in self.images if not isinstance(image, EncodedImage)]
+
+    def encoded(self, images: Sequence[EncodedImage], vision_ms: float) -> EncodedPrompt:
+        """The same after the vision stage, with these in the place of `pixels`."""
+        new = iter(images)
+        both = [image if isinstance(image, EncodedImage) else next(new) for image in self.images]
+        num_earlier = len(both) - len(images)
+        return EncodedPrompt(self.token_ids, both, num_earlier, self.sampling, self.preprocess_ms, vision_ms)
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A request whose images went through the vision stage.
+
+    Attributes:
+        token_ids, sampling, preprocess_ms: see PreparedPrompt.
+        images: one for each placeholder.
+        num_earlier_images: how many of them earlier turns of a chat have encoded; they come first.
+        vision_ms: see Timings.
+    """
+
+    token_ids: list[int]
+    images: list[EncodedImage]
+    num_earlier_images: int
+    sampling: SamplingParams
+    preprocess_ms: float
+    vision_ms: float
+
+    @property
+    def new_images(self) -> list[EncodedImage]:
+        """The images that this request brought."""
+        return self.images[self.num_earlier_images :]
+
+
+class Model:
+    """The stages of a bundle. Several threads may use it at once.
+
+    Args:
+        bundle: what the stages were made from.
+        images: images to the embeddings of their kept tokens.
+        template: a conversation to the text that the model was trained on.
+        tokenizer: text to token ids and back.
+        language: embeddings to logits.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        images: CachedEncoder,
+        template: PromptTemplate,
+        tokenizer: Tokenizer,
+        language: LanguageBackend,
+    ) -> None:
+        self.bundle = bundle
+        self.images = images
+        self.template = template
+        self.tokenizer = tokenizer
+        self.language = language
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        vision: VisionOptions,
+        language: LanguageOptions,
+        *,
+        check_hashes: bool = False,
+        trust_plans: bool = False,
+    ) -> Model:
+        """Load a bundle; see `Pipeline.load`."""
+        bundle = Bundle.open(folder, check_hashes=check_hashes)
+        decoder = create_language(bundle, language)
+        try:
+            engine = _open_vision(bundle, vision, language, trust_plans=trust_plans)
+            return cls(
+                bundle,
+                create_image_encoder(bundle, engine, vision),
+                PromptTemplate.from_json(bundle.read_json("prompt.json")),
+                Tokenizer.load(bundle.processor_folder),
+                decoder,
+            )
+        except BaseException:
+            decoder.close()
+            raise
+
+    @property
+    def manifest(self) -> LanguageManifest:
+        """What the bundle says of its language model."""
+        assert self.bundle.manifest.language is not None, "create_language refuses an encoder bundle"
+        return self.bundle.manifest.language
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return self.manifest.eos_token_ids
+
+    def prepare(self, request: Request) -> PreparedPrompt:
+        """Check and tokenise a request, and read and resize its images.
+
+        Raises:
+            ImageError: an image cannot be read or is refused, and which.
+            OutOfMemoryError: memory ran out.
+            PromptError: the template loses words or an image, or the prompt is longer than the context.
+        """
+        started = time.perf_counter()
+        messages = request.messages
+        sources = [image for message in messages for image in message.images]
+        text = self.template.render(messages, self.tokenizer)
+        token_ids = self.template.encode(self.tokenizer, text, self.manifest.image_token_id)
+        # What pruning keeps is known after the vision stage only; the least that it can be is refused here.
+        self._check_length(len(token_ids) + len(sources) * (self.bundle.manifest.vision.num_prefix_tokens - 1))
+        with memory_errors():
+            images = [self._prepare_image(source, number, len(sources)) for number, source in enumerate(sources, 1)]
+        sampling = request.sampling.resolved(self.manifest.sampling)
+        return PreparedPrompt(token_ids, images, sampling, milliseconds_since(started))
+
+    def encode(self, prompt: PreparedPrompt) -> EncodedPrompt:
+        """Run the vision stage on a request's images.
+
+        Raises:
+            EngineError: the engine failed.
+            OutOfMemoryError: memory ran out.
+            ScoreError: the scores of an image hold NaN.
+        """
+        started = time.perf_counter()
+        with memory_errors():
+            images = self.images.encode(prompt.pixels)
+        return prompt.encoded(images, milliseconds_since(started))
+
+    def embed(self, prompt: EncodedPrompt) -> NDArray[np.float32]:
+        """The prompt's embeddings [length, hidden] float32, with each image's tokens in place of its placeholder.
+
+        Raises:
+            PromptError: they are longer than the context.
+        """
+        token_ids = prompt.token_ids
+        length = len(token_ids) + sum(len(image.embeds) - 1 for image in prompt.images)
+        self._check_length(length)
+        embeds = self.language.embed(token_ids)
+        if not prompt.images:
+            return embeds
+        pieces: list[NDArray[np.float32]] = []
+        start = 0
+        for position, image in zip(self._image_positions(token_ids), prompt.images, strict=True):
+            pieces += [embeds[start:position], image.embeds]
+            start = position + 1
+        return np.concatenate([*pieces, embeds[start:]])
+
+    def keys(self, prompt: EncodedPrompt) -> list[Hashable]:
+        """What stands at each position of `embed`: a token id, or the digest of an image."""
+        images = iter(prompt.images)
+        keys: list[Hashable] = []
+        for token_id in prompt.token_ids:
+            if token_id == self.manifest.image_token_id:
+                image = next(images)
+                keys += [image.digest] * len(image.embeds)
+            else:
+                keys.append(token_id)
+        return keys
+
+    def close(self) -> None:
+        """Release engines, caches and processes; nothing can be asked after this."""
+        self.language.close()
+        self.images.close()
+        self.template.close()
+
+    def _prepare_image(self, source: Any, number: int, num_images: int) -> PreparedImage | EncodedImage:
+        if isinstance(source, EncodedImage):
+            return source
+        place = f"image {number} of {num_images}: " if num_images > 1 else ""
+        try:
+            image: Image.Image = load_image(source)
+        except ImageError as error:
+            raise ImageError(f"{place}{error}") from error
+        try:
+            return self.images.prepare(image)
+        except ImageError as error:
+            raise ImageError(f"{place}{image_name(source)}: {error}") from error
+
+    def _image_positions(self, token_ids: list[int]) -> list[int]:
+        return [position for position, token_id in enumerate(token_ids) if token_id == self.manifest.image_token_id]
+
+    def _check_length(self, length: int) -> None:
+        if length >= self.language.context_length:
+            raise PromptError(
+                f"the prompt takes {length} tokens, images and earlier turns included; the context of this model holds "
+                f"{self.language.context_length}, answer included: shorten the prompt, give fewer images, or start a "
+                "new chat"
+            )
+
+
+def milliseconds_since(started: float) -> float:
+    """From a reading of `time.perf_counter` to now."""
+    return (time.perf_counter() - started) * 1e3
+
+
+def _open_vision(bundle: Bundle, vision: VisionOptions, language: LanguageOptions, *, trust_plans: bool) -> Engine:
+    """The engine that runs the vision stage; the tower of a checkpoint where the language model runs in it on a GPU."""
+    has_checkpoint = language.backend == "transformers"
+    is_on_gpu = has_checkpoint and language.device not in ("auto", "cpu")
+    if vision.engine == "transformers" and not has_checkpoint:
+        raise EngineError(
+            "the vision engine transformers runs the tower of the checkpoint that the language backend transformers "
+            "has; choose that backend too, or another engine"
+        )
+    if vision.engine == "transformers" or (vision.engine == "auto" and is_on_gpu):
+        from hivtp.runtime.vision.torch_tower import TransformersVision
+
+        try:
+            return TransformersVision(bundle, language)
+        except HivtpError as error:
+            if vision.engine != "auto":
+                raise
+            warnings.warn(f"the checkpoint's vision tower cannot run: {error}", EngineWarning, stacklevel=2)
+    return open_vision_engine(bundle, vision.engine, vision.engine_settings, trust_plans=trust_plans)

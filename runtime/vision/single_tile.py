@@ -1,0 +1,50 @@
+"""LLaVA-1.5: an image is one tile, and its tokens are the tile's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hivtp.runtime.inputs.prepared_image import PreparedImage
+from hivtp.runtime.vision.encoder import EncodedImage, TileFrame
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+
+    from hivtp.runtime.inputs.image_processor import ImageProcessor
+    from hivtp.runtime.vision.stage import VisionStage
+
+
+class SingleTileEncoder:
+    """See ImageEncoder.
+
+    Args:
+        processor: images to pixels.
+        vision: pixels to the embeddings of the kept tokens.
+    """
+
+    def __init__(self, processor: ImageProcessor, vision: VisionStage) -> None:
+        self._processor = processor
+        self._vision = vision
+
+    def prepare(self, image: Image.Image) -> PreparedImage:
+        """See ImageEncoder.prepare."""
+        return PreparedImage(self._processor([image]), None)
+
+    def encode(self, images: Sequence[PreparedImage]) -> list[EncodedImage]:
+        """See ImageEncoder.encode."""
+        if not images:
+            return []
+        tiles = self._vision.encode(np.concatenate([image.pixel_values for image in images]))
+        num_tokens = self._vision.manifest.num_image_tokens
+        return [
+            EncodedImage(tile.embeds, (tile.patches,), num_tokens, image.digest)
+            for tile, image in zip(tiles, images, strict=True)
+        ]
+
+    def frames(self, image: Image.Image) -> list[TileFrame]:
+        """See ImageEncoder.frames."""
+        return [TileFrame(self._processor.frame(image))]

@@ -1,0 +1,158 @@
+"""The vision stage: pixels to the embeddings of the kept tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from hivtp_ops.errors import EngineError, ScoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from hivtp.engines.base import Engine
+    from hivtp.engines.bundle import VisionManifest
+
+T = TypeVar("T", bound=np.generic)
+
+
+@dataclass(frozen=True)
+class KeptPatches:
+    """Which patches of one tile were kept, and why.
+
+    Attributes:
+        kept_indices: [num_kept_patches] int64 raster indices.
+        importance: [patches] float32; None where nothing is pruned.
+    """
+
+    kept_indices: NDArray[np.int64]
+    importance: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class EncodedTile:
+    """What the language model sees of one tile.
+
+    Attributes:
+        embeds: [num_kept_tokens, hidden] float32, the prefix tokens first, then the patches in raster order.
+        patches: the kept patches.
+    """
+
+    embeds: NDArray[np.float32]
+    patches: KeptPatches
+
+
+class VisionStage:
+    """Runs the vision graph of a bundle.
+
+    Args:
+        engine: holds the graph.
+        manifest: describes it.
+        max_tiles_per_run: more tiles than this, or than the engine takes, go through the graph in several runs,
+            which bounds its memory; an int8 graph always runs one by one.
+    """
+
+    def __init__(self, engine: Engine, manifest: VisionManifest, max_tiles_per_run: int) -> None:
+        self.engine = engine
+        self.manifest = manifest
+        # An int8 graph takes one scale for the activations of a whole run, so tiles in it would change each other.
+        most = 1 if manifest.precision == "int8" else max_tiles_per_run
+        self.max_tiles_per_run = most if engine.max_tiles is None else min(most, engine.max_tiles)
+        self.is_pruned = "kept_indices" in engine.output_names
+
+    def encode(
+        self, pixel_values: NDArray[np.float32], patch_mask: NDArray[np.bool_] | None = None
+    ) -> list[EncodedTile]:
+        """Encode tiles.
+
+        Args:
+            pixel_values: [tiles, 3, image_size, image_size] float32, normalised.
+            patch_mask: [tiles, patches] bool, False for padding, which is never kept; for LLaVA-NeXT.
+
+        Returns:
+            One EncodedTile per tile; each is what the tile gives alone. Its arrays hold no memory of the others.
+
+        Raises:
+            ScoreError: the scores hold NaN, so no patch can be ranked.
+            EngineError: the engine failed, or the graph's outputs are not those that the manifest describes.
+        """
+        tiles: list[EncodedTile] = []
+        for start in range(0, len(pixel_values), self.max_tiles_per_run):
+            chunk = slice(start, start + self.max_tiles_per_run)
+            tiles += self._run(pixel_values[chunk], None if patch_mask is None else patch_mask[chunk], start)
+        return tiles
+
+    def _run(
+        self, pixel_values: NDArray[np.float32], patch_mask: NDArray[np.bool_] | None, first_tile: int
+    ) -> list[EncodedTile]:
+        if not self.is_pruned:
+            outputs = self.engine.run({"pixel_values": pixel_values})
+            self._check(outputs, len(pixel_values))
+            return self._unpruned(outputs["image_embeds"], patch_mask)
+        inputs = {"pixel_values": pixel_values} | ({} if patch_mask is None else {"patch_mask": patch_mask})
+        outputs = self.engine.run(inputs)
+        self._check(outputs, len(pixel_values))
+        importance = outputs["importance"]
+        if np.isnan(importance).any():
+            tile = first_tile + int(np.isnan(importance).any(axis=1).argmax())
+            raise ScoreError(
+                f"the importance scores of tile {tile} hold NaN: the vision graph overflowed on this image; "
+                "export it with --vision-precision fp32, or check the checkpoint's weights"
+            )
+        prefix = self.manifest.num_prefix_tokens
+        return [
+            EncodedTile(_own(tile[: prefix + count]), KeptPatches(_own(indices[:count]), _own(scores)))
+            for tile, indices, count, scores in zip(
+                outputs["image_embeds"],
+                outputs["kept_indices"],
+                outputs["kept_counts"].tolist(),
+                importance,
+                strict=True,
+            )
+        ]
+
+    def _unpruned(self, embeds: NDArray[np.float32], patch_mask: NDArray[np.bool_] | None) -> list[EncodedTile]:
+        every_patch = np.arange(self.manifest.num_patches)
+        if patch_mask is None:
+            return [EncodedTile(_own(tile), KeptPatches(every_patch, None)) for tile in embeds]
+        return [
+            EncodedTile(tile[is_image], KeptPatches(every_patch[is_image], None))
+            for tile, is_image in zip(embeds, patch_mask, strict=True)
+        ]
+
+    def _check(self, outputs: Mapping[str, NDArray[Any]], num_tiles: int) -> None:
+        """Refuse outputs that the manifest does not describe: a bundle may come from a stranger."""
+        manifest = self.manifest
+        tokens, patches = manifest.num_prefix_tokens + manifest.capacity, manifest.num_patches
+        shapes: dict[str, tuple[int, ...]] = {"image_embeds": (num_tiles, tokens, manifest.hidden_size)}
+        if self.is_pruned:
+            shapes |= {
+                "kept_indices": (num_tiles, manifest.capacity),
+                "kept_counts": (num_tiles,),
+                "importance": (num_tiles, patches),
+            }
+        for name, shape in shapes.items():
+            if name not in outputs or outputs[name].shape != shape:
+                found = "absent" if name not in outputs else f"of shape {list(outputs[name].shape)}"
+                raise EngineError(
+                    f"the vision graph's output {name} is {found}, and the manifest says {list(shape)}; "
+                    "export the bundle again"
+                )
+        if not self.is_pruned:
+            return
+        indices, counts = outputs["kept_indices"], outputs["kept_counts"]
+        is_kept = np.arange(manifest.capacity) < counts[:, None]
+        is_valid = (counts >= 0).all() and (counts <= manifest.capacity).all()
+        if not is_valid or not ((indices >= 0) & (indices < patches))[is_kept].all():
+            raise EngineError(
+                f"the vision graph keeps patches that a grid of {patches} does not have; export the bundle again"
+            )
+
+
+def _own(part: NDArray[T]) -> NDArray[T]:
+    """A copy of a part of a run's output, so that a tile that is kept does not hold the memory of its whole run."""
+    return part if part.base is None or part.nbytes == part.base.nbytes else part.copy()

@@ -1,0 +1,96 @@
+"""LLaVA-NeXT: an image is a base tile and a grid of tiles, packed with newline tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hivtp.runtime.vision.encoder import EncodedImage, TileFrame
+from hivtp.runtime.vision.packing import newline_rule, pack_tiles, tile_budgets, trim_tile
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from PIL import Image
+
+    from hivtp.engines.bundle import TilingManifest
+    from hivtp.runtime.inputs.prepared_image import PreparedImage
+    from hivtp.runtime.inputs.tile_layout import TileLayout
+    from hivtp.runtime.inputs.tiling import Tiler
+    from hivtp.runtime.vision.stage import EncodedTile, VisionStage
+    from hivtp_ops import PruningSpec
+
+
+class TiledEncoder:
+    """See ImageEncoder.
+
+    Args:
+        tiler: images to tiles.
+        vision: tiles to the embeddings of their kept tokens.
+        spec: what the vision graph prunes by; None where it does not.
+        manifest: newline rule and budget.
+        newline: [hidden] float32, the newline token's embedding.
+    """
+
+    def __init__(
+        self,
+        tiler: Tiler,
+        vision: VisionStage,
+        spec: PruningSpec | None,
+        manifest: TilingManifest,
+        newline: NDArray[np.float32],
+    ) -> None:
+        self._tiler = tiler
+        self._vision = vision
+        self._spec = spec
+        self._manifest = manifest
+        self._newline = newline
+        self._newline_rule = newline_rule(manifest.newline)
+        self._grid = vision.manifest.grid
+
+    def prepare(self, image: Image.Image) -> PreparedImage:
+        """See ImageEncoder.prepare."""
+        return self._tiler(image)
+
+    def encode(self, images: Sequence[PreparedImage]) -> list[EncodedImage]:
+        """See ImageEncoder.encode."""
+        if not images:
+            return []
+        layouts = []
+        for image in images:
+            assert image.layout is not None, "the tiler lays every image out"
+            layouts.append(image.layout)
+        masks = [layout.patch_mask(self._grid) for layout in layouts]
+        tiles = self._vision.encode(np.concatenate([image.pixel_values for image in images]), np.concatenate(masks))
+        encoded, start = [], 0
+        for layout, image in zip(layouts, images, strict=True):
+            encoded.append(self._pack(layout, tiles[start : start + layout.num_tiles], image.digest))
+            start += layout.num_tiles
+        return encoded
+
+    def frames(self, image: Image.Image) -> list[TileFrame]:
+        """See ImageEncoder.frames."""
+        layout = self._tiler.layout((image.height, image.width))
+        base, grid = self._tiler.frames(image)
+        return [TileFrame(base), TileFrame(grid, layout.tile_rows, layout.tile_cols)]
+
+    def _pack(self, layout: TileLayout, tiles: list[EncodedTile], digest: bytes) -> EncodedImage:
+        total = self._manifest.keep_total
+        if total is not None and self._spec is not None:
+            scores = np.stack([tile.patches.importance for tile in tiles if tile.patches.importance is not None])
+            budgets = tile_budgets(scores, total, self._manifest.min_for_base, self._vision.manifest.capacity)
+            tiles = [
+                trim_tile(tile, int(keep), self._grid, self._spec) for tile, keep in zip(tiles, budgets, strict=True)
+            ]
+        # The unpruned model ends every row, whatever the rule for pruned ones.
+        rule = "all" if self._spec is None else self._newline_rule
+        embeds = pack_tiles(layout, self._grid, tiles, self._newline, rule)
+        patches = tuple(tile.patches for tile in tiles)
+        return EncodedImage(embeds, patches, self._num_unpruned_tokens(layout), digest)
+
+    def _num_unpruned_tokens(self, layout: TileLayout) -> int:
+        rows, cols = layout.patch_rows(self._grid), layout.patch_cols(self._grid)
+        num_rows, num_cols = (len(range(part.start, part.stop)) for part in (rows, cols))
+        return self._grid[0] * self._grid[1] + num_rows * (num_cols + 1)

@@ -1,0 +1,306 @@
+"""The vision graphs against the Hugging Face model, and what the graphs may and may not hold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from transformers import LlavaForConditionalGeneration
+
+from benchmarks.checkpoints import make_checkpoint
+from hivtp.engines import cpu_engine, create_engine
+from hivtp.export.checkpoint.folder import Checkpoint
+from hivtp.export.graph.builder import quantize_per_channel, save_model
+from hivtp.export.graph.clip import VisionShape
+from hivtp.export.graph.vision import build_vision_graph
+from hivtp.export.verify.checks import jaccard, relative_error, sample_pixels
+from hivtp_ops import PruningSpec, select
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+
+class Reference:
+    """The whole Hugging Face model with eager attention: features, embeddings, scores."""
+
+    def __init__(self, folder: Path, pixel_values: NDArray[np.float32], spec: PruningSpec | None) -> None:
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        model = model.eval().model
+        pixels = torch.from_numpy(pixel_values)
+        layer = model.config.vision_feature_layer
+        with torch.inference_mode():
+            tower = model.vision_tower(pixels, output_attentions=True, output_hidden_states=True)
+            features = tower.hidden_states[layer]
+            if model.config.vision_feature_select_strategy == "default":
+                features = features[:, 1:]
+            self.features = features.numpy()
+            # transformers takes layer 0 for "not given" and fails.
+            embeds = model.multi_modal_projector(features) if layer == 0 else self._image_features(model, pixels)
+            self.embeds = embeds.numpy()
+        if spec is not None:
+            layers = slice(spec.first_layer, spec.first_layer + spec.num_layers)
+            self.attention = torch.stack(tower.attentions[layers], dim=1).numpy()
+            self.importance = self.attention.mean(axis=(1, 2, 3))[:, 1:]
+
+    @staticmethod
+    def _image_features(model: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.stack(list(model.get_image_features(pixels).pooler_output))
+
+
+def write(folder: Path, file: Path, spec: PruningSpec | None, precision: str = "fp32", kind: str = "vision") -> Path:
+    save_model(build_vision_graph(Checkpoint.open(folder), spec, precision, kind), file)
+    return file
+
+
+def run(file: Path, pixel_values: NDArray[np.float32], precision: str = "fp32") -> dict[str, NDArray[Any]]:
+    return create_engine(cpu_engine(precision), file).run({"pixel_values": pixel_values})
+
+
+def check_pruned(folder: Path, tmp_path: Path, spec: PruningSpec, num_tiles: int = 3) -> None:
+    shape = VisionShape.of(Checkpoint.open(folder).config)
+    spec = spec.resolve(shape.num_layers)
+    pixels = sample_pixels(num_tiles, shape.image_size)
+    reference = Reference(folder, pixels, spec)
+    outputs = run(write(folder, tmp_path / "model.onnx", spec), pixels)
+    expected = select(reference.importance, shape.grid, spec)
+    assert np.abs(outputs["importance"] - reference.importance).max() <= 1e-6
+    np.testing.assert_array_equal(outputs["kept_indices"], expected.indices)
+    np.testing.assert_array_equal(outputs["kept_counts"], expected.counts)
+    prefix = shape.num_prefix_tokens
+    for tile, count in enumerate(expected.counts):
+        rows = np.concatenate([np.arange(prefix), expected.indices[tile, :count] + prefix])
+        found = outputs["image_embeds"][tile]
+        assert relative_error(found[: prefix + count], reference.embeds[tile, rows]) <= 1e-4
+        assert not found[prefix + count :].any()
+
+
+@pytest.mark.parametrize("preset", ["paper", "288", "192", "128", "64"])
+def test_every_preset_equals_hugging_face(tiny_checkpoint: Path, tmp_path: Path, preset: str) -> None:
+    check_pruned(tiny_checkpoint, tmp_path, PruningSpec.preset(preset, (8, 8)))
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize("feature_layer", [-1, -2, -3, -7, 0, 1, 4, 6])
+def test_any_feature_layer_and_strategy_equals_hugging_face(tmp_path: Path, feature_layer: int, strategy: str) -> None:
+    folder = make_checkpoint(
+        tmp_path / "checkpoint", vision_feature_layer=feature_layer, vision_feature_select_strategy=strategy
+    )
+    check_pruned(folder, tmp_path, PruningSpec(first_layer=2, num_layers=2))
+    pixels = sample_pixels(2, 64)
+    outputs = run(write(folder, tmp_path / "unpruned.onnx", None), pixels)
+    assert relative_error(outputs["image_embeds"], Reference(folder, pixels, None).embeds) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {"hidden_size": 32, "num_attention_heads": 2, "image_size": 60, "patch_size": 12, "num_hidden_layers": 4},
+        {"hidden_size": 64, "num_attention_heads": 1, "hidden_act": "gelu", "num_hidden_layers": 2},
+        {"layer_norm_eps": 1e-3, "hidden_act": "gelu_pytorch_tanh", "image_size": 112, "patch_size": 16},
+    ],
+)
+def test_any_tower_size_equals_hugging_face(tmp_path: Path, vision: dict[str, Any]) -> None:
+    check_pruned(make_checkpoint(tmp_path / "checkpoint", vision=vision), tmp_path, PruningSpec(window=3))
+
+
+def test_scoring_layers_beyond_the_features_still_score(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    check_pruned(tiny_checkpoint, tmp_path, PruningSpec(first_layer=4, num_layers=2))
+
+
+def test_a_projector_without_bias_equals_hugging_face(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint", multimodal_projector_bias=False, projector_hidden_act="relu")
+    check_pruned(folder, tmp_path, PruningSpec())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_weights_are_computed_in_float32(tmp_path: Path, dtype: str) -> None:
+    folder = make_checkpoint(tmp_path / "half", dtype=dtype)
+    check_pruned(folder, tmp_path, PruningSpec())
+
+
+def test_every_tile_of_a_batch_is_what_it_is_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = write(tiny_checkpoint, tmp_path / "model.onnx", PruningSpec().resolve(6))
+    pixels = sample_pixels(5, 64)
+    together = run(file, pixels)
+    for tile in range(5):
+        alone = run(file, pixels[tile : tile + 1])
+        np.testing.assert_array_equal(together["kept_indices"][tile], alone["kept_indices"][0])
+        np.testing.assert_allclose(together["image_embeds"][tile], alone["image_embeds"][0], atol=1e-6)
+
+
+def test_the_encoder_graph_emits_features_and_attention(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    spec = PruningSpec(first_layer=1, num_layers=3).resolve(6)
+    pixels = sample_pixels(2, 64)
+    outputs = run(write(tiny_checkpoint, tmp_path / "encoder.onnx", spec, kind="encoder"), pixels)
+    reference = Reference(tiny_checkpoint, pixels, spec)
+    assert list(outputs) == ["features", "attention", "importance"]
+    assert outputs["attention"].shape == (2, 3, 3, 65, 65)
+    assert relative_error(outputs["features"], reference.features) <= 1e-4
+    assert np.abs(outputs["attention"] - reference.attention).max() <= 1e-5
+    assert np.abs(outputs["importance"] - reference.importance).max() <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("precision", "max_error", "min_jaccard"), [("fp16", 1e-2, 0.95), ("bf16", 2e-2, 0.95), ("int8", 1e-1, 0.8)]
+)
+def test_lower_precision_stays_within_its_tolerance(
+    tiny_checkpoint: Path, tmp_path: Path, precision: str, max_error: float, min_jaccard: float
+) -> None:
+    spec = PruningSpec().resolve(6)
+    pixels = sample_pixels(2, 64)
+    reference = Reference(tiny_checkpoint, pixels, spec)
+    outputs = run(write(tiny_checkpoint, tmp_path / "model.onnx", spec, precision), pixels, precision)
+    assert outputs["image_embeds"].dtype == np.float32
+    assert jaccard(outputs["kept_indices"], select(reference.importance, (8, 8), spec).indices) >= min_jaccard
+    kept = np.maximum(outputs["kept_indices"], 0)[:, :, None]
+    expected = np.take_along_axis(reference.embeds, kept, axis=1) * (outputs["kept_indices"] >= 0)[:, :, None]
+    assert 0 < relative_error(outputs["image_embeds"], expected) <= max_error
+
+
+def load(file: Path) -> onnx.ModelProto:
+    return onnx.load(file, load_external_data=False)
+
+
+def test_the_graph_needs_nothing_but_standard_operators(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = write(tiny_checkpoint, tmp_path / "model.onnx", PruningSpec().resolve(6))
+    onnx.checker.check_model(str(file), full_check=True)
+    model = load(file)
+    # What is not standard has a body that is, so that any runtime takes the graph.
+    bodies = {(function.domain, function.name): function for function in model.functions}
+    assert bodies.keys() == {("hivtp", "HierarchicalPrune"), ("com.microsoft", "MultiHeadAttention")}
+    assert {(node.domain, node.op_type) for node in model.graph.node if node.domain} == bodies.keys()
+    assert {node.domain for body in bodies.values() for node in body.node} == {""}
+    [prune] = [node for node in model.graph.node if node.domain == "hivtp"]
+    assert {item.name: item.s for item in prune.attribute}["plugin_namespace"] == b"hivtp"
+
+
+def test_only_scoring_layers_materialise_attention_and_the_last_layer_never_runs(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    spec = PruningSpec(first_layer=1, num_layers=2).resolve(6)
+    model = load(write(tiny_checkpoint, tmp_path / "model.onnx", spec))
+    softmax = [node.name for node in model.graph.node if node.op_type == "Softmax"]
+    fused = [node.name for node in model.graph.node if node.op_type == "MultiHeadAttention"]
+    assert softmax == [f"layers.{index}.attention.probabilities" for index in (1, 2)]
+    assert fused == [f"layers.{index}.attention.fused" for index in (0, 3, 4)]
+    used = " ".join(initializer.name for initializer in model.graph.initializer)
+    assert "encoder.layers.4." in used
+    assert "encoder.layers.5." not in used
+    assert "post_layernorm" not in used
+
+
+def test_an_unpruned_graph_scores_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = load(write(tiny_checkpoint, tmp_path / "model.onnx", None))
+    assert not [node for node in model.graph.node if node.op_type in ("Softmax", "ReduceMean", "HierarchicalPrune")]
+    assert [output.name for output in model.graph.output] == ["image_embeds"]
+
+
+def test_projector_and_last_layer_see_kept_tokens_only(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    spec = PruningSpec.preset("192", (8, 8)).resolve(6)
+    file = write(tiny_checkpoint, tmp_path / "model.onnx", spec)
+    model = load(file)
+    watched = [
+        "projector.inner",
+        "projector.output",
+        "layers.4.fc1",
+        "layers.4.attention.queries",
+        "layers.4.attention.keys.matmul",
+    ]
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in watched)
+    onnx.save(model, file)
+    outputs = run(file, sample_pixels(1, 64))
+    num_rows = {name: outputs[name].shape[1] for name in watched}
+    assert spec.keep == 21
+    assert num_rows == dict.fromkeys(watched[:4], 21) | {"layers.4.attention.keys.matmul": 65}
+
+
+def test_the_body_of_fused_attention_computes_what_its_kernel_does(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = write(tiny_checkpoint, tmp_path / "model.onnx", PruningSpec().resolve(6))
+    model = load(file)
+    # Under another name no runtime has a kernel, and the body is what runs.
+    for node in [*model.graph.node, *model.functions]:
+        if node.domain == "com.microsoft":
+            node.domain = "unknown"
+    model.opset_import.append(onnx.helper.make_opsetid("unknown", 1))
+    onnx.save(model, tmp_path / "renamed.onnx")
+    pixels = sample_pixels(2, 64)
+    with_kernel, with_body = run(file, pixels), run(tmp_path / "renamed.onnx", pixels)
+    assert relative_error(with_body["image_embeds"], with_kernel["image_embeds"]) < 1e-5
+    np.testing.assert_array_equal(with_body["kept_indices"], with_kernel["kept_indices"])
+
+
+@pytest.mark.parametrize(
+    ("precision", "half"), [("fp16", onnx.TensorProto.FLOAT16), ("bf16", onnx.TensorProto.BFLOAT16)]
+)
+def test_half_graphs_keep_norms_softmax_and_scores_in_float32(
+    tiny_checkpoint: Path, tmp_path: Path, precision: str, half: int
+) -> None:
+    spec = PruningSpec(first_layer=1, num_layers=2).resolve(6)
+    file = write(tiny_checkpoint, tmp_path / "model.onnx", spec, precision)
+    onnx.checker.check_model(str(file), full_check=True)
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(file))
+    dtypes = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    for node in inferred.graph.node:
+        if node.op_type in ("LayerNormalization", "Softmax", "ReduceMean"):
+            assert dtypes[node.input[0]] == onnx.TensorProto.FLOAT, node.name
+        if node.op_type in ("MatMul", "MultiHeadAttention"):
+            assert dtypes[node.output[0]] == half, node.name
+    floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+    for weight in inferred.graph.initializer:
+        is_island = weight.name.endswith(".float32") or weight.name in ("layer_share", "padding")
+        assert weight.data_type not in floats or (weight.data_type == onnx.TensorProto.FLOAT) == is_island, weight.name
+    for value in (*inferred.graph.input, *inferred.graph.output):
+        assert value.type.tensor_type.elem_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.INT64)
+
+
+def test_weights_in_bfloat16_reach_a_bf16_graph_bit_for_bit(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "checkpoint", dtype="bfloat16"))
+    save_model(build_vision_graph(checkpoint, None, "bf16"), tmp_path / "model.onnx")
+    weights = {weight.name: weight for weight in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    num_compared = 0
+    for name in (name for name in weights if name.removesuffix(".T") in checkpoint.locations):
+        stored = checkpoint.tensor(name.removesuffix(".T")).view(torch.int16).numpy()
+        found = numpy_helper.to_array(weights[name]).view(np.int16)
+        if name.endswith(".T"):
+            stored = stored.reshape(len(stored), -1).T
+        np.testing.assert_array_equal(found.ravel(), stored.ravel(), name)
+        num_compared += 1
+    # Of each layer six matrices and three biases, of all the CLS, positions, the patches' kernel and the projector's.
+    assert num_compared == 5 * (6 + 3) + 3 + 4
+    # What is folded of several weights is rounded at the end.
+    path = "vision.encoder.layers.0.self_attn"
+    output, values, bias = (
+        checkpoint.tensor(f"{path}.{name}").float() for name in ("out_proj.weight", "v_proj.bias", "out_proj.bias")
+    )
+    folded = numpy_helper.to_array(weights[f"{path}.out_proj.bias_with_values"]).view(np.int16)
+    np.testing.assert_array_equal(folded, (output @ values + bias).bfloat16().view(torch.int16).numpy())
+
+
+def test_int8_linear_layers_become_one_fused_kernel_each(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = write(tiny_checkpoint, tmp_path / "model.onnx", None, "int8")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in load(tmp_path / "optimized.onnx").graph.node]
+    assert "MatMulInteger" not in kinds
+    # Five layers of six linear maps, and the projector's two; queries, keys and values share one quantisation.
+    assert kinds.count("DynamicQuantizeMatMul") + kinds.count("MatMulIntegerToFloat") == 5 * 6 + 2
+    assert kinds.count("DynamicQuantizeLinear") == 5
+
+
+def test_quantisation_per_channel_rounds_to_half_a_step() -> None:
+    weight = np.random.default_rng(0).normal(size=(7, 33)).astype(np.float32)
+    weight[3] = 0
+    matrix, scale = quantize_per_channel(weight)
+    assert matrix.dtype == np.int8
+    assert matrix.shape == (33, 7)
+    error = np.abs(matrix.T * scale[:, None] - weight)
+    assert (error <= scale[:, None] * 0.5001).all()
+    assert not matrix[:, 3].any()
