@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hivtp.runtime.attempt import memory_errors
 from hivtp.runtime.generation import Generation, pieces_of, scheduler_for
 
 if TYPE_CHECKING:
@@ -22,28 +22,28 @@ class AnswerStream:
         model: answers.
         prompt: what is asked.
         decode: from the request to the pieces of its answer; None decodes it in a scheduler of its own.
-
-    Attributes:
-        images: what the language model sees of each image; empty until the first piece was asked for.
     """
 
     def __init__(
         self, model: Model, prompt: PreparedPrompt, decode: Callable[[Generation], Iterator[str]] | None = None
     ) -> None:
-        self.images: list[EncodedImage] = []
-        self._answer: Answer | None = None
-        self._pieces = self._run(model, prompt, decode)
+        self._result = _Result()
+        self._pieces = _run(model, prompt, decode, self._result)
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        with memory_errors():
-            return next(self._pieces)
+        return next(self._pieces)
 
     def close(self) -> None:
         """Give the answer up, and its memory back; an exhausted stream stays as it is."""
         self._pieces.close()
+
+    @property
+    def images(self) -> list[EncodedImage]:
+        """What the language model sees of each image; empty until the first piece was asked for."""
+        return self._result.images
 
     @property
     def answer(self) -> Answer:
@@ -52,20 +52,32 @@ class AnswerStream:
         Raises:
             RuntimeError: the stream is not exhausted.
         """
-        if self._answer is None:
+        if self._result.answer is None:
             raise RuntimeError("the answer is complete when the stream is exhausted; iterate it first")
-        return self._answer
+        return self._result.answer
 
-    def _run(
-        self, model: Model, prompt: PreparedPrompt, decode: Callable[[Generation], Iterator[str]] | None
-    ) -> Generator[str]:
-        encoded = model.encode(prompt)
-        self.images = encoded.new_images
-        # The pixels have done their part.
-        del prompt
-        generation = Generation(model, encoded)
-        if decode is None:
-            yield from pieces_of(scheduler_for(model, [generation]), generation)
-        else:
-            yield from decode(generation)
-        self._answer = generation.answer()
+
+@dataclass
+class _Result:
+    """What a stream has come to; apart from it, so that the memory of one that is dropped is free at once."""
+
+    images: list[EncodedImage] = field(default_factory=list)
+    answer: Answer | None = None
+
+
+def _run(
+    model: Model,
+    prompt: PreparedPrompt,
+    decode: Callable[[Generation], Iterator[str]] | None,
+    result: _Result,
+) -> Generator[str]:
+    encoded = model.encode(prompt)
+    result.images = encoded.new_images
+    # The pixels have done their part.
+    del prompt
+    generation = Generation(model, encoded)
+    if decode is None:
+        yield from pieces_of(scheduler_for(model, [generation]), generation)
+    else:
+        yield from decode(generation)
+    result.answer = generation.answer()

@@ -1,4 +1,4 @@
-"""One of several requests: its result, or the error that it alone failed with."""
+"""What one request raises, as an error of hivtp: it costs no other request its answer."""
 
 from __future__ import annotations
 
@@ -15,47 +15,42 @@ T = TypeVar("T")
 
 
 def attempt(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | HivtpError:
-    """Call a function and return its result, or its exception as a HivtpError.
-
-    Any exception counts, not only ours: whatever one request makes a library raise must not reach another request.
-    """
+    """Call a function and return its result, or what it raises as a HivtpError."""
     try:
-        return function(*args, **kwargs)
+        with request_errors():
+            return function(*args, **kwargs)
     except HivtpError as error:
         return error
-    except MemoryError as error:
-        return out_of_memory(error)
-    except Exception as error:  # noqa: BLE001  see above
-        return unexpected(error)
 
 
 @contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn a MemoryError into an OutOfMemoryError, which says what to do.
+def request_errors() -> Iterator[None]:
+    """Turn whatever one request makes a library raise into a HivtpError.
+
+    A panic of a library written in Rust counts too, which is no Exception. What ends the program passes through.
 
     Raises:
+        HivtpError: as it is.
         OutOfMemoryError: memory ran out in the block.
+        RequestError: anything else was raised.
     """
     try:
         yield
-    except OutOfMemoryError:
+    except (HivtpError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except MemoryError as error:
-        raise out_of_memory(error) from error
+        raise OutOfMemoryError(
+            f"memory ran out for this request ({_text(error)}); give fewer or smaller images, a shorter prompt, or ask "
+            "for fewer requests or tokens at once"
+        ) from error
+    except BaseException as error:
+        raise RequestError(
+            f"the request failed: {type(error).__name__}: {_text(error)}; please report this as a bug of hivtp"
+        ) from error
 
 
-def out_of_memory(error: MemoryError) -> OutOfMemoryError:
-    """The error of a request for which memory ran out."""
-    found = OutOfMemoryError(
-        f"memory ran out for this request ({error or 'no details'}); give fewer or smaller images, a shorter prompt, "
-        "or ask for fewer requests or tokens at once"
-    )
-    found.__cause__ = error
-    return found
-
-
-def unexpected(error: Exception) -> RequestError:
-    """The error of a request that made a library raise something that nobody foresaw."""
-    found = RequestError(f"the request failed: {type(error).__name__}: {error}; please report this as a bug of hivtp")
-    found.__cause__ = error
-    return found
+def _text(error: BaseException) -> str:
+    try:
+        return str(error) or "no details"
+    except Exception:  # noqa: BLE001  its own method may fail, too
+        return "no details"

@@ -39,7 +39,9 @@ class Chat:
         self._system = system
         self._history: list[Message] = []
         self._scheduler: Scheduler | None = None
+        # The turn that is being answered, and how many have begun.
         self._current: Generation | None = None
+        self._num_begun = 0
 
     @property
     def history(self) -> tuple[Message, ...]:
@@ -65,31 +67,38 @@ class Chat:
             PromptError: as in `Pipeline.stream`, or the conversation no longer fits the context.
             RuntimeError: from the stream, when a newer turn has begun before it ended.
         """
-        request = Request(prompt, images, sampling or SamplingParams(), self._system, tuple(self._history))
+        sampling = SamplingParams() if sampling is None else sampling
+        request = Request(prompt, images, sampling, self._system, tuple(self._history))
         prepared = self._model.prepare(request)
         message = request.message
+        # From here on this turn is the newest one, and an older one that was not finished is given up.
+        self._give_up()
+        self._num_begun += 1
+        number = self._num_begun
 
         def decode(generation: Generation) -> Iterator[str]:
-            scheduler = self._begin(generation)
-            for piece in pieces_of(scheduler, generation):
+            self._check_is_newest(number)
+            for piece in pieces_of(self._scheduler_for(generation), generation):
                 yield piece
-                self._check_is_newest(generation)
+                self._check_is_newest(number)
             answer = Message("assistant", [generation.answer().text])
             self._history += [_with_encoded(message, generation.prompt.new_images), answer]
 
         return AnswerStream(self._model, prepared, decode)
 
-    def _begin(self, generation: Generation) -> Scheduler:
-        """Make this turn the newest one; an older one that was not finished is given up."""
+    def _scheduler_for(self, generation: Generation) -> Scheduler:
         if self._scheduler is None:
             self._scheduler = scheduler_for(self._model, [generation], keeps_slots=True)
-        if self._current is not None:
-            self._scheduler.cancel(self._current)
         self._current = generation
         return self._scheduler
 
-    def _check_is_newest(self, generation: Generation) -> None:
-        if self._current is not generation:
+    def _give_up(self) -> None:
+        if self._scheduler is not None and self._current is not None:
+            self._scheduler.cancel(self._current)
+        self._current = None
+
+    def _check_is_newest(self, number: int) -> None:
+        if number != self._num_begun:
             raise RuntimeError("a newer turn of this chat has begun; finish a stream before the next question")
 
 

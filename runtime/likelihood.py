@@ -9,6 +9,7 @@ import numpy as np
 
 from hivtp.runtime.attempt import attempt
 from hivtp.runtime.generation import Generation, decode_together
+from hivtp.runtime.inputs.messages import check_text
 from hivtp.runtime.language.sampling import SamplingParams, token_logprobs
 from hivtp.runtime.request import Request
 from hivtp_ops.errors import HivtpError, PromptError
@@ -64,6 +65,9 @@ def likelihoods(model: Model, continuations: Sequence[Continuation]) -> list[Lik
 
 def _open_reader(model: Model, continuation: Continuation) -> _Reader:
     request = Request(continuation.prompt, continuation.images)
+    if not isinstance(continuation.text, str):
+        raise PromptError(f"a continuation must be a str, not a {type(continuation.text).__name__}")
+    check_text(continuation.text)
     prepared = model.prepare(request)
     text = model.template.render(request.messages, model.tokenizer) + model.tokenizer.escape(continuation.text)
     token_ids = model.template.encode(model.tokenizer, text, model.manifest.image_token_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from dataclasses import dataclass
@@ -11,17 +12,18 @@ import numpy as np
 
 from hivtp.engines import open_vision_engine
 from hivtp.engines.bundle import Bundle
-from hivtp.runtime.attempt import memory_errors
+from hivtp.runtime.attempt import request_errors
 from hivtp.runtime.inputs.images import image_name, load_image
 from hivtp.runtime.inputs.prompt import PromptTemplate
 from hivtp.runtime.inputs.tokenizer import Tokenizer
 from hivtp.runtime.language import LanguageOptions, create_language
+from hivtp.runtime.language.base import closed_error
 from hivtp.runtime.vision import VisionOptions, create_image_encoder
 from hivtp.runtime.vision.encoder import EncodedImage
 from hivtp_ops.errors import EngineError, EngineWarning, HivtpError, ImageError, PromptError
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -61,8 +63,7 @@ class PreparedPrompt:
         """The same after the vision stage, with these in the place of `pixels`."""
         new = iter(images)
         both = [image if isinstance(image, EncodedImage) else next(new) for image in self.images]
-        num_earlier = len(both) - len(images)
-        return EncodedPrompt(self.token_ids, both, num_earlier, self.sampling, self.preprocess_ms, vision_ms)
+        return EncodedPrompt(self.token_ids, both, list(images), self.sampling, self.preprocess_ms, vision_ms)
 
 
 @dataclass(frozen=True)
@@ -72,21 +73,16 @@ class EncodedPrompt:
     Attributes:
         token_ids, sampling, preprocess_ms: see PreparedPrompt.
         images: one for each placeholder.
-        num_earlier_images: how many of them earlier turns of a chat have encoded; they come first.
+        new_images: those of them that this request brought; the others earlier turns of a chat have encoded.
         vision_ms: see Timings.
     """
 
     token_ids: list[int]
     images: list[EncodedImage]
-    num_earlier_images: int
+    new_images: list[EncodedImage]
     sampling: SamplingParams
     preprocess_ms: float
     vision_ms: float
-
-    @property
-    def new_images(self) -> list[EncodedImage]:
-        """The images that this request brought."""
-        return self.images[self.num_earlier_images :]
 
 
 class Model:
@@ -113,6 +109,7 @@ class Model:
         self.template = template
         self.tokenizer = tokenizer
         self.language = language
+        self._is_closed = False
 
     @classmethod
     def load(
@@ -155,53 +152,60 @@ class Model:
         """Check and tokenise a request, and read and resize its images.
 
         Raises:
+            EngineError: the model is closed.
             ImageError: an image cannot be read or is refused, and which.
             OutOfMemoryError: memory ran out.
             PromptError: the template loses words or an image, or the prompt is longer than the context.
+            RequestError: a library failed in a way that nobody foresaw.
         """
-        started = time.perf_counter()
-        messages = request.messages
-        sources = [image for message in messages for image in message.images]
-        text = self.template.render(messages, self.tokenizer)
-        token_ids = self.template.encode(self.tokenizer, text, self.manifest.image_token_id)
-        # What pruning keeps is known after the vision stage only; the least that it can be is refused here.
-        self._check_length(len(token_ids) + len(sources) * (self.bundle.manifest.vision.num_prefix_tokens - 1))
-        with memory_errors():
+        with self._request_errors():
+            started = time.perf_counter()
+            messages = request.messages
+            sources = [image for message in messages for image in message.images]
+            text = self.template.render(messages, self.tokenizer)
+            token_ids = self.template.encode(self.tokenizer, text, self.manifest.image_token_id)
+            # What pruning keeps is known after the vision stage only; the least that it can be is refused here.
+            self._check_length(len(token_ids) + len(sources) * (self.bundle.manifest.vision.num_prefix_tokens - 1))
             images = [self._prepare_image(source, number, len(sources)) for number, source in enumerate(sources, 1)]
-        sampling = request.sampling.resolved(self.manifest.sampling)
-        return PreparedPrompt(token_ids, images, sampling, milliseconds_since(started))
+            sampling = request.sampling.resolved(self.manifest.sampling)
+            return PreparedPrompt(token_ids, images, sampling, milliseconds_since(started))
 
     def encode(self, prompt: PreparedPrompt) -> EncodedPrompt:
         """Run the vision stage on a request's images.
 
         Raises:
-            EngineError: the engine failed.
+            EngineError: the engine failed, or the model is closed.
             OutOfMemoryError: memory ran out.
+            RequestError: a library failed in a way that nobody foresaw.
             ScoreError: the scores of an image hold NaN.
         """
         started = time.perf_counter()
-        with memory_errors():
-            images = self.images.encode(prompt.pixels)
+        images = self.encode_images(prompt.pixels)
         return prompt.encoded(images, milliseconds_since(started))
+
+    def encode_images(self, images: Sequence[PreparedImage]) -> list[EncodedImage]:
+        """Run the vision stage on images of one request or of several; see `encode`."""
+        with self._request_errors():
+            return self.images.encode(images)
 
     def embed(self, prompt: EncodedPrompt) -> NDArray[np.float32]:
         """The prompt's embeddings [length, hidden] float32, with each image's tokens in place of its placeholder.
 
         Raises:
+            EngineError: the model is closed.
+            OutOfMemoryError: memory ran out.
             PromptError: they are longer than the context.
         """
-        token_ids = prompt.token_ids
-        length = len(token_ids) + sum(len(image.embeds) - 1 for image in prompt.images)
-        self._check_length(length)
-        embeds = self.language.embed(token_ids)
-        if not prompt.images:
-            return embeds
-        pieces: list[NDArray[np.float32]] = []
-        start = 0
-        for position, image in zip(self._image_positions(token_ids), prompt.images, strict=True):
-            pieces += [embeds[start:position], image.embeds]
-            start = position + 1
-        return np.concatenate([*pieces, embeds[start:]])
+        with self._request_errors():
+            token_ids = prompt.token_ids
+            self._check_length(len(token_ids) + sum(len(image.embeds) - 1 for image in prompt.images))
+            embeds = self.language.embed(token_ids)
+            pieces: list[NDArray[np.float32]] = []
+            start = 0
+            for position, image in zip(self._image_positions(token_ids), prompt.images, strict=True):
+                pieces += [embeds[start:position], image.embeds]
+                start = position + 1
+            return np.concatenate([*pieces, embeds[start:]])
 
     def keys(self, prompt: EncodedPrompt) -> list[Hashable]:
         """What stands at each position of `embed`: a token id, or the digest of an image."""
@@ -216,10 +220,28 @@ class Model:
         return keys
 
     def close(self) -> None:
-        """Release engines, caches and processes; nothing can be asked after this."""
-        self.language.close()
-        self.images.close()
-        self.template.close()
+        """Release engines, caches and processes; all that is asked after this raises an EngineError."""
+        if not self._is_closed:
+            self._is_closed = True
+            self.language.close()
+            self.images.close()
+            self.template.close()
+
+    @contextlib.contextmanager
+    def _request_errors(self) -> Iterator[None]:
+        """Whatever goes wrong with one request is an error of hivtp, and a model that is closed says so."""
+        try:
+            with request_errors():
+                self._check_open()
+                yield
+        except HivtpError:
+            # What fails since the model was closed meanwhile is no fault of the request.
+            self._check_open()
+            raise
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise closed_error()
 
     def _prepare_image(self, source: Any, number: int, num_images: int) -> PreparedImage | EncodedImage:
         if isinstance(source, EncodedImage):
@@ -229,6 +251,11 @@ class Model:
             image: Image.Image = load_image(source)
         except ImageError as error:
             raise ImageError(f"{place}{error}") from error
+        except Exception as error:
+            if isinstance(error, MemoryError):
+                raise
+            # Whatever a caller's object makes Python or Pillow raise.
+            raise ImageError(f"{place}the {type(source).__name__} cannot be read as an image: {error}") from error
         try:
             return self.images.prepare(image)
         except ImageError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
@@ -20,14 +20,13 @@ from hivtp.runtime.vision import VisionOptions
 from hivtp_ops.errors import HivtpError, PromptError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Generator
     from pathlib import Path
     from types import TracebackType
 
     from hivtp.runtime.answer import Answer
     from hivtp.runtime.inputs.images import ImageSource
     from hivtp.runtime.model import EncodedPrompt, PreparedPrompt
-    from hivtp.runtime.vision.encoder import EncodedImage
 
 
 class Pipeline:
@@ -75,7 +74,10 @@ class Pipeline:
         return cls(Model.load(bundle, *options, check_hashes=check_hashes, trust_plans=trust_plans))
 
     def close(self) -> None:
-        """Release engines, caches and processes; nothing can be asked after this."""
+        """Release engines, caches and processes; whatever is asked after this raises an EngineError.
+
+        An answer that is being streamed ends with that error, too, and holds its own memory until it is dropped.
+        """
         self.model.close()
 
     def __enter__(self) -> Self:
@@ -122,17 +124,21 @@ class Pipeline:
             the model runs as the pieces are asked for.
 
         Raises:
+            EngineError: an engine failed, or the pipeline is closed; also from the stream.
             ImageError: an image cannot be read or is refused.
             OutOfMemoryError: memory ran out; also from the stream.
             PromptError: the prompt is empty, does not fit the images, or is longer than the context.
+            RequestError: a library failed in a way that nobody foresaw; also from the stream.
+            ScoreError: the scores of an image hold NaN; from the stream.
             SettingsError: a setting cannot work.
         """
         if isinstance(prompt, Request):
-            if images or sampling is not None or system is not None:
+            has_images = not isinstance(images, Sequence) or len(images) > 0
+            if has_images or sampling is not None or system is not None:
                 raise PromptError("a Request holds images, sampling and system; give nothing beside it")
             request = prompt
         else:
-            request = Request(prompt, images, sampling or SamplingParams(), system)
+            request = Request(prompt, images, SamplingParams() if sampling is None else sampling, system)
         return AnswerStream(self.model, self.model.prepare(request))
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Answer | HivtpError]:
@@ -151,15 +157,12 @@ class Pipeline:
         """
         if isinstance(requests, str) or not isinstance(requests, Sequence):
             raise PromptError(f"requests must be a list of Request, not {type(requests).__name__}")
-        results: dict[int, Generation | HivtpError] = {
-            index: attempt(Generation, self.model, prompt) if not isinstance(prompt, HivtpError) else prompt
-            for index, prompt in self._encode_batch(requests).items()
-        }
-        generations = [item for item in results.values() if isinstance(item, Generation)]
-        decode_together(self.model, generations)
-        return [
-            item if isinstance(item, HivtpError) else attempt(finished, item) for _, item in sorted(results.items())
+        results = [
+            prompt if isinstance(prompt, HivtpError) else attempt(Generation, self.model, prompt)
+            for prompt in self._encode_batch(requests)
         ]
+        decode_together(self.model, [result for result in results if isinstance(result, Generation)])
+        return [result if isinstance(result, HivtpError) else attempt(finished, result) for result in results]
 
     def generate_each(self, requests: Iterable[Request]) -> Generator[Answer | HivtpError]:
         """Answer requests in order; while one is decoded, a thread prepares the images of the next.
@@ -194,22 +197,23 @@ class Pipeline:
         """
         return Chat(self.model, system)
 
-    def _encode_batch(self, requests: Sequence[Request]) -> Mapping[int, EncodedPrompt | HivtpError]:
+    def _encode_batch(self, requests: Sequence[Request]) -> list[EncodedPrompt | HivtpError]:
         """Each request with its images encoded, all in one batch, or one by one where that fails."""
-        prepared = {index: attempt(self._prepare, request) for index, request in enumerate(requests)}
-        good = {index: prompt for index, prompt in prepared.items() if not isinstance(prompt, HivtpError)}
+        prepared = [attempt(self._prepare, request) for request in requests]
+        prompts = [prompt for prompt in prepared if not isinstance(prompt, HivtpError)]
         started = time.perf_counter()
-        together = attempt(self.model.images.encode, [image for prompt in good.values() for image in prompt.pixels])
+        together = attempt(self.model.encode_images, [image for prompt in prompts for image in prompt.pixels])
         vision_ms = milliseconds_since(started)
-        encoded: dict[int, EncodedPrompt | HivtpError] = {}
-        if isinstance(together, HivtpError):
-            encoded.update({index: attempt(self.model.encode, prompt) for index, prompt in good.items()})
-        else:
-            images: Iterator[EncodedImage] = iter(together)
-            for index, prompt in good.items():
-                encoded[index] = prompt.encoded([next(images) for _ in prompt.pixels], vision_ms)
-        errors = {index: prompt for index, prompt in prepared.items() if isinstance(prompt, HivtpError)}
-        return encoded | errors
+
+        def encoded(prompt: PreparedPrompt | HivtpError) -> EncodedPrompt | HivtpError:
+            if isinstance(prompt, HivtpError):
+                return prompt
+            if isinstance(images, HivtpError):
+                return attempt(self.model.encode, prompt)
+            return prompt.encoded([next(images) for _ in prompt.pixels], vision_ms)
+
+        images = together if isinstance(together, HivtpError) else iter(together)
+        return [encoded(prompt) for prompt in prepared]
 
     def _prepare(self, request: Request) -> PreparedPrompt:
         if not isinstance(request, Request):
@@ -218,7 +222,8 @@ class Pipeline:
 
     def _generate_each(self, requests: Iterable[Request]) -> Generator[Answer | HivtpError]:
         with Prefetch(lambda request: self.model.encode(self._prepare(request)), requests) as prefetch:
-            while (asked_at := time.perf_counter()) and (item := prefetch.take()) is not None:
+            asked_at = time.perf_counter()
+            while (item := prefetch.take()) is not None:
                 # The next request is taken at the first token, so its images are encoded while this one decodes.
                 result = attempt(_answer_one, self.model, item.result, max(asked_at, item.taken_at), prefetch.begin)
                 # Nothing of it is held while the caller works with the answer.
@@ -226,6 +231,7 @@ class Pipeline:
                 # Where there was no first token, the next request has not begun yet.
                 prefetch.begin()
                 yield result
+                asked_at = time.perf_counter()
 
 
 def _answer_one(

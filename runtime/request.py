@@ -24,7 +24,7 @@ class Request:
     Args:
         prompt: the question; `<image>` marks say where the images stand, and a single image needs none. Or a whole
             message of the user, which holds its images.
-        images: paths, encoded bytes, PIL images or uint8 arrays.
+        images: paths, encoded bytes, PIL images or uint8 arrays; they are read where they are used.
         sampling: how the tokens are chosen, and where the answer ends.
         system: what the model is told before the conversation.
         history: messages before this one, images included.
@@ -32,8 +32,8 @@ class Request:
             place images. Then images come before the words.
 
     Raises:
-        PromptError: the prompt is empty or not text, or its marks do not match the images.
-        SettingsError: a setting is of the wrong type. Images are read where they are used.
+        PromptError: the prompt is empty or not text, its marks do not match the images, or history is not messages.
+        SettingsError: a setting is of the wrong type.
     """
 
     prompt: str | Message
@@ -48,8 +48,10 @@ class Request:
             raise SettingsError(f"sampling must be SamplingParams(...), not a {type(self.sampling).__name__}")
         if not isinstance(self.has_marks, bool):
             raise SettingsError(f"has_marks must be True or False, not {self.has_marks!r}")
-        if isinstance(self.history, str) or not isinstance(self.history, Sequence):
+        if isinstance(self.history, str | bytes) or not isinstance(self.history, Sequence):
             raise PromptError(f"history must be a list of messages, not a {type(self.history).__name__}")
+        # What was checked is what is used, whatever becomes of the caller's lists.
+        object.__setattr__(self, "history", tuple(self.history))
         for message in self.history:
             if not isinstance(message, Message):
                 raise PromptError(f"history must be a list of messages; it holds a {type(message).__name__}")
@@ -58,6 +60,7 @@ class Request:
                 raise PromptError(f"system must be a str, not a {type(self.system).__name__}")
             check_text(self.system)
         _ = self.message
+        object.__setattr__(self, "images", tuple(self.images))
 
     @property
     def message(self) -> Message:

@@ -72,8 +72,14 @@ def varying_bundle(make_bundle: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def half_bundle(make_bundle: Callable[..., Path]) -> Path:
-    """As `pruned_bundle`, with a decoder for a GPU."""
+    """As `pruned_bundle`, with a decoder in float16."""
     return make_bundle(preset="paper", language_precision="fp16")
+
+
+@pytest.fixture(scope="session")
+def int4_bundle(make_bundle: Callable[..., Path]) -> Path:
+    """As `pruned_bundle`, with a decoder in int4."""
+    return make_bundle(preset="paper", language_precision="int4")
 
 
 @pytest.fixture(scope="session")
@@ -83,14 +89,8 @@ def prefill_bundle(make_bundle: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bf16_bundle(make_bundle: Callable[..., Path]) -> Path:
-    """As `exact_bundle`, with a vision graph in bfloat16."""
-    return make_bundle(preset="192", vision_precision="bf16")
-
-
-@pytest.fixture(scope="session")
 def fp8_bundle(make_bundle: Callable[..., Path], photo: Path) -> Path:
-    """As `exact_bundle`, with a vision graph in fp8 behind the scoring layers."""
+    """As `exact_bundle`, with a vision graph in fp8 after the scoring layers."""
     return make_bundle(preset="192", vision_precision="fp8", calibration=(photo,))
 
 

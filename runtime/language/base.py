@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from hivtp_ops.errors import BundleError
+from hivtp_ops.errors import BundleError, EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from hivtp.engines.bundle import LanguageManifest
     from hivtp_ops.errors import HivtpError
 
 
@@ -50,7 +51,7 @@ class Slots(Protocol):
             OutOfMemoryError: memory ran out.
         """
 
-    def step(self, slots: Sequence[int], embeds: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | HivtpError]:
+    def step(self, slots: Sequence[int], embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """Append one position to each of some slots, in one run.
 
         Args:
@@ -58,7 +59,11 @@ class Slots(Protocol):
             embeds: [slots, hidden] float32.
 
         Returns:
-            For each the logits [vocab] float32, valid until the next run, or the error that it alone failed with.
+            The logits [slots, vocab] float32, valid until the next run.
+
+        Raises:
+            EngineError: the engine failed.
+            OutOfMemoryError: memory ran out.
         """
 
     def truncate(self, slot: int, length: int) -> None:
@@ -70,6 +75,39 @@ class Slots(Protocol):
         Raises:
             OutOfMemoryError: memory ran out.
         """
+
+
+class DecodeRequest(Protocol):
+    """A sequence that a scheduler decodes: its prompt, and what becomes of its tokens."""
+
+    @property
+    def embeds(self) -> NDArray[np.float32]:
+        """The prompt, [length, hidden] float32, 0 < length < context_length."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """At most this many tokens, 1 or more; fewer where the context ends first."""
+
+    @property
+    def keys(self) -> Sequence[Hashable] | None:
+        """What stands at each position of the prompt: equal keys from the start on mean equal embeddings.
+
+        The tokens of the answer count as keys, too. None where the KV cache of this sequence must never serve another.
+        """
+
+    def choose(self, logits: NDArray[np.float32]) -> int:
+        """Choose the next token from the logits [vocab]; what this raises ends this sequence alone."""
+
+    def push(self, token_id: int, milliseconds: float) -> bool:
+        """Take a token; whether the sequence goes on after it. What this raises ends this sequence alone.
+
+        Args:
+            token_id: what `choose` gave.
+            milliseconds: of the runs that led to it: all chunks of the prompt for the first token, then the joint step.
+        """
+
+    def fail(self, error: HivtpError) -> None:
+        """Take the error that ended the sequence."""
 
 
 class LanguageBackend(Protocol):
@@ -94,14 +132,24 @@ class LanguageBackend(Protocol):
         """
 
     def close(self) -> None:
-        """Release the decoder; nothing can be run after this."""
+        """Release the decoder; `embed` and `open_slots` raise an EngineError after this."""
+
+
+def kv_bytes_per_position(manifest: LanguageManifest, dtype_bytes: int) -> int:
+    """Memory that keys and values of one position take, in a dtype of this many bytes."""
+    return 2 * manifest.num_layers * manifest.num_kv_heads * manifest.head_size * dtype_bytes
+
+
+def closed_error() -> EngineError:
+    """The error of whoever uses a pipeline after it was closed."""
+    return EngineError("this pipeline is closed; load the bundle again")
 
 
 def embedding_table(file: Path, shape: tuple[int, int]) -> NDArray[np.floating]:
     """Map a table [vocab, hidden] of floats into memory; only the vectors that are used are read.
 
     Raises:
-        BundleError: the file is no such table.
+        BundleError: the file is not such a table.
     """
     try:
         table: NDArray[np.floating] = np.lib.format.open_memmap(file, mode="r")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hivtp.runtime.attempt import attempt
 from hivtp.runtime.language.torch_errors import torch_errors
-from hivtp_ops.errors import HivtpError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,8 +31,10 @@ class TransformersSlots:
         self._capacity = capacity
         self._caches = [_cache_of([]) for _ in range(num_slots)]
         self._lengths = [0] * num_slots
-        # While some slots are stacked, this holds their caches, and `_caches` what they held before.
+        # While some slots are stacked, this holds their caches.
         self._joint: _Joint | None = None
+        # Slots whose caches are parts of one that was stacked, and hold the memory of all of it.
+        self._parts: set[int] = set()
 
     @property
     def num_slots(self) -> int:
@@ -59,20 +59,31 @@ class TransformersSlots:
         """See Slots.prefill."""
         return self._append(slot, embeds)
 
-    def step(self, slots: Sequence[int], embeds: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | HivtpError]:
+    def step(self, slots: Sequence[int], embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Slots.step."""
-        joint = attempt(self._step_together, list(slots), embeds)
-        if isinstance(joint, HivtpError):
-            # What one slot cannot do costs no other its answer.
-            return [attempt(self._append, slot, embed[None]) for slot, embed in zip(slots, embeds, strict=True)]
-        return list(joint)
+        if len(slots) == 1:
+            return self._append(slots[0], embeds)[None]
+        joint = self._joined(list(slots))
+        length = joint.cache.get_seq_length()
+        try:
+            logits = self._run(embeds[:, None], joint.cache, joint.padding)
+            length += 1
+        finally:
+            # A run that failed may have got through some layers.
+            _truncate(joint.cache, length)
+        for slot in slots:
+            self._lengths[slot] += 1
+        return logits
 
     def truncate(self, slot: int, length: int) -> None:
         """See Slots.truncate."""
         assert length <= self._lengths[slot], "a slot cannot be truncated to more than it holds"
         if length < self._lengths[slot]:
-            self._part(slot)
+            self._part([slot])
             self._lengths[slot] = length
+            if length == 0:
+                # A truncated tensor holds the memory of the whole one.
+                self._caches[slot] = _cache_of([])
             _truncate(self._caches[slot], length)
 
     def reserve(self, capacity: int) -> None:
@@ -80,7 +91,8 @@ class TransformersSlots:
         self._capacity = max(capacity, self._capacity)
 
     def _append(self, slot: int, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        self._part(slot)
+        self._part([slot])
+        self._copy_parts(but=[slot])
         try:
             logits: NDArray[np.float32] = self._run(embeds[None], self._caches[slot])[0]
             self._lengths[slot] += len(embeds)
@@ -89,28 +101,14 @@ class TransformersSlots:
             _truncate(self._caches[slot], self._lengths[slot])
         return logits
 
-    def _step_together(self, slots: list[int], embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        if len(slots) == 1:
-            return self._append(slots[0], embeds)[None]
-        if self._joint is None or self._joint.slots != slots:
-            self._part(*range(self.num_slots))
-            self._join(slots)
-        joint = self._joint
-        assert joint is not None, "the slots were joined"
-        length = joint.cache.get_seq_length()
-        try:
-            logits = self._run(embeds[:, None], joint.cache, joint.padding)
-            length += 1
-        finally:
-            _truncate(joint.cache, length)
-        for slot in slots:
-            self._lengths[slot] += 1
-        return logits
-
-    def _join(self, slots: list[int]) -> None:
+    def _joined(self, slots: list[int]) -> _Joint:
+        """The caches of these slots, stacked."""
         import torch
         from torch.nn.functional import pad
 
+        if self._joint is not None and self._joint.slots == slots:
+            return self._joint
+        self._part(slots)
         longest = max(self._lengths[slot] for slot in slots)
         padding = [longest - self._lengths[slot] for slot in slots]
 
@@ -126,8 +124,10 @@ class TransformersSlots:
         for slot in slots:
             # Its memory is given back; `_part` brings it anew.
             self._caches[slot] = _cache_of([])
+        self._copy_parts(but=slots)
+        return self._joint
 
-    def _part(self, *slots: int) -> None:
+    def _part(self, slots: Sequence[int]) -> None:
         """Take the joint cache apart, if it holds one of these slots."""
         joint = self._joint
         if joint is None or not set(slots) & set(joint.slots):
@@ -137,7 +137,17 @@ class TransformersSlots:
             self._caches[slot] = _cache_of(
                 [(keys[row : row + 1, :, num:], values[row : row + 1, :, num:]) for keys, values in layers]
             )
+        self._parts.update(joint.slots)
         self._joint = None
+
+    def _copy_parts(self, but: Sequence[int]) -> None:
+        """Give back the memory of a cache that was stacked; slots that run are copied by that."""
+        self._parts.difference_update(but)
+        with torch_errors(self._model.device, "language model"):
+            for slot in list(self._parts):
+                layers = _layers_of(self._caches[slot])
+                self._caches[slot] = _cache_of([(keys.clone(), values.clone()) for keys, values in layers])
+                self._parts.remove(slot)
 
     def _run(
         self, embeds: NDArray[np.float32], cache: Any, padding: Sequence[int] | None = None
@@ -199,6 +209,6 @@ def _layers_of(cache: Any) -> list[Layer]:
 
 
 def _truncate(cache: Any, length: int) -> None:
-    """Forget all but the first positions of each layer, as far as it has more."""
+    """Forget all but the first positions of each layer."""
     for layer in cache.layers:
-        layer.crop(min(0, length - layer.get_seq_length()))
+        layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]

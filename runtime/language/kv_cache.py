@@ -44,20 +44,9 @@ class KvCache:
         self.dtype = dtype
         self.device = device
         self.names = cache_names(manifest)
-        shape = self._shape(num_slots)
-        self._memories: list[Any]
-        if device == "cpu":
-            # The operating system gives pages as they are written, so positions never reached cost nothing.
-            self._memories = [np.zeros(shape, dtype) for _ in self.names]
-            self._addresses = [memory.ctypes.data for memory in self._memories]
-        else:
-            from onnxruntime import OrtValue
-
-            with run_errors("allocating the KV cache"):
-                self._memories = [
-                    OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, device, 0) for _ in self.names
-                ]
-            self._addresses = [memory.data_ptr() for memory in self._memories]
+        with run_errors("allocating the KV cache"):
+            self._memories = [self._allocate() for _ in self.names]
+        self._addresses = [memory.ctypes.data if device == "cpu" else memory.data_ptr() for memory in self._memories]
 
     def bind(self, binding: Any, start: int, stop: int) -> None:
         """Bind a range of slots to a session's past and present.
@@ -80,24 +69,26 @@ class KvCache:
             lengths: positions of each slot that are copied.
         """
         grown = KvCache(self.manifest, self.num_slots, capacity, self.dtype, self.device)
-        if not any(lengths):
-            return grown
-        for index, memory in enumerate(self._memories):
+        for old, new in zip(self._memories, grown._memories, strict=True):
             # On a GPU through the host: a conversation rarely grows.
-            old = memory if self.device == "cpu" else memory.numpy()
-            new = grown._memories[index] if self.device == "cpu" else np.zeros(self._shape_of(grown), self.dtype)
+            source, target = (old, new) if self.device == "cpu" else (old.numpy(), new.numpy())
             for slot, length in enumerate(lengths):
-                new[slot, :, :length] = old[slot, :, :length]
+                target[slot, :, :length] = source[slot, :, :length]
             if self.device != "cpu":
-                grown._memories[index].update_inplace(new)
+                new.update_inplace(target)
         return grown
+
+    def _allocate(self) -> Any:
+        shape = self._shape(self.num_slots)
+        if self.device == "cpu":
+            # The operating system gives pages as they are written, so positions never reached cost nothing.
+            return np.zeros(shape, self.dtype)
+        from onnxruntime import OrtValue
+
+        return OrtValue.ortvalue_from_shape_and_type(shape, self.dtype.type, self.device, 0)
 
     def _shape(self, num_slots: int) -> list[int]:
         return [num_slots, self.manifest.num_kv_heads, self.capacity, self.manifest.head_size]
-
-    @staticmethod
-    def _shape_of(cache: KvCache) -> list[int]:
-        return cache._shape(cache.num_slots)
 
 
 class BoundSlots:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from hivtp.engines.onnxruntime import open_session
 from hivtp.engines.onnxruntime_cuda import open_cuda_session
-from hivtp.runtime.attempt import attempt
-from hivtp.runtime.language.base import embedding_table
+from hivtp.runtime.language.base import closed_error, embedding_table, kv_bytes_per_position
 from hivtp.runtime.language.kv_cache import BoundSlots, KvCache
-from hivtp_ops.errors import EngineError, HivtpError
+from hivtp_ops.errors import EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +26,14 @@ if TYPE_CHECKING:
 MIN_PREFILL_TOKENS = 16
 # Ranges of slots that stay bound. A batch whose requests end one by one runs through as many ranges as it has slots.
 NUM_BOUND_RANGES = 16
+
+
+class _Loaded(NamedTuple):
+    """What a decoder takes memory for: the table of its embeddings, and its sessions."""
+
+    embeddings: NDArray[np.floating]
+    decode: Any
+    prefill: Any
 
 
 class OnnxRuntimeLanguage:
@@ -63,30 +70,37 @@ class OnnxRuntimeLanguage:
         self.manifest = manifest
         self.device = device
         self.dtype: np.dtype[Any] = np.dtype(decoder.dtype)
-        self._embeddings = embedding_table(folder / decoder.embeddings, (manifest.vocab_size, manifest.hidden_size))
-        self._decode = self._prefill = self._open(folder / decoder.file, settings, stops_spinning=False)
+        embeddings = embedding_table(folder / decoder.embeddings, (manifest.vocab_size, manifest.hidden_size))
+        decode = prefill = self._open(folder / decoder.file, settings, stops_spinning=False)
         if decoder.prefill_file is not None:
             # The decode steps follow at once in the other decoder, whose threads these would spin against.
-            self._prefill = self._open(folder / decoder.prefill_file, settings, stops_spinning=True)
+            prefill = self._open(folder / decoder.prefill_file, settings, stops_spinning=True)
+        self._loaded: _Loaded | None = _Loaded(embeddings, decode, prefill)
 
     @property
     def kv_bytes_per_position(self) -> int:
         """See LanguageBackend.kv_bytes_per_position."""
-        manifest = self.manifest
-        return 2 * manifest.num_layers * manifest.num_kv_heads * manifest.head_size * self.dtype.itemsize
+        return kv_bytes_per_position(self.manifest, self.dtype.itemsize)
 
     def embed(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """See LanguageBackend.embed."""
-        return self._embeddings[np.asarray(token_ids, np.int64)].astype(np.float32, copy=False)
+        return self._open_parts.embeddings[np.asarray(token_ids, np.int64)].astype(np.float32, copy=False)
 
     def open_slots(self, num_slots: int, capacity: int) -> OnnxRuntimeSlots:
         """See LanguageBackend.open_slots."""
+        parts = self._open_parts
         cache = KvCache(self.manifest, num_slots, capacity, self.dtype, self.device)
-        return OnnxRuntimeSlots(cache, self._decode, self._prefill)
+        return OnnxRuntimeSlots(cache, parts.decode, parts.prefill)
 
     def close(self) -> None:
         """See LanguageBackend.close."""
-        del self._decode, self._prefill, self._embeddings
+        self._loaded = None
+
+    @property
+    def _open_parts(self) -> _Loaded:
+        if (loaded := self._loaded) is None:
+            raise closed_error()
+        return loaded
 
     def _open(self, file: Path, settings: EngineSettings, *, stops_spinning: bool) -> Any:
         if self.device == "cuda":
@@ -127,35 +141,14 @@ class OnnxRuntimeSlots:
 
     def prefill(self, slot: int, embeds: NDArray[np.float32], prompt_length: int) -> NDArray[np.float32]:
         """See Slots.prefill."""
-        return self._append(slot, embeds, is_long=prompt_length >= MIN_PREFILL_TOKENS)
-
-    def step(self, slots: Sequence[int], embeds: NDArray[np.float32]) -> Sequence[NDArray[np.float32] | HivtpError]:
-        """See Slots.step."""
-        joint = attempt(self._step_together, slots, embeds)
-        if isinstance(joint, HivtpError):
-            # What one slot cannot do costs no other its answer. A step that failed has changed no length.
-            alone = [attempt(self._append, slot, embed[None]) for slot, embed in zip(slots, embeds, strict=True)]
-            return [logits if isinstance(logits, HivtpError) else logits.copy() for logits in alone]
-        return list(joint)
-
-    def truncate(self, slot: int, length: int) -> None:
-        """See Slots.truncate."""
-        assert length <= self._lengths[slot], "a slot cannot be truncated to more than it holds"
-        self._lengths[slot] = length
-
-    def reserve(self, capacity: int) -> None:
-        """See Slots.reserve."""
-        if capacity > self.capacity:
-            self._cache = self._cache.grown(capacity, self._lengths)
-            self._ranges.clear()
-
-    def _append(self, slot: int, embeds: NDArray[np.float32], *, is_long: bool = False) -> NDArray[np.float32]:
         length = self._lengths[slot] + len(embeds)
-        logits: NDArray[np.float32] = self._bound(slot, slot + 1, is_long=is_long).run(embeds[None], [length])[0]
+        bound = self._bound(slot, slot + 1, is_long=prompt_length >= MIN_PREFILL_TOKENS)
+        logits: NDArray[np.float32] = bound.run(embeds[None], [length])[0]
         self._lengths[slot] = length
         return logits
 
-    def _step_together(self, slots: Sequence[int], embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+    def step(self, slots: Sequence[int], embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See Slots.step."""
         start, stop = slots[0], slots[-1] + 1
         rows = np.array(slots) - start
         for slot in set(range(start, stop)).difference(slots):
@@ -168,6 +161,17 @@ class OnnxRuntimeSlots:
         for slot in slots:
             self._lengths[slot] += 1
         return logits
+
+    def truncate(self, slot: int, length: int) -> None:
+        """See Slots.truncate."""
+        assert length <= self._lengths[slot], "a slot cannot be truncated to more than it holds"
+        self._lengths[slot] = length
+
+    def reserve(self, capacity: int) -> None:
+        """See Slots.reserve."""
+        if capacity > self.capacity:
+            self._cache = self._cache.grown(capacity, self._lengths)
+            self._ranges.clear()
 
     def _bound(self, start: int, stop: int, *, is_long: bool) -> BoundSlots:
         key = (start, stop, is_long)

@@ -24,6 +24,9 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
+# Beyond these, logits would overflow; useful ones lie between 1 and 2.
+MIN_REPETITION_PENALTY = 0.001
+MAX_REPETITION_PENALTY = 1000.0
 REAL_SETTINGS = ("temperature", "top_p", "repetition_penalty")
 WHOLE_SETTINGS = ("max_new_tokens", "top_k", "seed", "logprobs")
 # What None takes from the bundle.
@@ -70,8 +73,8 @@ class SamplingParams:
         self._check_optional("top_k", "a whole number, 0 (no limit) or more", _is_whole(self.top_k, 0))
         self._check_optional(
             "repetition_penalty",
-            "a finite number above 0",
-            _is_real(self.repetition_penalty, 0, largest) and self.repetition_penalty != 0,
+            f"a number from {MIN_REPETITION_PENALTY:g} to {MAX_REPETITION_PENALTY:g}",
+            _is_real(self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
         )
         self._check_optional("seed", f"a whole number from 0 to {MAX_SEED}", _is_whole(self.seed, 0, MAX_SEED))
         self._check_optional(
@@ -236,14 +239,18 @@ def _nucleus(scaled: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
 
 
 def _is_whole(value: Any, minimum: int, maximum: int | None = None) -> bool:
-    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return is_whole and bool(value >= minimum and (maximum is None or value <= maximum))
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        return False
+    return minimum <= int(value) and (maximum is None or int(value) <= maximum)
 
 
 def _is_real(value: Any, minimum: float, maximum: float) -> bool:
     """Whether a number is in a range; an integer of any length is compared exactly."""
-    is_number = isinstance(value, int | float | np.floating | np.integer) and not isinstance(value, bool)
-    return is_number and bool(minimum <= value <= maximum)
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
+        return False
+    # Not in a narrow type of numpy, in which the largest float would be infinite.
+    number = float(value) if isinstance(value, np.floating) else int(value) if isinstance(value, np.integer) else value
+    return minimum <= number <= maximum
 
 
 def _stop_strings(stop: object) -> tuple[str, ...]:

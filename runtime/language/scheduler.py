@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from hivtp.runtime.attempt import attempt
+from hivtp.runtime.language.slot_pool import SlotPool
 from hivtp_ops.errors import HivtpError, SettingsError
 
 if TYPE_CHECKING:
@@ -16,40 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from hivtp.runtime.language.base import LanguageBackend, Slots
-
-
-class DecodeRequest(Protocol):
-    """A sequence that a scheduler decodes: its prompt, and what becomes of its tokens."""
-
-    @property
-    def embeds(self) -> NDArray[np.float32]:
-        """The prompt, [length, hidden] float32, 0 < length < context_length."""
-
-    @property
-    def max_new_tokens(self) -> int:
-        """At most this many tokens, 1 or more; fewer where the context ends first."""
-
-    @property
-    def keys(self) -> Sequence[Hashable] | None:
-        """What stands at each position of the prompt: equal keys from the start on mean equal embeddings.
-
-        None where the KV cache of this sequence must never serve another.
-        """
-
-    def choose(self, logits: NDArray[np.float32]) -> int:
-        """Choose the next token from the logits [vocab]; what this raises ends this sequence alone."""
-
-    def push(self, token_id: int, milliseconds: float) -> bool:
-        """Take a token; whether the sequence goes on after it.
-
-        Args:
-            token_id: what `choose` gave.
-            milliseconds: of the runs that led to it: all chunks of the prompt for the first token, then the joint step.
-        """
-
-    def fail(self, error: HivtpError) -> None:
-        """Take the error that ended the sequence."""
+    from hivtp.runtime.language.base import DecodeRequest, LanguageBackend
 
 
 @dataclass(frozen=True)
@@ -77,64 +45,68 @@ class SchedulerOptions:
     keeps_slots: bool = False
 
     def __post_init__(self) -> None:
-        minima = {
-            "num_slots": 1,
-            "capacity": 2,
-            "chunk_size": 1,
-            "steps_per_chunk": 0,
-            "max_kv_bytes": 1,
-            "max_passed": 0,
-        }
+        minima = {"num_slots": 1, "capacity": 2, "chunk_size": 1, "steps_per_chunk": 0}
+        minima |= {"max_kv_bytes": 1, "max_passed": 0}
         for name, minimum in minima.items():
             value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise SettingsError(f"{name} must be at least {minimum}, not {value}")
+            if value is None and name in ("chunk_size", "max_kv_bytes"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise SettingsError(f"{name} must be a whole number, {minimum} or more, not {value!r}")
 
 
 @dataclass(eq=False)
-class _Running:
-    """A sequence in a slot."""
+class _Sequence:
+    """A sequence, from when it is added until it leaves.
+
+    Attributes:
+        request: whose it is.
+        length: of the prompt.
+        num_positions: that it takes up to its end.
+        num_left: tokens that it may still get.
+        keys: what stands at each position that is computed, and of the prompt; None where nobody may know.
+        num_passed: sequences that overtook it.
+        slot: where it runs.
+        num_computed: positions of the prompt that the slot did not hold.
+        token_id: the last token, which the next step computes.
+        prefill_ms: of all chunks so far.
+    """
 
     request: DecodeRequest
-    slot: int
+    length: int
+    num_positions: int
     num_left: int
-    num_reserved: int
-    prompt_length: int
     keys: list[Hashable] | None
+    num_passed: int = 0
+    slot: int = -1
+    num_computed: int = 0
     token_id: int = -1
     prefill_ms: float = 0.0
 
 
-@dataclass(eq=False)
-class _Waiting:
-    """A sequence that has no slot yet."""
-
-    request: DecodeRequest
-    num_positions: int
-    num_passed: int = 0
-
-
 class Scheduler:
     """Decodes sequences that come and go, each to the tokens that it gets alone. One thread at a time uses it.
+
+    Whatever one sequence raises, or makes the decoder raise, ends that sequence alone.
 
     Args:
         language: the backend.
         options: how.
 
     Raises:
+        EngineError: the backend is closed.
         OutOfMemoryError: there is no memory for the slots.
     """
 
     def __init__(self, language: LanguageBackend, options: SchedulerOptions) -> None:
         self._language = language
         self._options = options
-        self._slots: Slots = language.open_slots(options.num_slots, min(options.capacity, language.context_length))
-        self._waiting: deque[_Waiting] = deque()
-        self._prefilling: deque[_Running] = deque()
-        self._decoding: list[_Running] = []
+        self._slots = language.open_slots(options.num_slots, min(options.capacity, language.context_length))
+        self._pool = SlotPool(self._slots, keeps=options.keeps_slots)
+        self._waiting: deque[_Sequence] = deque()
+        self._prefilling: deque[_Sequence] = deque()
+        self._decoding: list[_Sequence] = []
         self._num_steps_left = 0
-        # What each slot without a running sequence still holds, the least recently used first.
-        self._kept: dict[int, list[Hashable]] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -148,9 +120,8 @@ class Scheduler:
 
     @property
     def num_reserved_bytes(self) -> int:
-        """KV cache that the running sequences may come to need."""
-        running = [*self._prefilling, *self._decoding]
-        return sum(item.num_reserved for item in running) * self._language.kv_bytes_per_position
+        """KV cache that the running sequences may come to need, and that free slots keep."""
+        return (self._num_running_positions + self._pool.num_kept_positions) * self._language.kv_bytes_per_position
 
     def add(self, request: DecodeRequest) -> None:
         """Take a sequence into the queue.
@@ -158,7 +129,7 @@ class Scheduler:
         Raises:
             SettingsError: it can never fit into a slot or the KV budget.
         """
-        length = len(request.embeds)
+        length, keys = len(request.embeds), request.keys
         num_positions = min(length + request.max_new_tokens, self._language.context_length)
         if num_positions > self._slots.capacity and not self._options.grows:
             raise SettingsError(
@@ -171,14 +142,15 @@ class Scheduler:
                 f"the request takes up to {num_bytes} bytes of KV cache, and there are {budget}; shorten the prompt or "
                 "ask for fewer tokens"
             )
-        self._waiting.append(_Waiting(request, num_positions))
+        keys = None if keys is None else list(keys)
+        self._waiting.append(_Sequence(request, length, num_positions, num_positions - length, keys))
 
     def cancel(self, request: DecodeRequest) -> None:
         """Forget a sequence, wherever it is; one that is not there is ignored."""
-        self._waiting = deque(item for item in self._waiting if item.request is not request)
-        for item in [*self._prefilling, *self._decoding]:
-            if item.request is request:
-                self._leave(item)
+        self._waiting = deque(sequence for sequence in self._waiting if sequence.request is not request)
+        for sequence in [*self._prefilling, *self._decoding]:
+            if sequence.request is request:
+                self._leave(sequence)
 
     def step(self) -> bool:
         """Schedule one run of the decoder, run it, and hand out its tokens; whether there is more to do.
@@ -190,7 +162,7 @@ class Scheduler:
             self._run_chunk(self._prefilling[0])
             self._num_steps_left = self._options.steps_per_chunk
         elif self._decoding:
-            self._run_decode()
+            self._run_decode(list(self._decoding))
             self._num_steps_left -= 1
         return bool(self._waiting or self._prefilling or self._decoding)
 
@@ -201,120 +173,103 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Give slots to waiting sequences, first come, first served, as far as slots and memory reach."""
-        passed: list[_Waiting] = []
-        while self._waiting and self.num_running < self._options.num_slots:
-            item = self._waiting[0]
-            if self._fits(item):
-                self._waiting.popleft()
-                for other in passed:
-                    other.num_passed += 1
-                self._start(item)
+        passed: list[_Sequence] = []
+        while self._waiting and self._pool.num_free and not self._must_wait(passed):
+            sequence = self._waiting.popleft()
+            if self._is_over_budget(self._num_running_positions + sequence.num_positions):
+                passed.append(sequence)
                 continue
-            if item.num_passed >= self._options.max_passed:
-                break
-            passed.append(self._waiting.popleft())
+            for other in passed:
+                other.num_passed += 1
+            self._start(sequence)
         self._waiting.extendleft(reversed(passed))
 
-    def _fits(self, item: _Waiting) -> bool:
-        budget = self._options.max_kv_bytes
-        if budget is None:
-            return True
-        return self.num_reserved_bytes + item.num_positions * self._language.kv_bytes_per_position <= budget
+    def _must_wait(self, passed: Sequence[_Sequence]) -> bool:
+        """Whether one of these was overtaken as often as it may be."""
+        return any(sequence.num_passed >= self._options.max_passed for sequence in passed)
 
-    def _start(self, item: _Waiting) -> None:
-        request = item.request
-        keys = None if request.keys is None else list(request.keys)
-        slot, num_shared = self._choose_slot(keys, len(request.embeds))
-        self._kept.pop(slot, None)
-        if item.num_positions > self._slots.capacity:
+    def _start(self, sequence: _Sequence) -> None:
+        if sequence.num_positions > self._slots.capacity:
             # At least twice the room there was, so that a conversation rarely copies.
-            capacity = max(item.num_positions, min(2 * self._slots.capacity, self._language.context_length))
-            outcome = attempt(self._slots.reserve, capacity)
-            if isinstance(outcome, HivtpError):
-                request.fail(outcome)
+            capacity = max(sequence.num_positions, min(2 * self._slots.capacity, self._language.context_length))
+            result = attempt(self._slots.reserve, capacity)
+            if isinstance(result, HivtpError):
+                attempt(sequence.request.fail, result)
                 return
-        self._slots.truncate(slot, num_shared)
-        length = len(request.embeds)
-        self._prefilling.append(
-            _Running(request, slot, item.num_positions - length, item.num_positions, length - num_shared, keys)
-        )
+        sequence.slot = self._pool.take(sequence.keys, sequence.length)
+        sequence.num_computed = sequence.length - self._slots.length(sequence.slot)
+        self._prefilling.append(sequence)
+        while self._is_over_budget(self._num_running_positions + self._pool.num_kept_positions):
+            self._pool.forget_oldest()
 
-    def _choose_slot(self, keys: list[Hashable] | None, length: int) -> tuple[int, int]:
-        """The slot for a sequence, and how many of its first positions that slot holds already."""
-        used = {item.slot for item in [*self._prefilling, *self._decoding]}
-        free = [slot for slot in range(self._slots.num_slots) if slot not in used]
-        best, num_shared = -1, 0
-        for slot, kept in self._kept.items() if keys is not None else ():
-            num_common = num_equal(kept[: self._slots.length(slot)], keys or [])
-            if num_common > num_shared:
-                best, num_shared = slot, num_common
-        if best >= 0:
-            # The last position gives the first logits, so it is always computed.
-            return best, min(num_shared, length - 1)
-        # The lowest empty slot, so that joint steps span few; else the one that was not used for longest.
-        empty = [slot for slot in free if slot not in self._kept]
-        return (empty[0] if empty else next(iter(self._kept))), 0
+    @property
+    def _num_running_positions(self) -> int:
+        return sum(sequence.num_positions for sequence in [*self._prefilling, *self._decoding])
 
-    def _run_chunk(self, item: _Running) -> None:
-        embeds = item.request.embeds
-        start = self._slots.length(item.slot)
-        size = self._options.chunk_size if self._decoding else None
-        stop = len(embeds) if size is None else min(start + size, len(embeds))
+    def _is_over_budget(self, num_positions: int) -> bool:
+        budget = self._options.max_kv_bytes
+        return budget is not None and num_positions * self._language.kv_bytes_per_position > budget
+
+    def _run_chunk(self, sequence: _Sequence) -> None:
         started = time.perf_counter()
-        logits = attempt(self._slots.prefill, item.slot, embeds[start:stop], item.prompt_length)
-        item.prefill_ms += (time.perf_counter() - started) * 1e3
+        logits = attempt(self._prefill, sequence)
+        sequence.prefill_ms += (time.perf_counter() - started) * 1e3
         if isinstance(logits, HivtpError):
-            self._leave(item, logits)
-        elif stop == len(embeds):
+            self._leave(sequence, logits)
+        elif self._slots.length(sequence.slot) == sequence.length:
             self._prefilling.popleft()
-            self._decoding.append(item)
+            self._decoding.append(sequence)
             self._decoding.sort(key=lambda other: other.slot)
-            self._take(item, logits, item.prefill_ms)
+            self._hand_out(sequence, logits, sequence.prefill_ms)
 
-    def _run_decode(self) -> None:
-        items = list(self._decoding)
+    def _prefill(self, sequence: _Sequence) -> NDArray[np.float32]:
+        """Compute what is left of a prompt, or a chunk of it where others wait for their next tokens."""
+        start = self._slots.length(sequence.slot)
+        size = self._options.chunk_size if self._decoding else None
+        chunk = sequence.request.embeds[start : sequence.length if size is None else start + size]
+        return self._slots.prefill(sequence.slot, chunk, sequence.num_computed)
+
+    def _run_decode(self, sequences: Sequence[_Sequence]) -> None:
+        """Decode one position of each: together, or one by one where that fails, since one may be the cause."""
         started = time.perf_counter()
-        embeds = self._language.embed([item.token_id for item in items])
-        outputs = self._slots.step([item.slot for item in items], embeds)
+        logits = attempt(self._decode, sequences)
         step_ms = (time.perf_counter() - started) * 1e3
-        for item, output in zip(items, outputs, strict=True):
-            # What was just computed is the token before the one that is chosen now.
-            if item.keys is not None and not isinstance(output, HivtpError):
-                item.keys.append(item.token_id)
-            self._take(item, output, step_ms)
-
-    def _take(self, item: _Running, output: NDArray[np.float32] | HivtpError, milliseconds: float) -> None:
-        """Choose a sequence's next token from its logits and hand it out, or its error."""
-        chosen = output if isinstance(output, HivtpError) else attempt(item.request.choose, output)
-        goes_on: bool | HivtpError = False
-        if not isinstance(chosen, HivtpError):
-            item.token_id = chosen
-            item.num_left -= 1
-            goes_on = attempt(item.request.push, chosen, milliseconds)
-        for error in (chosen, goes_on):
-            if isinstance(error, HivtpError):
-                self._leave(item, error)
-                return
-        # `push` may have cancelled this very sequence.
-        if item in self._decoding and (not goes_on or item.num_left <= 0):
-            self._leave(item)
-
-    def _leave(self, item: _Running, error: HivtpError | None = None) -> None:
-        """Take a sequence out of its slot."""
-        if item in self._prefilling:
-            self._prefilling.remove(item)
-        if item in self._decoding:
-            self._decoding.remove(item)
-        if item.keys is not None and self._options.keeps_slots:
-            # Also after an error: a run that fails leaves its slot as it was.
-            self._kept[item.slot] = item.keys
+        if not isinstance(logits, HivtpError):
+            for sequence, chosen_from in zip(sequences, logits, strict=True):
+                if sequence.keys is not None:
+                    sequence.keys.append(sequence.token_id)
+                self._hand_out(sequence, chosen_from, step_ms)
+        elif len(sequences) == 1:
+            self._leave(sequences[0], logits)
         else:
-            self._slots.truncate(item.slot, 0)
+            for sequence in sequences:
+                if sequence in self._decoding:
+                    self._run_decode([sequence])
+
+    def _decode(self, sequences: Sequence[_Sequence]) -> NDArray[np.float32]:
+        embeds = self._language.embed([sequence.token_id for sequence in sequences])
+        return self._slots.step([sequence.slot for sequence in sequences], embeds)
+
+    def _hand_out(self, sequence: _Sequence, logits: NDArray[np.float32], milliseconds: float) -> None:
+        """Choose a sequence's next token from its logits, and hand it out."""
+        if sequence not in self._decoding:
+            # `push` of another sequence has cancelled it.
+            return
+        goes_on = attempt(self._choose_and_push, sequence, logits, milliseconds)
+        # `push` may have cancelled this very sequence.
+        if sequence in self._decoding and goes_on is not True:
+            self._leave(sequence, goes_on if isinstance(goes_on, HivtpError) else None)
+
+    @staticmethod
+    def _choose_and_push(sequence: _Sequence, logits: NDArray[np.float32], milliseconds: float) -> bool:
+        sequence.token_id = sequence.request.choose(logits)
+        sequence.num_left -= 1
+        return bool(sequence.request.push(sequence.token_id, milliseconds)) and sequence.num_left > 0
+
+    def _leave(self, sequence: _Sequence, error: HivtpError | None = None) -> None:
+        """Take a running sequence out of its slot."""
+        (self._decoding if sequence in self._decoding else self._prefilling).remove(sequence)
+        # Also after an error: a run that fails leaves its slot as it was.
+        self._pool.give_back(sequence.slot, sequence.keys)
         if error is not None:
-            item.request.fail(error)
-
-
-def num_equal(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
-    """How many keys two sequences have in common from their start."""
-    pairs = zip(first, second, strict=False)
-    return next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
+            attempt(sequence.request.fail, error)

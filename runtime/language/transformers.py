@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hivtp.runtime.language.base import closed_error, kv_bytes_per_position
 from hivtp.runtime.language.dynamic_cache import TransformersSlots
 from hivtp.runtime.language.torch_errors import require_packages, torch_errors
 from hivtp.runtime.weights import open_source
@@ -42,25 +43,20 @@ class TransformersLanguage:
         assert manifest.language is not None, "the factory refuses an encoder bundle"
         assert options.checkpoint is not None, "LanguageOptions asks for it"
         require_packages("torch", "transformers", "safetensors", extra="transformers")
-        self.context_length = manifest.language.context_length
-        self.device = torch_device(options.device, options.dtype)
-        self._model = _load(open_source(options.checkpoint, manifest), self.device, options.dtype)
-        self._table: torch.Tensor = self._model.get_input_embeddings().weight
+        import torch
 
-    @property
-    def kv_bytes_per_position(self) -> int:
-        """See LanguageBackend.kv_bytes_per_position."""
-        config = self._model.config
-        return int(
-            2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self._table.element_size()
-        )
+        self.context_length = manifest.language.context_length
+        self.kv_bytes_per_position = kv_bytes_per_position(manifest.language, getattr(torch, options.dtype).itemsize)
+        self.device = torch_device(options.device, options.dtype)
+        self._loaded: Any = _load(open_source(options.checkpoint, manifest), self.device, options.dtype)
 
     def embed(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """See LanguageBackend.embed."""
         import torch
 
+        table: torch.Tensor = self._model.get_input_embeddings().weight
         with torch.inference_mode():
-            vectors: NDArray[np.float32] = self._table[torch.tensor(token_ids, dtype=torch.long)].float().cpu().numpy()
+            vectors: NDArray[np.float32] = table[torch.tensor(token_ids, dtype=torch.long)].float().cpu().numpy()
         return vectors
 
     def open_slots(self, num_slots: int, capacity: int) -> TransformersSlots:
@@ -69,7 +65,13 @@ class TransformersLanguage:
 
     def close(self) -> None:
         """See LanguageBackend.close."""
-        del self._model, self._table
+        self._loaded = None
+
+    @property
+    def _model(self) -> Any:
+        if (loaded := self._loaded) is None:
+            raise closed_error()
+        return loaded
 
 
 def torch_device(name: str, dtype: str) -> torch.device:

@@ -1,28 +1,43 @@
-"""What tests of answers share: requests one by one, answers that are the same, and what a decoder is fed with."""
+"""What tests of answers share: requests one by one, and answers that are the same."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from hivtp import Answer
-from hivtp.engines.onnxruntime import open_session
-from hivtp.runtime.language.onnxruntime import LEAST_PROMPT
+from hivtp import Answer, LanguageOptions, Pipeline, Request, SamplingParams, VisionOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
+    from typing import Any
 
-    from numpy.typing import NDArray
+    from hivtp import HivtpError
 
-    from hivtp import HivtpError, Pipeline, Request
-    from hivtp.engines.bundle import Bundle
+# Of all photographs that tests ask about.
+PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "camera.png")
+
+
+def load(bundle: Path, *, cache_bytes: int | None = None, **language: Any) -> Pipeline:
+    """A pipeline with one thread: more cost models this small more than they give."""
+    cache = {} if cache_bytes is None else {"cache_bytes": cache_bytes}
+    return Pipeline.load(
+        bundle, vision=VisionOptions(num_threads=1, **cache), language=LanguageOptions(num_threads=1, **language)
+    )
+
+
+def tokens(number: int, **settings: Any) -> SamplingParams:
+    """At most this many tokens."""
+    return SamplingParams(max_new_tokens=number, **settings)
+
+
+def ask(prompt: str, images: Sequence[Any] = (), number: int = 8, **settings: Any) -> Request:
+    """A request for at most this many tokens."""
+    return Request(prompt, images, tokens(number, **settings))
 
 
 def alone(pipeline: Pipeline, request: Request) -> Answer:
-    settings = {name: getattr(request, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
-    return pipeline.generate(request.prompt, request.images, **settings)
+    return pipeline.generate(request)
 
 
 def same(answer: Answer | HivtpError, single: Answer) -> bool:
@@ -44,36 +59,3 @@ def assert_same_together(pipeline: Pipeline, reference: Pipeline, requests: Sequ
     expected = reference.generate_batch(requests)
     for answer, single in zip(pipeline.generate_batch(requests), expected, strict=True):
         assert same(answer, single)
-
-
-def greedy(logits: NDArray[np.float32]) -> int:
-    return int(logits.argmax())
-
-
-def embeddings(length: int, seed: int = 0) -> NDArray[np.float32]:
-    """Random ones of the tiny language model's width."""
-    return np.random.default_rng(seed).normal(size=(length, 64)).astype(np.float32)
-
-
-def logits_of_a_growing_cache(bundle: Bundle, steps: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-    """The decoders run plainly: every step gets the past of the one before as a new, longer array."""
-    manifest = bundle.manifest.language
-    decode = prefill = open_session(bundle.folder / manifest.decoder.file)
-    if manifest.decoder.prefill_file is not None:
-        prefill = open_session(bundle.folder / manifest.decoder.prefill_file)
-    names = [output.name for output in decode.get_outputs()]
-    empty = np.zeros((1, manifest.num_kv_heads, 0, manifest.head_size), np.float32)
-    past = {
-        f"past_key_values.{layer}.{kind}": empty for layer in range(manifest.num_layers) for kind in ("key", "value")
-    }
-    logits, length = [], 0
-    for step in steps:
-        length += len(step)
-        mask = np.ones((1, length), np.int64)
-        session = prefill if len(step) >= LEAST_PROMPT else decode
-        outputs = session.run(names, {"inputs_embeds": step[None], "attention_mask": mask, **past})
-        outputs = dict(zip(names, outputs, strict=True))
-        logits.append(outputs["logits"][0, -1])
-        past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
-        assert past["past_key_values.0.key"].shape[2] == length
-    return logits

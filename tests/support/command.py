@@ -1,4 +1,4 @@
-"""hivtp-run as a user runs it."""
+"""hivtp as a user runs it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-COMMAND = Path(sysconfig.get_path("scripts")) / "hivtp-run"
+COMMAND = Path(sysconfig.get_path("scripts")) / "hivtp"
 
 
-def hivtp_run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def hivtp(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [COMMAND, *map(str, arguments)],
         capture_output=True,
@@ -21,3 +21,7 @@ def hivtp_run(*arguments: object, **environment: str) -> subprocess.CompletedPro
         env=os.environ | environment,
         check=False,
     )
+
+
+def hivtp_run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return hivtp("run", *arguments, **environment)

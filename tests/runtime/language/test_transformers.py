@@ -5,31 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
-from hivtp.engines.view import View
 
 from benchmarks.checkpoints import make_checkpoint
-from hivtp import Answer, Pipeline, Request
+from hivtp import Answer, LanguageOptions, Pipeline, Request
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
-from hivtp.runtime.cli.run import main
 from hivtp.runtime.inputs.images import load_image
-from hivtp.runtime.language import torch_rows
-from hivtp.runtime.language.base import DecodeRequest
-from hivtp.runtime.language.sampling import Sampler, SamplingSettings
 from hivtp_ops.errors import CheckpointError, EngineError, MissingExtraError, OutOfMemoryError, SettingsError
-from tests.support.answers import alone, assert_same_alone, assert_same_together, greedy, same
+from tests.support.answers import PHOTOS, alone, ask, assert_same_alone, assert_same_together, load, same, tokens
+from tests.support.decoding import embeddings
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 NUM_TOKENS = 16
-PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "camera.png")
 
 
 @dataclass(frozen=True)
@@ -40,11 +34,17 @@ class Both:
     onnxruntime: Pipeline
     transformers: Pipeline
 
+    @property
+    def bundle(self) -> Path:
+        return self.onnxruntime.model.bundle.folder
 
-def load_both(checkpoint: Path, bundle: Path, **settings: Any) -> Both:
-    own = Pipeline.load(bundle, num_threads=1)
-    other = Pipeline.load(bundle, num_threads=1, language="transformers", checkpoint=checkpoint, **settings)
-    return Both(checkpoint, own, other)
+
+def load_in_transformers(checkpoint: Path, bundle: Path, **options: Any) -> Pipeline:
+    return load(bundle, backend="transformers", checkpoint=checkpoint, **options)
+
+
+def load_both(checkpoint: Path, bundle: Path, **options: Any) -> Both:
+    return Both(checkpoint, load(bundle), load_in_transformers(checkpoint, bundle, **options))
 
 
 @pytest.fixture(scope="module")
@@ -77,57 +77,38 @@ def requests(photos: Path) -> list[Request]:
     sizes = [(150, 60), (64, 64), (50, 130), (300, 40), (120, 120)]
     pictures = [load_image(photos / name).resize(size) for name, size in zip(PHOTOS, sizes, strict=True)]
     return [
-        Request("What is in the picture?", [pictures[0]], NUM_TOKENS),
-        Request("how many dogs", (), 7),
-        Request("Is <image> brighter than <image>?", pictures[1:3], NUM_TOKENS),
-        Request("where is it <image>", [pictures[3]], 1),
-        Request("a " * 150, (), NUM_TOKENS),
-        Request("What is in the picture?", [pictures[4]], 12, temperature=1.0, seed=5),
-        Request("What is in the picture?", [pictures[0]], NUM_TOKENS),
+        ask("What is in the picture?", [pictures[0]], NUM_TOKENS),
+        ask("how many dogs", (), 7),
+        ask("Is <image> brighter than <image>?", pictures[1:3], NUM_TOKENS),
+        ask("where is it <image>", [pictures[3]], 1),
+        ask("a " * 150, (), NUM_TOKENS),
+        ask("What is in the picture?", [pictures[4]], 12, temperature=1.0, seed=5),
+        ask("What is in the picture?", [pictures[0]], NUM_TOKENS),
     ]
 
 
 @pytest.fixture
-def broken_after_a_layer(llava: Both, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def second_layer(llava: Both) -> Any:
+    return llava.transformers.model.language._model.model.layers[1]
+
+
+@pytest.fixture
+def broken_after_a_layer(second_layer: Any, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """While it is not empty, the model runs out of memory after it has written into its first layer's cache."""
-    layer, switch = llava.transformers.language._decoder._model.model.layers[1], []
-    forward = layer.forward
+    forward, switch = second_layer.forward, []
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         if switch:
             raise torch.OutOfMemoryError("no room")
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(layer, "forward", fail)
+    monkeypatch.setattr(second_layer, "forward", fail)
     return switch
 
 
 def test_answers_equal_those_of_the_bundles_decoder(both: Both, requests: list[Request]) -> None:
     assert_same_alone(both.transformers, both.onnxruntime, requests)
-
-
-def test_answers_of_a_batch_equal_those_of_the_bundles_decoder(both: Both, requests: list[Request]) -> None:
     assert_same_together(both.transformers, both.onnxruntime, requests)
-
-
-@pytest.fixture
-def in_torch(both: Both) -> Pipeline:
-    """The same with the vision graph in torch, too: embeddings stay tensors."""
-    folder, settings = both.onnxruntime.bundle.folder, {"language": "transformers", "checkpoint": both.checkpoint}
-    return Pipeline.load(folder, num_threads=1, engine="torch", image_cache_bytes=0, **settings)
-
-
-def test_with_the_vision_graph_in_torch_the_answers_are_the_same(
-    both: Both, in_torch: Pipeline, requests: list[Request], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sources = []
-    pick = torch_rows._pick
-    monkeypatch.setattr(torch_rows, "_pick", lambda source, *rest: sources.append(type(source)) or pick(source, *rest))
-    assert_same_alone(in_torch, both.onnxruntime, requests)
-    assert_same_together(in_torch, both.onnxruntime, requests)
-    # Newlines of LLaVA-NeXT are an array of the bundle.
-    assert View in sources
-    assert set(sources) <= {View, np.ndarray}
 
 
 def test_conversations_equal_those_with_the_bundles_decoder(both: Both, photos: Path) -> None:
@@ -135,26 +116,32 @@ def test_conversations_equal_those_with_the_bundles_decoder(both: Both, photos: 
     turns = [("What is in the picture?", [PHOTOS[0]]), ("how many dogs", []), ("or rather <image>", [PHOTOS[1]])]
     for prompt, names in [*turns, ("why", [])]:
         images = [load_image(photos / name).resize((90, 70)) for name in names]
-        first, second = (chat.ask(prompt, images, max_new_tokens=NUM_TOKENS) for chat in chats)
+        first, second = (chat.ask(prompt, images, tokens(NUM_TOKENS)) for chat in chats)
         assert same(first, second)
-    assert chats[0].turns == chats[1].turns
-    assert chats[0]._cache.length == chats[1]._cache.length > 150
+    assert [message.text for message in chats[0].history] == [message.text for message in chats[1].history]
+    held = [chat._scheduler._slots.length(0) for chat in chats]
+    assert held[0] == held[1] > 150
 
 
 def test_a_further_question_computes_only_what_is_new(llava: Both, photo: Path, monkeypatch) -> None:
-    decoder, lengths = llava.transformers.language._decoder, []
-    run = decoder.run
-    monkeypatch.setattr(decoder, "run", lambda embeds, *rest: lengths.append(len(embeds)) or run(embeds, *rest))
+    model, lengths = llava.transformers.model.language._model, []
+    forward = model.forward
+
+    def counted(*args: Any, inputs_embeds: Any, **kwargs: Any) -> Any:
+        lengths.append(inputs_embeds.shape[1])
+        return forward(*args, inputs_embeds=inputs_embeds, **kwargs)
+
+    monkeypatch.setattr(model, "forward", counted)
     chat = llava.transformers.chat()
-    chat.ask("What is in the picture?", [photo], max_new_tokens=1)
-    chat.ask("how many dogs", max_new_tokens=1)
+    chat.ask("What is in the picture?", [photo], tokens(1))
+    chat.ask("how many dogs", (), tokens(1))
     assert len(lengths) == 2
     assert lengths[1] < 40 < lengths[0]
 
 
 def test_pieces_of_a_stream_are_the_text(llava: Both, photo: Path) -> None:
     streams = [
-        pipeline.stream("What is it?", [photo], max_new_tokens=NUM_TOKENS)
+        pipeline.stream("What is it?", [photo], tokens(NUM_TOKENS))
         for pipeline in (llava.onnxruntime, llava.transformers)
     ]
     first, second = (list(stream) for stream in streams)
@@ -162,48 +149,16 @@ def test_pieces_of_a_stream_are_the_text(llava: Both, photo: Path) -> None:
     assert "".join(second) == streams[1].answer.text
 
 
-def test_random_sequences_of_a_batch_give_what_they_give_alone(llava: Both, monkeypatch) -> None:
-    language = llava.transformers.language
-    monkeypatch.setattr(language, "manifest", replace(language.manifest, eos_token_ids=tuple(range(40))))
-    random = np.random.default_rng(3)
-    for _ in range(6):
-        sequences = [
-            (random.normal(size=(random.integers(1, 400), 64)).astype(np.float32), int(random.integers(1, 60)), seed)
-            for seed in range(random.integers(1, 7))
-        ]
-
-        def sampler(seed: int) -> Sampler:
-            return Sampler(SamplingSettings(temperature=seed % 2, seed=seed))
-
-        tokens: list[list[int]] = [[] for _ in sequences]
-        for step in language.generate_batch([DecodeRequest(embeds, num, sampler(n)) for embeds, num, n in sequences]):
-            for index, token_id in step.items():
-                tokens[index].append(token_id)
-        assert tokens == [list(language.generate(embeds, num, sampler(n))) for embeds, num, n in sequences]
-
-
-def test_an_empty_batch_has_no_steps(llava: Both) -> None:
-    assert list(llava.transformers.language.generate_batch([])) == []
-
-
-def test_the_context_bounds_an_answer(llava: Both) -> None:
-    language = llava.transformers.language
-    embeds = np.random.default_rng(0).normal(size=(509, 64)).astype(np.float32)
-    assert len(list(language.generate(embeds, 40, greedy))) == 3
-    assert [list(step) for step in language.generate_batch([DecodeRequest(embeds, 40, greedy)])] == [[0]] * 3
-
-
 @pytest.mark.parametrize("failing_step", [0, 5])
 @pytest.mark.parametrize(("raised", "kind"), [(torch.OutOfMemoryError, OutOfMemoryError), (RuntimeError, EngineError)])
 def test_a_sequence_that_fails_costs_only_its_request(
-    llava: Both, requests: list[Request], monkeypatch, failing_step, raised, kind
+    llava: Both, requests: list[Request], second_layer, monkeypatch, failing_step, raised, kind
 ) -> None:
     """In its prefill, and in a later step, where the joint run fails with it, both after a layer has run."""
     pipeline = llava.transformers
-    long = len(pipeline.prepare(requests[4].prompt, ()).token_ids)
+    long = len(pipeline.model.prepare(requests[4]).token_ids)
     expected = [alone(pipeline, request) for request in requests]
-    layer = pipeline.language._decoder._model.model.layers[1]
-    forward = layer.forward
+    forward = second_layer.forward
 
     def fail(hidden: Any, *args: Any, **kwargs: Any) -> Any:
         # The first layer has its new positions by now.
@@ -211,7 +166,7 @@ def test_a_sequence_that_fails_costs_only_its_request(
             raise raised("no room")
         return forward(hidden, *args, **kwargs)
 
-    monkeypatch.setattr(layer, "forward", fail)
+    monkeypatch.setattr(second_layer, "forward", fail)
     answers = pipeline.generate_batch(requests)
     assert isinstance(answers[4], kind)
     assert "no room" in str(answers[4])
@@ -237,29 +192,53 @@ def test_a_turn_that_fails_leaves_the_chat_as_it_was(
 ) -> None:
     chat, other = llava.transformers.chat(), llava.transformers.chat()
     for each in (chat, other):
-        each.ask("What is in the picture?", [photo], max_new_tokens=NUM_TOKENS)
+        each.ask("What is in the picture?", [photo], tokens(NUM_TOKENS))
     broken_after_a_layer.append(True)
     with pytest.raises(OutOfMemoryError, match="memory of cpu ran out in the language model: no room"):
-        chat.ask("or rather", max_new_tokens=NUM_TOKENS)
+        chat.ask("or rather", (), tokens(NUM_TOKENS))
     broken_after_a_layer.clear()
-    answers = [each.ask("how many", max_new_tokens=NUM_TOKENS) for each in (chat, other)]
+    answers = [each.ask("how many", (), tokens(NUM_TOKENS)) for each in (chat, other)]
     assert same(*answers)
-    assert chat.turns == other.turns
+    assert chat.history == other.history
+
+
+def test_the_memory_of_a_slot_is_that_of_its_positions(llava: Both) -> None:
+    """Also after it was stacked with others, and after it was truncated."""
+    language = llava.transformers.model.language
+    slots = language.open_slots(3, 100)
+
+    def num_bytes() -> int:
+        caches = [*slots._caches, *([] if slots._joint is None else [slots._joint.cache])]
+        tensors = [tensor for cache in caches for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        return sum(
+            {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values()
+        )
+
+    for slot, length in enumerate((20, 50, 10)):
+        slots.prefill(slot, embeddings(length), length)
+    assert num_bytes() == 80 * language.kv_bytes_per_position
+    for running in ([0, 1, 2], [0, 2], [0]):
+        slots.step(running, embeddings(len(running)))
+    assert num_bytes() == (23 + 51 + 12) * language.kv_bytes_per_position
+    for slot in range(3):
+        slots.truncate(slot, 0)
+    assert num_bytes() == 0
 
 
 def test_only_the_language_model_is_loaded_in_the_dtype_asked_for(tmp_path: Path, photo: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", text={"initializer_range": 0.2}, dtype="bfloat16")
     bundle = export_bundle(checkpoint, tmp_path / "bundle", ExportSettings(), is_quiet=True).folder
     both = load_both(checkpoint, bundle)
-    assert same(
-        *(pipeline.generate("what", [photo], max_new_tokens=9) for pipeline in (both.onnxruntime, both.transformers))
-    )
+    assert same(*(pipeline.generate("what", [photo], tokens(9)) for pipeline in (both.onnxruntime, both.transformers)))
     for dtype in ("bfloat16", "float16"):
-        pipeline = load_both(checkpoint, bundle, language_dtype=dtype).transformers
-        model = pipeline.language._decoder._model
+        pipeline = load_in_transformers(checkpoint, bundle, dtype=dtype)
+        model = pipeline.model.language._model
         assert type(model).__name__ == "LlamaForCausalLM"
         assert {weight.dtype for weight in model.parameters()} == {getattr(torch, dtype)}
-        answers = pipeline.generate_batch([Request("what", [photo], 9), Request("how many dogs", (), 5)])
+        assert (
+            2 * pipeline.model.language.kv_bytes_per_position == both.transformers.model.language.kv_bytes_per_position
+        )
+        answers = pipeline.generate_batch([ask("what", [photo], 9), ask("how many dogs", (), 5)])
         assert [len(answer.token_ids) for answer in answers] == [9, 5]
 
 
@@ -268,38 +247,38 @@ def test_a_tied_head_is_one_weight(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", text=text, tie_word_embeddings=True)
     bundle = export_bundle(checkpoint, tmp_path / "bundle", ExportSettings(), is_quiet=True).folder
     both = load_both(checkpoint, bundle)
-    model = both.transformers.language._decoder._model
+    model = both.transformers.model.language._model
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    assert same(*(pipeline.generate("what", max_new_tokens=9) for pipeline in (both.onnxruntime, both.transformers)))
+    assert same(*(pipeline.generate("what", (), tokens(9)) for pipeline in (both.onnxruntime, both.transformers)))
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("options", "message"),
     [
-        ({"language": "abacus"}, "no language backend is named 'abacus'; there are onnxruntime and transformers"),
-        ({"language": "transformers"}, "needs a checkpoint: the Hugging Face folder"),
-        ({"language": "transformers", "checkpoint": 3}, "checkpoint must be the path of a folder, not int"),
+        ({"backend": "abacus"}, "no language backend is named 'abacus'; there are onnxruntime and transformers"),
+        ({"backend": "transformers"}, "needs a checkpoint: the Hugging Face folder"),
+        ({"backend": "transformers", "checkpoint": 3}, "checkpoint must be the path of a folder, not a int"),
         (
-            {"language": "transformers", "language_dtype": "int4"},
+            {"backend": "transformers", "checkpoint": "c", "dtype": "int4"},
             "must be one of float32, bfloat16, float16, not 'int4'",
         ),
-        ({"language": "transformers", "language_device": "abacus"}, "the device 'abacus' cannot be used"),
         ({"checkpoint": "folder"}, "checkpoint 'folder' belongs to the language backend transformers"),
-        ({"language_device": "meta"}, "the bundle.s decoder runs on one of auto, cpu, cuda, not on .meta."),
-        ({"language_dtype": "float16"}, "dtype 'float16' belongs to the language backend transformers"),
+        ({"device": "meta"}, "the bundle.s decoder runs on one of auto, cpu, cuda, not on .meta."),
+        ({"dtype": "float16"}, "dtype 'float16' belongs to the language backend transformers"),
+        ({"num_threads": 0}, "num_threads must be a whole number from 1"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(llava: Both, settings: dict[str, Any], message: str) -> None:
-    if settings.keys() & {"language_dtype", "language_device"} and settings.get("language"):
-        settings = settings | {"checkpoint": llava.checkpoint}
+def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        Pipeline.load(llava.onnxruntime.bundle.folder, **settings)
+        LanguageOptions(**options)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_cuda_device_it_is_refused(llava: Both) -> None:
-    with pytest.raises(SettingsError, match=r"the device 'cuda' cannot be used.*also runs on 'cpu'"):
-        load_both(llava.checkpoint, llava.onnxruntime.bundle.folder, language_device="cuda")
+@pytest.mark.parametrize("device", ["abacus", "cuda"])
+def test_a_device_that_is_not_there_is_refused(llava: Both, device: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(SettingsError, match=rf"the device '{device}' cannot be used.*also runs on 'cpu'"):
+        load_in_transformers(llava.checkpoint, llava.bundle, device=device)
 
 
 def other_weights(folder: Path) -> None:
@@ -349,57 +328,39 @@ def test_a_checkpoint_that_does_not_belong_to_the_bundle_is_refused(llava: Both,
     folder = shutil.copytree(llava.checkpoint, tmp_path / "copy")
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
-        load_both(folder, llava.onnxruntime.bundle.folder)
+        load_in_transformers(folder, llava.bundle)
 
 
 @pytest.mark.parametrize("absent_package", ["torch", "transformers", "safetensors"])
 def test_a_package_that_is_missing_is_named_with_its_extra(llava: Both, monkeypatch, absent_package: str) -> None:
     monkeypatch.setitem(sys.modules, absent_package, None)
     with pytest.raises(MissingExtraError, match=rf"{absent_package} is not installed.*'hivtp\[transformers\]'"):
-        load_both(llava.checkpoint, llava.onnxruntime.bundle.folder)
+        load_in_transformers(llava.checkpoint, llava.bundle)
 
 
-def test_the_command_answers_with_a_checkpoint(llava: Both, photo: Path, capsys) -> None:
-    arguments = [str(llava.onnxruntime.bundle.folder), "What is it?", "--image", str(photo), "--max-new-tokens", "9"]
-    checkpoint = ["--checkpoint", str(llava.checkpoint)]
-    assert main([*arguments, "--json"]) == 0
-    expected = json.loads(capsys.readouterr().out)
-    assert main([*arguments, "--json", "--language", "transformers", *checkpoint, "--language-dtype", "float32"]) == 0
-    assert json.loads(capsys.readouterr().out)["token_ids"] == expected["token_ids"]
-    assert main([*arguments, *checkpoint]) == 1
-    output = capsys.readouterr()
-    assert (output.out, "belongs to the language backend transformers" in output.err) == ("", True)
+def test_a_closed_model_says_so(llava: Both) -> None:
+    language = load_in_transformers(llava.checkpoint, llava.bundle).model.language
+    language.close()
+    language.close()
+    for use in (lambda: language.embed([1]), lambda: language.open_slots(1, 10)):
+        with pytest.raises(EngineError, match="this pipeline is closed; load the bundle again"):
+            use()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_on_a_cuda_device_it_answers_as_on_the_cpu(both: Both, requests: list[Request], dtype: str) -> None:
-    pipeline = load_both(
-        both.checkpoint, both.onnxruntime.bundle.folder, language_device="cuda", language_dtype=dtype
-    ).transformers
-    assert {weight.device.type for weight in pipeline.language._decoder._model.parameters()} == {"cuda"}
+    """The vision tower runs there, too."""
+    pipeline = load_in_transformers(both.checkpoint, both.bundle, device="cuda", dtype=dtype)
+    model = pipeline.model
+    assert {weight.device.type for weight in model.language._model.parameters()} == {"cuda"}
+    assert type(model.images._encoder._vision.engine).__name__ == "TransformersVision"
     answers = pipeline.generate_batch(requests)
     assert all(isinstance(answer, Answer) for answer in answers)
     if dtype == "float32":
+        assert_same_alone(pipeline, both.onnxruntime, requests)
         expected = both.transformers.generate_batch(requests)
         assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("is_fast", [False, True])
-def test_on_a_gpu_the_answers_are_those_of_the_cpu(both: Both, requests: list[Request], is_fast: bool) -> None:
-    pipeline = Pipeline.load(
-        both.onnxruntime.bundle.folder,
-        engine="torch-cuda",
-        uses_cuda_graph=is_fast,
-        image_cache_bytes=0,
-        language="transformers",
-        checkpoint=both.checkpoint,
-        language_device="cuda",
-        language_compile=is_fast,
-    )
-    assert_same_alone(pipeline, both.onnxruntime, requests)
-    assert_same_together(pipeline, both.onnxruntime, requests)
-    expected = [alone(both.onnxruntime, request) for request in requests]
-    for answer, single in zip(pipeline.generate_each(requests), expected, strict=True):
-        assert same(answer, single)
+        assert [answer.token_ids for answer in pipeline.generate_each(requests)] == [
+            answer.token_ids for answer in expected
+        ]
