@@ -26,14 +26,23 @@ def load(bundle: Path, *, cache_bytes: int | None = None, **language: Any) -> Pi
     )
 
 
-def tokens(number: int, **settings: Any) -> SamplingParams:
+def with_language(pipeline: Pipeline, **changes: Any) -> Pipeline:
+    """The same bundle, whose manifest says something else of its language model."""
+    loaded = load(pipeline.model.bundle.folder)
+    manifest = loaded.model.bundle.manifest
+    manifest = replace(manifest, language=replace(manifest.language, **changes))
+    loaded.model.bundle = replace(loaded.model.bundle, manifest=manifest)
+    return loaded
+
+
+def at_most(number: int, **settings: Any) -> SamplingParams:
     """At most this many tokens."""
     return SamplingParams(max_new_tokens=number, **settings)
 
 
 def ask(prompt: str, images: Sequence[Any] = (), number: int = 8, **settings: Any) -> Request:
     """A request for at most this many tokens."""
-    return Request(prompt, images, tokens(number, **settings))
+    return Request(prompt, images, at_most(number, **settings))
 
 
 def alone(pipeline: Pipeline, request: Request) -> Answer:
