@@ -84,11 +84,8 @@ def test_each_answer_is_the_one_to_the_whole_conversation(pipelines, photos, bun
         assert answer.token_ids == expected
         assert answer.num_image_tokens == 64 * len(names)
         question, said = chat.history[-2:]
-        assert (question.role, question.text, len(question.images)) == (
-            "user",
-            prompt.replace("<image>", ""),
-            len(names),
-        )
+        assert (question.role, question.text) == ("user", prompt.replace("<image>", ""))
+        assert len(question.images) == len(names)
         assert said == Message("assistant", [answer.text])
         assert len(chat.history) == 2 * number
 
@@ -289,9 +286,8 @@ def test_a_system_prompt_stands_before_every_turn(unpruned) -> None:
         history = [Message("system", ["the road is red"]), *chat.history]
         expected = unpruned.generate(Request(prompt, (), at_most(NUM_TOKENS), history=history)).token_ids
         assert chat.ask(prompt, (), at_most(NUM_TOKENS)).token_ids == expected
-        assert (
-            expected != unpruned.generate(Request(prompt, (), at_most(NUM_TOKENS), history=chat.history[:-2])).token_ids
-        )
+        without = Request(prompt, (), at_most(NUM_TOKENS), history=chat.history[:-2])
+        assert expected != unpruned.generate(without).token_ids
 
 
 def test_turns_render_in_the_form_of_llava(unpruned) -> None:

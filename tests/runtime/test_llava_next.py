@@ -72,11 +72,8 @@ class Reference:
         sequence = self.sequence(inputs)
         is_padding = ~np.isin(np.arange(scores.size), sequence).reshape(scores.shape)
         scores[is_padding] = -np.inf
-        kept = {
-            64 * tile + patch
-            for tile, row in enumerate(select(scores, (8, 8), spec).indices)
-            for patch in row[row >= 0]
-        }
+        indices = select(scores, (8, 8), spec).indices
+        kept = {64 * tile + patch for tile, row in enumerate(indices) for patch in row[row >= 0]}
         embeds = [features[source] for source in sequence[:64] if source in kept]
         found: list[torch.Tensor] = []
         for source in sequence[64:]:

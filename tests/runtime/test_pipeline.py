@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hivtp import Answer, AnswerStream, HivtpError, ImagePart, Message, Pipeline, Request, Timings
+from hivtp import Answer, AnswerStream, HivtpError, ImagePart, Message, Request, Timings
 from hivtp.runtime.inputs.prompt import PromptTemplate
 from hivtp.runtime.language.kv_cache import KvCache
 from hivtp.runtime.likelihood import Continuation, likelihoods
@@ -102,36 +102,32 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[KvCache]]:
     return made
 
 
-def exhaust(pipeline: Pipeline, stream: AnswerStream) -> AnswerStream:
-    list(stream)
-    return stream
-
-
-def close(pipeline: Pipeline, stream: AnswerStream) -> AnswerStream:
-    stream.close()
-    return stream
-
-
-def drop(pipeline: Pipeline, stream: AnswerStream) -> None:
-    """Reference counts alone, since a garbage collector may come late."""
-
-
-@pytest.mark.parametrize("end", [exhaust, close, drop])
+@pytest.mark.parametrize("end", ["exhausted", "closed", "dropped"])
 def test_a_stream_that_is_over_gives_its_memory_back_at_once(pruned, photo, caches, end):
+    # By reference counts alone, since a garbage collector may come late.
     gc.disable()
     try:
         stream = pruned.stream(PROMPT, [photo], at_most(NUM_TOKENS))
         next(stream)
         assert [cache() is None for cache in caches] == [False]
-        # The stream stays only where `end` gives it back.
-        stream = end(pruned, stream)
+        if end == "exhausted":
+            list(stream)
+        elif end == "closed":
+            stream.close()
+        else:
+            del stream
         assert [cache() is None for cache in caches] == [True]
     finally:
         gc.enable()
-    if stream is not None and end is close:
-        assert list(stream) == []
-        with pytest.raises(RuntimeError, match="complete when the stream is exhausted"):
-            _ = stream.answer
+
+
+def test_a_closed_stream_has_no_answer(pruned, photo):
+    stream = pruned.stream(PROMPT, [photo], at_most(NUM_TOKENS))
+    next(stream)
+    stream.close()
+    assert list(stream) == []
+    with pytest.raises(RuntimeError, match="complete when the stream is exhausted"):
+        _ = stream.answer
 
 
 def test_an_exhausted_stream_that_is_closed_keeps_its_answer(pruned, photo):
@@ -152,22 +148,22 @@ def test_a_closed_pipeline_gives_its_memory_back_and_says_that_it_is_closed(prun
     pipeline.close()
     assert len(pipeline.model.images.cache) == 0
     assert engine() is None
-    uses: list[Callable[[], object]] = [
-        lambda: pipeline.generate(PROMPT),
-        lambda: pipeline.stream(PROMPT, [photo]),
-        lambda: list(stream),
-        lambda: list(unbegun),
-        lambda: chat.ask("how many"),
-        lambda: pipeline.chat().ask("how many"),
+    uses: list[tuple[Callable[..., object], Any]] = [
+        (pipeline.generate, PROMPT),
+        (pipeline.stream, PROMPT),
+        (list, stream),
+        (list, unbegun),
+        (chat.ask, "how many"),
+        (pipeline.chat().ask, "how many"),
     ]
-    for use in uses:
-        with pytest.raises(EngineError, match="^this pipeline is closed; load the bundle again$"):
-            use()
+    for use, argument in uses:
+        with pytest.raises(EngineError, match=r"^this pipeline is closed; load the bundle again$"):
+            use(argument)
     results = pipeline.generate_batch([ask(PROMPT), ask(PROMPT, [photo])])
     results += list(pipeline.generate_each([ask(PROMPT)]))
     results += likelihoods(pipeline.model, [Continuation(PROMPT, [photo], " a dog")])
     assert [str(result) for result in results] == ["this pipeline is closed; load the bundle again"] * 4
-    del chat, stream, unbegun, uses
+    del chat, stream, unbegun, uses, use, argument
     gc.collect()
     assert decoder() is None
     assert all(cache() is None for cache in caches)
@@ -395,7 +391,7 @@ def test_an_image_that_cannot_be_read_is_an_image_error_and_costs_no_other_its_a
 
 
 def test_an_absent_image_is_refused_before_the_model_runs_and_named_by_its_number(pruned, photo, tmp_path):
-    with pytest.raises(ImageError, match="^image 2 of 2: there is no image file"):
+    with pytest.raises(ImageError, match=r"^image 2 of 2: there is no image file"):
         pruned.stream("what <image><image>", [photo, tmp_path / "absent.png"])
 
 

@@ -173,7 +173,7 @@ class Panic(BaseException):
     """As a library written in Rust raises it: no Exception."""
 
 
-class Unprintable(Exception):
+class UnprintableError(Exception):
     def __str__(self) -> str:
         raise ValueError
 
@@ -187,7 +187,7 @@ class Unprintable(Exception):
         (KeyError("odd"), RequestError),
         (StopIteration("odd"), RequestError),
         (Panic("odd"), RequestError),
-        (Unprintable(), RequestError),
+        (UnprintableError(), RequestError),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -407,7 +407,7 @@ def test_a_kept_slot_survives_what_its_sequence_raised(language, monkeypatch) ->
 
 
 @pytest.mark.parametrize("name", ["fp32", "transformers"])
-def test_a_run_that_fails_leaves_its_slots_as_they_were(languages, monkeypatch, name) -> None:
+def test_a_run_that_fails_leaves_its_slots_as_they_were(languages, name) -> None:
     language = languages(name)
     slots = language.open_slots(3, 50)
     for slot in range(3):
