@@ -12,7 +12,7 @@ from hivtp.engines.bundle import Bundle, SamplingDefaults
 from hivtp.runtime.language import LanguageOptions, create_language
 from hivtp.runtime.language.sampling import Sampler, SamplingParams
 from hivtp.runtime.language.scheduler import Scheduler, SchedulerOptions
-from hivtp_ops.errors import EngineError, HivtpError, OutOfMemoryError, RequestError, SettingsError
+from hivtp_ops.errors import EngineError, HivtpError, OutOfMemoryError, PromptError, RequestError, SettingsError
 from tests.support.decoding import Decoded, decode, decode_all, embeddings, greedy, make_scheduler
 
 if TYPE_CHECKING:
@@ -327,6 +327,9 @@ def test_what_can_never_fit_is_refused_at_once(language) -> None:
     with pytest.raises(SettingsError, match="takes up to 60 positions, and a slot holds 50; shorten the prompt"):
         make_scheduler(language, capacity=50).add(Decoded(embeddings(40), 20))
     size = language.kv_bytes_per_position
+    for length in (0, 512, 600):
+        with pytest.raises(PromptError, match=f"the prompt takes {length} positions, and the context holds 512"):
+            make_scheduler(language, grows=True).add(Decoded(embeddings(length), 20))
     scheduler = make_scheduler(language, max_kv_bytes=59 * size)
     with pytest.raises(SettingsError, match=f"takes up to {60 * size} bytes of KV cache, and there are {59 * size}"):
         scheduler.add(Decoded(embeddings(40), 20))
