@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from tests.support.decoding import Decoded, decode, decode_all, embeddings, gree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -25,15 +24,18 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def languages(
-    pruned_bundle: Path, int4_bundle: Path, half_bundle: Path, tiny_checkpoint: Path
-) -> Callable[[str], LanguageBackend]:
-    bundles = {"fp32": pruned_bundle, "int4": int4_bundle, "fp16": half_bundle}
-    own = LanguageOptions(num_threads=1)
-    opened = {name: create_language(Bundle.open(folder), own) for name, folder in bundles.items()}
-    options = LanguageOptions("transformers", checkpoint=tiny_checkpoint)
-    opened["transformers"] = create_language(Bundle.open(pruned_bundle), options)
-    return opened.__getitem__
+def languages(request: pytest.FixtureRequest) -> Callable[[str], LanguageBackend]:
+    """Opens a backend by its name, once."""
+    bundles = {"fp32": "pruned_bundle", "int4": "int4_bundle", "fp16": "half_bundle", "transformers": "pruned_bundle"}
+
+    @cache
+    def opened(name: str) -> LanguageBackend:
+        options = LanguageOptions(num_threads=1)
+        if name == "transformers":
+            options = LanguageOptions(name, checkpoint=request.getfixturevalue("tiny_checkpoint"))
+        return create_language(Bundle.open(request.getfixturevalue(bundles[name])), options)
+
+    return opened
 
 
 @pytest.fixture
@@ -294,16 +296,16 @@ def test_a_cancelled_sequence_is_gone_wherever_it_was(language) -> None:
 def test_those_that_fit_overtake_one_that_does_not_so_often_and_no_more(language, max_passed) -> None:
     budget = 100 * language.kv_bytes_per_position
     scheduler = make_scheduler(language, 10, max_kv_bytes=budget, max_passed=max_passed)
-    first, large = Decoded(embeddings(40), 20), Decoded(embeddings(60), 20)
+    first, large, larger = (Decoded(embeddings(length), 20) for length in (40, 60, 70))
     small = [Decoded(embeddings(3, seed), 2) for seed in range(8)]
     begun = []
-    for sequence in [first, large, *small]:
+    for sequence in [first, large, larger, *small]:
         sequence.choose = lambda logits, sequence=sequence: begun.append(sequence) or greedy(logits)
         scheduler.add(sequence)
     scheduler.run()
     order = list(dict.fromkeys(begun))
-    # Several fit at once, and even so no more pass than may.
-    assert order == [first, *small[:max_passed], large, *small[max_passed:]]
+    # Several fit at once, and even so no more pass than may; those that are passed stay in their order.
+    assert order == [first, *small[:max_passed], large, larger, *small[max_passed:]]
 
 
 def test_the_kv_budget_is_never_passed(language) -> None:
