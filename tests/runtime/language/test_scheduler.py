@@ -10,7 +10,8 @@ import pytest
 
 from hivtp.engines.bundle import Bundle, SamplingDefaults
 from hivtp.runtime.language import LanguageOptions, create_language
-from hivtp.runtime.language.sampling import Sampler, SamplingParams
+from hivtp.runtime.language.sampler import Sampler
+from hivtp.runtime.language.sampling import SamplingParams
 from hivtp.runtime.language.scheduler import Scheduler, SchedulerOptions
 from hivtp_ops.errors import EngineError, HivtpError, OutOfMemoryError, PromptError, RequestError, SettingsError
 from tests.support.decoding import Decoded, decode, decode_all, embeddings, greedy, make_scheduler
