@@ -412,6 +412,21 @@ def test_a_kept_slot_survives_what_its_sequence_raised(language, monkeypatch) ->
     assert again.tokens == decode(language, again.embeds, 3)
 
 
+def test_a_prompt_that_was_given_up_half_way_is_continued(language, monkeypatch) -> None:
+    scheduler = make_scheduler(language, 2, chunk_size=8, keeps_slots=True)
+    runs = runs_of(scheduler, monkeypatch)
+    other, half, again = Decoded(embeddings(5), 30), turn(language, list(range(40))), turn(language, list(range(40)))
+    for sequence in (other, half):
+        scheduler.add(sequence)
+        scheduler.step()
+    scheduler.cancel(half)
+    scheduler.add(again)
+    scheduler.run()
+    assert runs[:6] == [(0, 5)] + [(1, 8)] * 5
+    assert again.tokens == decode(language, again.embeds, 3)
+    assert other.tokens == decode(language, other.embeds, 30)
+
+
 @pytest.mark.parametrize("name", ["fp32", "transformers"])
 def test_a_run_that_fails_leaves_its_slots_as_they_were(languages, name) -> None:
     language = languages(name)
