@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from hivtp.engines.bundle import SamplingDefaults
-from tests.support.answers import ask, at_most, same, with_language
+from hivtp.runtime.generation import Generation, finished
+from hivtp.runtime.language.scheduler import Scheduler, SchedulerOptions
+from tests.support.answers import PHOTOS, ask, at_most, same, with_language
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,6 +84,31 @@ def test_an_eos_token_is_the_last_and_one_in_the_last_place_is_a_stop(unpruned, 
     assert ending.generate(PROMPT, [photo], at_most(place)).finish_reason == "length"
     ignoring = ending.generate(PROMPT, [photo], at_most(NUM_TOKENS, ignores_eos=True))
     assert (ignoring.token_ids, ignoring.finish_reason) == (free.token_ids, "length")
+
+
+def test_a_kept_slot_serves_the_same_image_and_no_other(unpruned, photos) -> None:
+    """By the keys of a prompt, which know its images apart although their placeholders are one token."""
+    model = unpruned.model
+    requests = [ask(PROMPT, [photos / name], 8) for name in (*PHOTOS[:2], *PHOTOS[:2])]
+    generations = [Generation(model, model.encode(model.prepare(request))) for request in requests]
+    options = SchedulerOptions(num_slots=1, capacity=200, keeps_slots=True)
+    scheduler, num_prefilled = Scheduler(model.language, options), []
+    prefill = scheduler._slots.prefill
+    scheduler._slots.prefill = lambda slot, embeds, length: (
+        num_prefilled.append(length) or prefill(slot, embeds, length)
+    )
+    for generation in generations:
+        scheduler.add(generation)
+        scheduler.run()
+    answers = [finished(generation) for generation in generations]
+    assert all(same(answer, unpruned.generate(request)) for answer, request in zip(answers, requests, strict=True))
+    assert answers[0].token_ids != answers[1].token_ids
+    # What they share is the text before the image.
+    keys = [generation.keys for generation in generations]
+    assert len(keys[0]) == answers[0].num_prompt_tokens == num_prefilled[0]
+    num_shared = next(place for place, (one, other) in enumerate(zip(*keys[:2], strict=True)) if one != other)
+    assert num_shared < 20
+    assert num_prefilled[1:] == [len(keys[0]) - num_shared] * 3
 
 
 def test_log_probabilities_are_those_of_transformers(unpruned, hugging_face: HuggingFace, photo, free) -> None:

@@ -272,7 +272,13 @@ def test_times_are_those_of_the_stages_and_waiting_is_in_the_first_token(pipelin
     monkeypatch.setattr(images, "prepare", lambda image: (pass_time(3), prepare(image))[1])
     monkeypatch.setattr(images, "encode", lambda several: (pass_time(5), encode(several))[1])
     before_run.append(run_time)
-    timings = [answer.timings for answer in pipeline.generate_each(requests)]
+
+    def source() -> Iterator[Request]:
+        # Before there is a request, nobody waits for its answer.
+        pass_time(2)
+        yield from requests
+
+    timings = [answer.timings for answer in pipeline.generate_each(source())]
     assert [each.preprocess_ms for each in timings] == [3000] * 5
     assert [each.vision_ms for each in timings] == [5000] * 5
     assert [each.prefill_ms for each in timings] == [7000] * 5
