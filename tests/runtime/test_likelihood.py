@@ -7,14 +7,16 @@ import pytest
 import torch
 
 from hivtp.runtime.generation import decode_together
+from hivtp.runtime.inputs.prompt import PromptTemplate
 from hivtp.runtime.likelihood import Continuation, Likelihood, _Reader, likelihoods
 from hivtp_ops.errors import ImageError, PromptError
-from tests.support.answers import ask, at_most, load
+from tests.support.answers import ask, at_most
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from hivtp import Pipeline
+    from hivtp.runtime.inputs.tokenizer import Tokenizer
     from tests.support.reference import HuggingFace
 
 
@@ -95,19 +97,21 @@ def test_one_that_fails_costs_no_other_its_likelihood(pruned: Pipeline, photo: P
     assert isinstance(last, Likelihood)
 
 
-def test_letters_that_the_tokenizer_joins_with_the_prompt_are_judged_with_it(pruned_bundle: Path) -> None:
-    # The template ends with "ASSISTANT:"; a tokenizer that knew ":x" would write both as one token.
-    model = load(pruned_bundle).model
-    encode = model.tokenizer.encode
+def test_letters_that_the_tokenizer_joins_with_the_prompt_are_judged_with_it(
+    pruned: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The prompt ends with "ASSISTANT:"; a tokenizer that knew ":x" would write both as one token.
+    encode = PromptTemplate.encode
 
-    def joining(text: str, add_special_tokens: bool = True) -> list[int]:
-        ids = encode(text, add_special_tokens)
-        return [*encode(text.removesuffix("x"), add_special_tokens)[:-1], 77] if text.endswith(":x") else ids
+    def joining(self: PromptTemplate, tokenizer: Tokenizer, text: str, image_token_id: int) -> list[int]:
+        ids = encode(self, tokenizer, text.removesuffix("x"), image_token_id)
+        return [*ids[:-1], 77] if text.endswith(":x") else ids
 
-    model.tokenizer.encode = joining
-    [found] = likelihoods(model, [Continuation("what", [], "x")])
-    embeds = model.language.embed(model.prepare(ask("what")).token_ids[:-1])
-    logits = model.language.open_slots(1, len(embeds)).prefill(0, embeds, len(embeds))
+    monkeypatch.setattr(PromptTemplate, "encode", joining)
+    [found] = likelihoods(pruned.model, [Continuation("what", [], "x")])
+    language = pruned.model.language
+    embeds = language.embed(pruned.model.prepare(ask("what")).token_ids[:-1])
+    logits = language.open_slots(1, len(embeds)).prefill(0, embeds, len(embeds))
     expected = torch.from_numpy(logits).double().log_softmax(0)
     assert found.log_probabilities == pytest.approx([expected[77].item()], rel=1e-6)
     assert found.is_greedy == (int(expected.argmax()) == 77)
