@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from hivtp.engines.bundle import DecoderManifest, LanguageManifest, SamplingDefaults
+from hivtp.engines.manifest import DecoderManifest, LanguageManifest, SamplingDefaults
 from hivtp.export.checkpoint.processor import eos_token_ids
 from hivtp.export.decoder.build import (
     DECODER_NAME,

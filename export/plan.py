@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from hivtp.engines import create_engine
 from hivtp.engines.base import EngineSettings
-from hivtp.engines.bundle import Bundle, FileRecord
+from hivtp.engines.bundle import Bundle
 from hivtp.engines.gpu import Gpu, find_gpu
+from hivtp.engines.manifest import FileRecord
 from hivtp.engines.tensorrt.builder import BuildSettings, BuiltPlan, build_plan
 from hivtp.engines.tensorrt.library import Library, LibraryName, load_library
 from hivtp.engines.tensorrt.plan import LEAST_FP8_CAPABILITY, PlanRecord, graph_hashes, sha256_of_plan, write_plan

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from hivtp.engines.base import Engine
-    from hivtp.engines.bundle import LanguageManifest
+    from hivtp.engines.manifest import LanguageManifest
     from hivtp.runtime.inputs.prepared_image import PreparedImage
     from hivtp.runtime.language.base import LanguageBackend
     from hivtp.runtime.language.sampling import SamplingParams

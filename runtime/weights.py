@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from hivtp.engines.bundle import Manifest
+    from hivtp.engines.manifest import Manifest
 
 # Weight names, from any layout, to `part.name`: the hub's (transformers 4), those of a live model, and
 # those that transformers 5 saves, which drop the tower's `vision_model.`.

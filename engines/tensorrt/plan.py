@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
+import warnings
 from collections.abc import Mapping  # noqa: TC003  the hints are read at run time
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hivtp.engines.bundle import PLANS_FOLDER, Bundle, FileRecord
+from hivtp.engines.bundle import PLANS_FOLDER
 from hivtp.engines.files import parse_json, read_regular, write_whole
 from hivtp.engines.gpu import Gpu  # noqa: TC001  the hints are read at run time
-from hivtp.engines.record import read_record
+from hivtp.engines.manifest import FileRecord  # noqa: TC001  the hints are read at run time
+from hivtp.engines.record import read_record, shown
 from hivtp.engines.tensorrt.profile import TileProfile
 from hivtp.engines.tensorrt.timing_cache import as_file_name
 from hivtp.engines.tensorrt.trust import is_own_plan, remember_plan
-from hivtp_ops.errors import BundleError, EngineError, HivtpError
+from hivtp_ops.errors import BundleError, EngineError, EngineWarning, HivtpError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hivtp.engines.bundle import Bundle
     from hivtp.engines.tensorrt.library import Library
 
 PLAN_SCHEMA_VERSION = 1
@@ -72,7 +75,7 @@ class PlanRecord:
     schema_version: int = PLAN_SCHEMA_VERSION
 
     def with_verification(self, verification: Mapping[str, Any]) -> PlanRecord:
-        """The same with the outcome of the check."""
+        """The same with the result of the check."""
         return replace(self, verification=verification)
 
     @property
@@ -102,10 +105,8 @@ class PlanRecord:
         try:
             raw = parse_json(text)
             version = raw["schema_version"]
-            if version != PLAN_SCHEMA_VERSION:
-                raise BundleError(
-                    f"has a sidecar of version {str(version)[:40]}, this hivtp reads {PLAN_SCHEMA_VERSION}"
-                )
+            if version != PLAN_SCHEMA_VERSION or isinstance(version, bool):
+                raise BundleError(f"has a sidecar of version {shown(version)}, this hivtp reads {PLAN_SCHEMA_VERSION}")
             record = read_record(cls, raw)
             _ = record.tile_profiles
         except (KeyError, TypeError, ValueError, EngineError) as error:
@@ -172,15 +173,24 @@ def write_plan(bundle: Bundle, record: PlanRecord, content: memoryview) -> Path:
     """
     sidecar = bundle.folder / PLANS_FOLDER / f"{record.stem}.json"
     file = sidecar.with_suffix(".plan")
+    bundle.check_inside(PLANS_FOLDER)
     try:
         sidecar.parent.mkdir(exist_ok=True)
         # Without its sidecar a plan does not count, so that at no time the two of different builds stand together.
         sidecar.unlink(missing_ok=True)
         write_whole(file, content)
         write_whole(sidecar, record.to_json().encode())
-        remember_plan(record.plan.sha256)
     except OSError as error:
         raise BundleError(f"cannot write the plan {file}: {error}; free some space or copy the bundle") from error
+    try:
+        remember_plan(record.plan.sha256)
+    except OSError as error:
+        warnings.warn(
+            f"cannot record that this machine built the plan ({error}); to load it, say trust_plans=True "
+            "(--trust-plans)",
+            EngineWarning,
+            stacklevel=2,
+        )
     return file
 
 
@@ -189,7 +199,8 @@ def read_plan(
 ) -> tuple[PlanRecord, bytes]:
     """Find the plan of a bundle that fits this machine, and read it.
 
-    The hash that is checked is that of the very bytes that are returned.
+    A plan is code, so it is read only where this machine built it, by a record outside the bundle, or where the caller
+    trusts it. The hash that is checked is that of the very bytes that are returned.
 
     Args:
         bundle: an opened bundle.
@@ -205,6 +216,7 @@ def read_plan(
     reasons = []
     for sidecar in _sidecars(bundle, library.name):
         try:
+            bundle.check_inside(f"{PLANS_FOLDER}/{sidecar.name}")
             record = PlanRecord.from_json(read_regular(sidecar, MAX_SIDECAR_BYTES))
             record.check_fits(library, gpu, graph_hashes(bundle))
             if not trust_plans and not is_own_plan(record.plan.sha256):
@@ -212,7 +224,8 @@ def read_plan(
                     "was not built by this machine, and a plan is code: say trust_plans=True (--trust-plans) if you "
                     "trust who built it"
                 )
-            return record, _read_whole(sidecar.with_suffix(".plan"), record.plan)
+            bundle.check_inside(f"{PLANS_FOLDER}/{sidecar.stem}.plan")
+            return record, _read_whole(sidecar.with_name(f"{sidecar.stem}.plan"), record.plan)
         except HivtpError as error:
             reasons.append(f"{sidecar.stem} {error}")
         except OSError as error:
@@ -228,9 +241,10 @@ def _sidecars(bundle: Bundle, library: str) -> list[Path]:
 
 
 def _read_whole(file: Path, expected: FileRecord) -> bytes:
-    content = read_regular(file, max(1, expected.num_bytes))
-    if len(content) != expected.num_bytes:
-        raise EngineError(f"has {len(content)} bytes instead of {expected.num_bytes}: it is truncated or altered")
+    num_bytes = file.stat().st_size
+    if num_bytes != expected.num_bytes:
+        raise EngineError(f"has {num_bytes} bytes instead of {expected.num_bytes}: it is truncated or altered")
+    content = read_regular(file, num_bytes)
     if sha256_of_plan(content) != expected.sha256:
         raise EngineError("was altered: its sha256 differs from its sidecar's. A plan holds code, so it is not loaded")
     return content

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hivtp.engines.base import Arrays, Engine
-    from hivtp.engines.bundle import Manifest
+    from hivtp.engines.manifest import Manifest
 
 
 @dataclass(frozen=True)

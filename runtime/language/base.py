@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
+from hivtp.engines.files import map_array
 from hivtp_ops.errors import BundleError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from hivtp_ops.errors import HivtpError
@@ -101,15 +101,9 @@ def embedding_table(file: Path, shape: tuple[int, int]) -> NDArray[np.floating]:
     """Map a table [vocab, hidden] of floats into memory; only the vectors that are used are read.
 
     Raises:
-        BundleError: the file is no such table.
+        BundleError: the file is not such a table.
     """
     try:
-        table: NDArray[np.floating] = np.lib.format.open_memmap(file, mode="r")
-    except Exception as error:  # a damaged header makes numpy raise nearly anything
-        raise BundleError(f"cannot read the embeddings {file}: {error}; copy or export the bundle again") from error
-    if table.shape != shape or not np.issubdtype(table.dtype, np.floating):
-        raise BundleError(
-            f"the embeddings {file} are {table.dtype} of shape {list(table.shape)}, the manifest says floats of shape "
-            f"{list(shape)}; copy or export the bundle again"
-        )
-    return table
+        return map_array(file, shape)
+    except ValueError as error:
+        raise BundleError(f"cannot read the embeddings: {error}; copy or export the bundle again") from error

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from hivtp.engines.bundle import Manifest
+    from hivtp.engines.manifest import Manifest
     from hivtp.runtime.language.options import LanguageOptions
     from hivtp.runtime.weights import CheckpointWeights
 
