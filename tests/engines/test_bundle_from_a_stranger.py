@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -14,7 +15,11 @@ import pytest
 
 from hivtp import Pipeline, SamplingParams
 from hivtp.engines.bundle import Bundle
-from hivtp_ops.errors import BundleError, EngineError, HivtpError
+from hivtp.runtime.inputs.tokenizer import Tokenizer
+from hivtp_ops.errors import BundleError, EngineError, HivtpError, PromptError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # Files that a pipeline opens by name, and where the manifest names them.
 NAMED = {
@@ -344,10 +349,67 @@ def test_a_head_size_that_the_graph_leaves_open_costs_the_request_and_nothing_el
         pipeline.generate("what", [photo])
 
 
+def change_json(bundle: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads((bundle / name).read_text())
+    change(content)
+    (bundle / name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": {"height": 50_000, "width": 50_000}},
+        {"size": {"height": 12_000, "width": 12_000}},
+        {"size": {"shortest_edge": 10**9}},
+        {"size": {"shortest_edge": 10**400}},
+        {"rescale_factor": 10**400},
+        {"image_mean": [0, 0, 10**400]},
+        {"image_std": [1, 1, "1"]},
+        {"resample": [3]},
+    ],
+)
+def test_a_preprocessing_that_nobody_could_run_is_refused_when_the_bundle_is_opened(bundle, record_file, changes):
+    name = "processor/image_processor.json"
+    change_json(bundle, name, lambda settings: settings.update(changes))
+    record_file(name)
+    with pytest.raises(BundleError, match=r"the image preprocessing of .* is damaged or not supported"):
+        Pipeline.load(bundle)
+
+
+def add_token(token_id: int) -> Callable[[dict[str, Any]], object]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    return lambda tokenizer: tokenizer["added_tokens"].append({"id": token_id, "content": "zz", **flags})
+
+
+def test_tokens_that_the_model_does_not_have_cost_the_prompts_that_use_them(bundle, record_file):
+    change_json(bundle, "processor/tokenizer.json", add_token(512))
+    record_file("processor/tokenizer.json")
+    pipeline = Pipeline.load(bundle)
+    assert pipeline.generate("hello", sampling=SamplingParams(2)).token_ids
+    with pytest.raises(BundleError, match="makes token 512 of this prompt, and the model has tokens 0 to 511"):
+        pipeline.generate("zz", sampling=SamplingParams(2))
+
+
+def test_a_prompt_that_no_context_could_hold_is_refused_before_it_is_tokenised(bundle, monkeypatch):
+    pipeline = Pipeline.load(bundle)
+    with pytest.raises(PromptError, match=r"the prompt takes .* tokens"):
+        pipeline.generate("x" * 60_000)
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_arguments: pytest.fail("it was tokenised"))
+    with pytest.raises(PromptError, match="has 1000017 characters, and no more than 65536 can fit the context of 512"):
+        pipeline.generate("x" * 10**6)
+
+
+@pytest.mark.parametrize("changes", [{"image_token": "x" * 300}, {"tokens": {"bos_token": "x" * 300}}])
+def test_special_tokens_of_any_length_are_refused(bundle, record_file, changes):
+    change_json(bundle, "processor/prompt.json", lambda settings: settings.update(changes))
+    record_file("processor/prompt.json")
+    with pytest.raises(BundleError, match="a token has more than 256 characters"):
+        Pipeline.load(bundle)
+
+
 def test_pixels_of_another_size_are_refused_when_the_bundle_is_opened(bundle, record_file):
-    file = bundle / "processor/image_processor.json"
-    settings = json.loads(file.read_text())
-    file.write_text(json.dumps(settings | {"crop_size": {"height": 30_000, "width": 30_000}}))
+    size = {"crop_size": {"height": 9_000, "width": 9_000}}
+    change_json(bundle, "processor/image_processor.json", lambda settings: settings.update(size))
     record_file("processor/image_processor.json")
-    with pytest.raises(BundleError, match="30000 x 30000 pixels, and the graph takes 64 x 64"):
+    with pytest.raises(BundleError, match="9000 x 9000 pixels, and the graph takes 64 x 64"):
         Pipeline.load(bundle)
