@@ -16,7 +16,7 @@ from hivtp.engines.gpu import Gpu, find_gpu
 from hivtp.engines.manifest import FileRecord
 from hivtp.engines.tensorrt.builder import BuildSettings, BuiltPlan, build_plan
 from hivtp.engines.tensorrt.library import Library, LibraryName, load_library
-from hivtp.engines.tensorrt.plan import LEAST_FP8_CAPABILITY, PlanRecord, graph_hashes, sha256_of_plan, write_plan
+from hivtp.engines.tensorrt.plan import MIN_FP8_CAPABILITY, PlanRecord, graph_hashes, sha256_of_plan, write_plan
 from hivtp.engines.tensorrt.profile import TileProfile
 from hivtp.engines.tensorrt.timing_cache import cache_file, default_cache_folder, read_cache, write_cache
 from hivtp.export.progress import Progress
@@ -37,7 +37,7 @@ class PlanSettings:
 
     Attributes:
         library: "tensorrt" or "tensorrt-rtx".
-        profiles: the numbers of tiles; none for those of the model: tuned for one image, and up to 8 tiles.
+        profiles: the numbers of tiles; empty for the model's own: tuned for one image, and up to 8 tiles.
         workspace_bytes, optimization_level, allows_tf32: see BuildSettings.
         timing_cache: folder for what TensorRT measures; None for `default_cache_folder`.
     """
@@ -92,11 +92,11 @@ class Builder:
                 "found here; build it there, from a copy of the bundle (tensorrt-rtx builds anywhere, for RTX GPUs)"
             )
         # A library that builds without a GPU may build for another one than is here.
-        lacks_fp8 = gpu is not None and gpu.compute_capability < LEAST_FP8_CAPABILITY
+        lacks_fp8 = gpu is not None and gpu.compute_capability < MIN_FP8_CAPABILITY
         if precision == "fp8" and lacks_fp8 and not library.builds_without_gpu:
             raise EngineError(
                 f"{gpu} has no products in fp8, which came with compute capability "
-                f"{'.'.join(map(str, LEAST_FP8_CAPABILITY))}; export the bundle with --vision-precision fp16"
+                f"{'.'.join(map(str, MIN_FP8_CAPABILITY))}; export the bundle with --vision-precision fp16"
             )
         if gpu is not None and find_spec("onnxruntime") is None:
             raise MissingExtraError("onnxruntime", "cpu")

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 PLAN_SCHEMA_VERSION = 1
 MAX_SIDECAR_BYTES = 2**20
-# What TensorRT for RTX builds for where nothing else is asked (its guide, "CPU-Only AOT").
-LEAST_PORTABLE_CAPABILITY = (8, 0)
+# What TensorRT for RTX builds for by default (its guide, "CPU-Only AOT").
+MIN_PORTABLE_CAPABILITY = (8, 0)
 # Products in fp8 came with Ada; Hopper and Blackwell have them too.
-LEAST_FP8_CAPABILITY = (8, 9)
+MIN_FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ class PlanRecord:
         return record
 
     @property
-    def least_capability(self) -> tuple[int, int]:
-        """The least compute capability that a portable plan runs on."""
-        return LEAST_FP8_CAPABILITY if self.precision == "fp8" else LEAST_PORTABLE_CAPABILITY
+    def min_capability(self) -> tuple[int, int]:
+        """The oldest compute capability that a portable plan runs on."""
+        return MIN_FP8_CAPABILITY if self.precision == "fp8" else MIN_PORTABLE_CAPABILITY
 
     def check_fits(self, library: Library, gpu: Gpu | None, graph: Mapping[str, str]) -> None:
         """Refuse a plan that cannot run here.
@@ -138,9 +138,9 @@ class PlanRecord:
         if gpu is None:
             raise EngineError("needs an NVIDIA GPU with its driver, and there is none here")
         if self.is_portable:
-            if gpu.compute_capability < self.least_capability:
-                least = ".".join(map(str, self.least_capability))
-                raise EngineError(f"runs on GPUs of compute capability {least} and later, and this is {gpu}")
+            if gpu.compute_capability < self.min_capability:
+                minimum = ".".join(map(str, self.min_capability))
+                raise EngineError(f"runs on GPUs of compute capability {minimum} and later, and this is {gpu}")
         elif self.gpu is None or (self.gpu.name, self.gpu.compute_capability) != (gpu.name, gpu.compute_capability):
             raise EngineError(f"was built for {self.gpu}, and this is {gpu}")
 
@@ -209,7 +209,7 @@ def read_plan(
         trust_plans: also take one that this machine did not build.
 
     Raises:
-        EngineError: there is none, and why each one that there is cannot be used, and how to build one.
+        EngineError: no plan can be used, with the reason for each that was found, and how to build one.
     """
     # Where there is no GPU, another plan would not help.
     advice = f"; build one with: hivtp plan {bundle.folder} --engine {library.name}" if gpu else ""

@@ -51,19 +51,19 @@ def check_profiles(profiles: Sequence[TileProfile]) -> None:
     """Refuse profiles that leave a number of tiles out, from 1 up to the largest.
 
     Raises:
-        EngineError: there is none, or a gap; the number that is missing is named.
+        EngineError: there are no profiles, or the number of tiles that is missing.
     """
     if not profiles:
         raise EngineError("a plan needs at least one profile of tiles")
     # The first number of a gap follows the largest of a profile, or is 1.
     for num_tiles in sorted({1, *(profile.maximum + 1 for profile in profiles)}):
-        if num_tiles <= most_tiles(profiles) and find_profile(profiles, num_tiles) is None:
+        if num_tiles <= max_tiles(profiles) and find_profile(profiles, num_tiles) is None:
             found = ", ".join(map(str, profiles))
             raise EngineError(f"the profiles {found} leave out {num_tiles} tiles; add {num_tiles} to one of them")
 
 
-def most_tiles(profiles: Sequence[TileProfile]) -> int:
-    """The most tiles of one run."""
+def max_tiles(profiles: Sequence[TileProfile]) -> int:
+    """The largest number of tiles of one run."""
     return max(profile.maximum for profile in profiles)
 
 

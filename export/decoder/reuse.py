@@ -97,6 +97,6 @@ def _link_or_copy(source: Path, destination: Path) -> None:
     except FileExistsError:
         raise
     except OSError:
-        # Other file systems, and some of one's own, refuse links.
+        # Another file system, and some by themselves, refuse links.
         with source.open("rb") as original, destination.open("xb") as copy:
             shutil.copyfileobj(original, copy)

@@ -183,7 +183,9 @@ def fuzz_tokenizer(fuzz: Fuzz, random: Random) -> None:
         tokenizer = json.loads(content)
         # Most of a tokenizer is its vocabulary, and most of what can go wrong is not.
         parts = {name: part for name, part in tokenizer.items() if name != "model"}
-        tokenizer |= mutated_json(parts, random, random.choice([1, 1, 2, 4])) if random.random() < 0.7 else {}
+        changed = mutated_json(parts, random, random.choice([1, 1, 2, 4]))
+        if random.random() < 0.7 and isinstance(changed, dict):
+            tokenizer |= changed
         if random.random() < 0.5:
             model = {name: part for name, part in tokenizer.get("model", {}).items() if name not in ("vocab", "merges")}
             changed = mutated_json(model, random)

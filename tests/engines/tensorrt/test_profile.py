@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hivtp.engines.tensorrt.profile import TileProfile, check_profiles, find_profile, most_tiles
+from hivtp.engines.tensorrt.profile import TileProfile, check_profiles, find_profile, max_tiles
 from hivtp_ops.errors import EngineError
 
 
@@ -48,7 +48,7 @@ def test_the_narrowest_profile_serves_a_run():
     several = profiles("1:1:8", "5", "2:4:6", "4:4:8")
     found = [find_profile(several, number) for number in range(10)]
     assert found == [None, 0, 2, 2, 2, 1, 2, 3, 3, None]
-    assert most_tiles(several) == 8
+    assert max_tiles(several) == 8
 
 
 def test_of_equally_narrow_profiles_the_one_tuned_nearest_serves():
