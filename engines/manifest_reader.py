@@ -24,6 +24,7 @@ MAX_HEAD_SIZE = 2**12
 MAX_VOCABULARY = 10**7
 MAX_CONTEXT = 2**30
 MAX_PINPOINTS = 1000
+MAX_WORD = 40
 # Of Linux, for one part of a path.
 MAX_NAME_BYTES = 255
 
@@ -66,6 +67,9 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"its family is {shown(manifest.family)}, and it {tiling}")
     if manifest.tiling is not None:
         _check_tiling(manifest.tiling)
+    for name, word in _words(manifest):
+        if not (0 < len(word) <= MAX_WORD and word.isprintable()):
+            raise ValueError(f"{name} is {shown(word)}, expected a word")
     if (manifest.language is None) != (manifest.vision.graph == "encoder"):
         holds = "no language model" if manifest.language is None else "a language model"
         raise ValueError(f"it holds the {manifest.vision.graph} graph and {holds}")
@@ -83,6 +87,17 @@ def _check(manifest: Manifest) -> None:
     for name in manifest.used_files():
         if name not in manifest.files:
             raise ValueError(f"it uses {shown(name)}, which is not among its files")
+
+
+def _words(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Names of precisions and rules, which messages repeat."""
+    if manifest.tiling is not None:
+        yield "tiling.newline", manifest.tiling.newline
+    decoder = None if manifest.language is None else manifest.language.decoder
+    if decoder is not None:
+        yield "language.decoder.precision", decoder.precision
+        if decoder.prefill_precision is not None:
+            yield "language.decoder.prefill_precision", decoder.prefill_precision
 
 
 def _check_vision(vision: VisionManifest) -> None:

@@ -40,7 +40,7 @@ def open_source(source: Path, checkpoint: Checkpoint, kind: DecoderKind) -> Bund
         )
     if manifest.source.language_fingerprint != checkpoint.language_fingerprint:
         raise BundleError(
-            f"{source} was exported from {manifest.source.name}, whose language model is another than that of "
+            f"{source} was exported from {manifest.source.name!r}, whose language model is another than that of "
             f"{checkpoint.folder}; name a bundle of this one, or export the decoder again"
         )
     if decoder.precision != kind.precision:

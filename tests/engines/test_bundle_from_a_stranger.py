@@ -390,6 +390,35 @@ def test_tokens_that_the_model_does_not_have_cost_the_prompts_that_use_them(bund
         pipeline.generate("zz", sampling=SamplingParams(2))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # The library raises.
+        {"model": {"type": "WordLevel", "unk_token": "[UNK]", "vocab": {"a": 0}}},
+        {"model": {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]], "byte_fallback": False}},
+        # The library panics, which is not an Exception.
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"Sequence": {"id": "B", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            }
+        },
+    ],
+)
+def test_a_tokenizer_that_fails_on_a_text_costs_that_prompt(bundle, record_file, changes):
+    change_json(bundle, "processor/tokenizer.json", lambda tokenizer: tokenizer.update(changes))
+    record_file("processor/tokenizer.json")
+    pipeline = Pipeline.load(bundle)
+    with pytest.raises(BundleError, match="the tokenizer cannot encode this text"):
+        pipeline.generate("hello")
+    # Literal special tokens are encoded in a way of their own.
+    with pytest.raises(BundleError, match="the tokenizer cannot encode this text"):
+        pipeline.generate("hello </s>")
+
+
 def test_a_prompt_that_no_context_could_hold_is_refused_before_it_is_tokenised(bundle, monkeypatch):
     pipeline = Pipeline.load(bundle)
     with pytest.raises(PromptError, match=r"the prompt takes .* tokens"):

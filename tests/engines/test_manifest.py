@@ -125,6 +125,10 @@ def test_missing_and_unknown_keys_are_refused_in_every_part(bundle, edit_manifes
         ("language", "decoder", {}),
         ("language", "decoder", "fp32"),
         ("language", "eos_token_ids", 2),
+        ("decoder", "precision", "\x1b[2Jfp32"),
+        ("decoder", "precision", "fp32" * 20),
+        ("decoder", "prefill_precision", ""),
+        ("decoder", "dtype", "float64"),
         ("language", "eos_token_ids", [2, "2"]),
         ("language", "eos_token_ids", [[2]]),
         ("language", "eos_token_ids", [True]),
@@ -150,7 +154,10 @@ def test_missing_and_unknown_keys_are_refused_in_every_part(bundle, edit_manifes
     ],
 )
 def test_values_of_the_wrong_kind_are_refused(bundle, edit_manifest, part, key, value):
-    edit_manifest(lambda manifest: (manifest[part] if part else manifest).update({key: value}))
+    def section(manifest):
+        return manifest["language"]["decoder"] if part == "decoder" else manifest[part] if part else manifest
+
+    edit_manifest(lambda manifest: section(manifest).update({key: value}))
     with pytest.raises(BundleError, match=r"its manifest is damaged.*export it again"):
         Bundle.open(bundle)
 
@@ -242,6 +249,7 @@ def tiling(edit_manifest: Callable[..., None], bundle: Path) -> Callable[..., No
         {"min_for_base": -1},
         {"min_for_base": None},
         {"newline": 3},
+        {"newline": "\x1b[2J"},
     ],
 )
 def test_a_tiling_that_cannot_be_is_refused(bundle, tiling, changes):

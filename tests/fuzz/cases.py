@@ -174,6 +174,22 @@ def fuzz_template(fuzz: Fuzz, random: Random) -> None:
     use(bundle, random)
 
 
+# Parts of a tokenizer that load, and on which the library then fails, panics, or takes its time.
+TOKENIZER_PARTS: tuple[dict[str, Any], ...] = (
+    {"model": {"type": "WordLevel", "unk_token": "[UNK]", "vocab": {"a": 0}}},
+    {"model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 2**32 - 1}}},
+    {"model": {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]], "byte_fallback": False}},
+    {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "^(a+)+$"}, "behavior": "Isolated", "invert": False}},
+    {"normalizer": {"type": "Replace", "pattern": {"Regex": "x*"}, "content": "ab"}},
+    {"normalizer": {"type": "Prepend", "prepend": "y" * 10_000}},
+    {"post_processor": {"type": "BertProcessing", "sep": ["x", 5], "cls": ["y", 2**32 - 1]}},
+    {"decoder": {"type": "Replace", "pattern": {"Regex": ""}, "content": "xx"}},
+    {"decoder": {"type": "Strip", "content": " ", "start": 2**62, "stop": 2**62}},
+    {"padding": {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}},
+)
+
+
 def fuzz_tokenizer(fuzz: Fuzz, random: Random) -> None:
     bundle = fuzz.copy(random)
     content = (bundle / "processor/tokenizer.json").read_bytes()
@@ -190,6 +206,8 @@ def fuzz_tokenizer(fuzz: Fuzz, random: Random) -> None:
             model = {name: part for name, part in tokenizer.get("model", {}).items() if name not in ("vocab", "merges")}
             changed = mutated_json(model, random)
             tokenizer["model"] = {**tokenizer.get("model", {}), **changed} if isinstance(changed, dict) else changed
+        if random.random() < 0.2:
+            tokenizer |= random.choice(TOKENIZER_PARTS)
         content = json.dumps(tokenizer).encode()
     write(bundle, "processor/tokenizer.json", content, random)
     use(bundle, random)
