@@ -342,11 +342,26 @@ def test_a_graph_that_its_manifest_does_not_describe_is_refused_when_it_is_opene
         Pipeline.load(bundle)
 
 
-def test_a_head_size_that_the_graph_leaves_open_costs_the_request_and_nothing_else(bundle, edit_manifest, photo):
+def test_a_head_size_that_the_graph_leaves_open_costs_the_request_and_nothing_else(bundle, edit_manifest, photo, capfd):
     edit_manifest(lambda manifest: manifest["language"].update(head_size=4096))
     pipeline = Pipeline.load(bundle)
     with pytest.raises(HivtpError, match="decoder"):
         pipeline.generate("what", [photo])
+    # What onnxruntime has to say is in the error.
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_damaged_graph_prints_nothing(bundle, record_file, capfd):
+    file = bundle / "vision/model.onnx"
+    for byte in (b"\xff", b"\0", b"\x80"):
+        content = file.read_bytes()
+        place = content.index(b"MatMul")
+        file.write_bytes(content[:place] + byte + content[place + 1 :])
+        record_file("vision/model.onnx")
+        with pytest.raises(EngineError):
+            Pipeline.load(bundle)
+        assert capfd.readouterr() == ("", "")
+        file.write_bytes(content)
 
 
 def change_json(bundle: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:

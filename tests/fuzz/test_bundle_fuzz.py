@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SECONDS = float(os.environ.get("HIVTP_FUZZ_SECONDS", "20"))
 SEED = int(os.environ.get("HIVTP_FUZZ_SEED", "0"))
 # To start, and to end the last case.
-SPARE_SECONDS = 60
+SPARE_SECONDS = 120
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from random import Random
 from typing import Any
 
 # More than any case needs: a template is stopped before.
-SECONDS_PER_CASE = 20
+SECONDS_PER_CASE = 30
 # Of addresses, most of which are libraries and stacks of threads.
 MAX_BYTES = 6 * 2**30
 SECONDS_PER_TEMPLATE = 0.5
