@@ -16,7 +16,8 @@ from hivtp.engines.gpu import Gpu, find_gpu
 from hivtp.engines.manifest import FileRecord
 from hivtp.engines.tensorrt.builder import BuildSettings, BuiltPlan, build_plan
 from hivtp.engines.tensorrt.library import Library, LibraryName, load_library
-from hivtp.engines.tensorrt.plan import MIN_FP8_CAPABILITY, PlanRecord, graph_hashes, sha256_of_plan, write_plan
+from hivtp.engines.tensorrt.plan import graph_hashes, sha256_of_plan, write_plan
+from hivtp.engines.tensorrt.plan_record import MIN_FP8_CAPABILITY, PlanRecord
 from hivtp.engines.tensorrt.profile import TileProfile
 from hivtp.engines.tensorrt.timing_cache import cache_file, default_cache_folder, read_cache, write_cache
 from hivtp.export.progress import Progress

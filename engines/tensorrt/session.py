@@ -13,13 +13,14 @@ import numpy as np
 from hivtp.engines.gpu import find_gpu
 from hivtp.engines.inputs import check_inputs
 from hivtp.engines.tensorrt.library import Library, LibraryName, load_library
-from hivtp.engines.tensorrt.plan import PlanRecord, read_plan
+from hivtp.engines.tensorrt.plan import read_plan
 from hivtp.engines.tensorrt.profile import find_profile, max_tiles
 from hivtp_ops.errors import EngineError, MissingExtraError
 
 if TYPE_CHECKING:
     from hivtp.engines.base import Arrays, EngineSettings
     from hivtp.engines.bundle import Bundle
+    from hivtp.engines.tensorrt.plan_record import PlanRecord
 
 
 class TensorRtEngine:

@@ -13,7 +13,7 @@ from hivtp.export.plan import PlanSettings, export_plan
 from hivtp_ops.errors import EngineError
 
 if TYPE_CHECKING:
-    from hivtp.engines.tensorrt.plan import PlanRecord
+    from hivtp.engines.tensorrt.plan_record import PlanRecord
 
 DESCRIPTION = """\
 Build a TensorRT engine of a bundle's vision graph, compare it with the graph, and put it into the bundle as a plan.

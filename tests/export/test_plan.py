@@ -15,11 +15,12 @@ import pytest
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp import Pipeline, SamplingParams, VisionOptions
-from hivtp.engines.bundle import Bundle
+from hivtp.engines.bundle import PLANS_FOLDER, Bundle
 from hivtp.engines.gpu import Gpu, find_gpu
 from hivtp.engines.tensorrt.builder import BuildSettings, BuiltPlan, build_plan
 from hivtp.engines.tensorrt.library import load_library
-from hivtp.engines.tensorrt.plan import PLANS_FOLDER, PlanRecord, has_plans, read_plan
+from hivtp.engines.tensorrt.plan import has_plans, read_plan
+from hivtp.engines.tensorrt.plan_record import PlanRecord
 from hivtp.engines.tensorrt.profile import TileProfile
 from hivtp.export import plan as plan_module
 from hivtp.export.checkpoint.folder import Checkpoint

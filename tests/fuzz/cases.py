@@ -10,28 +10,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
-from hivtp import ImagePart, Message, Pipeline, Request, SamplingParams
+from hivtp import Pipeline, Request
 from hivtp.engines.bundle import Bundle, sha256_of
 from hivtp.engines.tensorrt.plan import read_plan
 from hivtp_ops.errors import HivtpError, RequestError
 from tests.engines.tensorrt import fake_gpu
 from tests.engines.tensorrt.plans import H200, add
-from tests.fuzz.mutations import any_value, changed_number, mutated_bytes, mutated_json
+from tests.fuzz.arguments import FEW, PICTURE, any_image, any_list, any_request, any_sampling, any_text, encoded_images
+from tests.fuzz.mutations import mutated_bytes, mutated_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from pathlib import Path
     from random import Random
 
-PICTURE = np.arange(40 * 30 * 3, dtype=np.uint8).reshape(30, 40, 3)
-FEW = SamplingParams(max_new_tokens=2)
 # A message is for people: it must be there, and not drown them.
 MAX_MESSAGE = 5000
-# The marks of the placeholders that stand for special tokens in a user's text.
-PRIVATE = "\ue0000\ue001"
-FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
 
 
 @dataclass
@@ -48,12 +43,6 @@ class Fuzz:
 
     def __post_init__(self) -> None:
         self.pipelines = [Pipeline.load(bundle) for bundle in self.bundles]
-        self.images = {}
-        for name in FORMATS:
-            file = io.BytesIO()
-            image = Image.fromarray(PICTURE)
-            image.save(file, name, **({"exif": exif()} if name in ("JPEG", "WEBP", "PNG", "TIFF") else {}))
-            self.images[name] = file.getvalue()
 
     def run(self, random: Random, kind: str) -> str:
         """Try one case; what came of it, "works" or the name of the error.
@@ -62,9 +51,9 @@ class Fuzz:
         """
         try:
             KINDS[kind](self, random)
-        except RequestError:
+        except RequestError as error:
             # It stands for an exception that nobody foresaw.
-            raise AssertionError("an unforeseen exception") from None
+            raise AssertionError("an unforeseen exception") from error
         except HivtpError as error:
             name, message = type(error).__name__, str(error)
         else:
@@ -78,12 +67,6 @@ class Fuzz:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(random.choice(self.bundles), folder, copy_function=os.link)
         return folder
-
-
-def exif() -> Image.Exif:
-    tags = Image.Exif()
-    tags[0x0112] = 6
-    return tags
 
 
 def write(bundle: Path, name: str, content: bytes, random: Random) -> None:
@@ -243,137 +226,31 @@ def fuzz_sidecar(fuzz: Fuzz, random: Random) -> None:
 
 
 def fuzz_image(fuzz: Fuzz, random: Random) -> None:
-    image: Any = mutated_bytes(fuzz.images[random.choice(FORMATS)], random)
+    image: Any = mutated_bytes(random.choice(list(encoded_images().values())), random)
     if random.random() < 0.2:
         image = fuzz.folder / "image"
-        image.write_bytes(mutated_bytes(fuzz.images[random.choice(FORMATS)], random))
+        image.write_bytes(mutated_bytes(random.choice(list(encoded_images().values())), random))
     random.choice(fuzz.pipelines).generate("what", [image], FEW)
-
-
-def any_image(fuzz: Fuzz, random: Random) -> Any:
-    shape = tuple(random.choice([0, 1, 2, 3, 4, 5, 33, 500]) for _ in range(random.choice([1, 2, 3, 3, 3, 4])))
-    modes = ("1", "L", "P", "RGB", "RGBA", "CMYK", "I", "F", "LA", "I;16", "HSV", "LAB", "YCbCr", "PA", "RGBa")
-    released = memoryview(bytearray(b"x"))
-    released.release()
-    image = Image.new(random.choice(modes), (random.choice([1, 2, 9, 2000]), random.choice([1, 2, 9, 2000])))
-    if random.random() < 0.3:
-        image.info = random.choice([{"transparency": any_value(random)}, {"exif": b"x"}, {1: 2}, {"exif": 3}])
-    return random.choice(
-        [
-            PICTURE,
-            PICTURE[::-1, ::2],
-            np.zeros(shape, random.choice(["u1", "f4", "i8", "?", "O", "u2"])),
-            np.broadcast_to(np.uint8(3), (30_000, 30_000, 3)),
-            image,
-            fuzz.images["PNG"],
-            bytearray(fuzz.images["GIF"]),
-            memoryview(fuzz.images["BMP"]),
-            released,
-            memoryview(np.zeros((3, 3)))[::2],
-            fuzz.folder,
-            fuzz.folder / "none",
-            "/dev/zero",
-            "https://example.org/x.png",
-            "data:image/png;base64,xx",
-            any_value(random),
-        ]
-    )
-
-
-def any_text(random: Random) -> Any:
-    words = [
-        "what",
-        "<image>",
-        "</s>",
-        "<s>",
-        "<unk>",
-        " ",
-        "\n",
-        "\0",
-        "\u202e",
-        "é",
-        "\U0001f600",
-        "{{ x }}",
-        PRIVATE,
-    ]
-    if random.random() < 0.1:
-        return any_value(random)
-    return random.choice(["", " "]).join(random.choices(words, k=random.choice([0, 1, 1, 3, 10, 800])))
-
-
-def any_sampling(random: Random) -> Any:
-    """Settings of which one, at most, is rarely what was meant."""
-    settings: dict[str, Any] = {"max_new_tokens": random.choice([1, 2, 5, 10**9])}
-    good = {
-        "temperature": [0, 0.5, 1e-300, 1e300],
-        "top_p": [1, 0.5, 1e-9],
-        "top_k": [0, 1, 7, 10**9],
-        "seed": [0, 2**63],
-    }
-    good |= {"repetition_penalty": [1, 0.5, 1e300, 1e-300], "logprobs": [0, 20], "ignores_eos": [True, False]}
-    good |= {"stop": ["x", ["a", "\n"], "\ufffd"]}
-    for name, values in good.items():
-        if random.random() < 0.3:
-            settings[name] = random.choice(values)
-    if random.random() < 0.3:
-        name = random.choice(list(good))
-        numbers = [10**400, -1, True, np.float32(0.7), np.int64(3), *settings.values()]
-        settings[name] = random.choice(
-            [any_value(random), changed_number(random.choice([0.5, 1, 2]), random), *numbers]
-        )
-    return any_value(random) if random.random() < 0.03 else SamplingParams(**settings)
-
-
-def any_list(random: Random, items: Iterable[Any]) -> Any:
-    return random.choice([list, list, list, tuple, iter])(items) if random.random() < 0.95 else any_value(random)
-
-
-def any_message(fuzz: Fuzz, random: Random) -> Any:
-    if random.random() < 0.05:
-        return any_value(random)
-    role: Any = random.choice(["user", "user", "assistant", "system"])
-    kinds = [lambda: any_text(random), lambda: ImagePart(any_image(fuzz, random)), lambda: any_value(random), str]
-    parts = ["words", *(random.choice(kinds)() for _ in range(random.choice([0, 1, 3])))]
-    return Message(role, any_list(random, parts), random.choice([False, True]))
-
-
-def any_request(fuzz: Fuzz, random: Random) -> Request:
-    """A good request in which some arguments are rarely what was meant."""
-    odd = {name for name in ("prompt", "images", "sampling", "system", "history", "has_marks") if random.random() < 0.3}
-    arguments: dict[str, Any] = {"prompt": "what", "images": [PICTURE], "sampling": FEW}
-    if "prompt" in odd:
-        arguments["prompt"] = any_message(fuzz, random) if random.random() < 0.3 else any_text(random)
-    if "images" in odd:
-        arguments["images"] = any_list(random, [any_image(fuzz, random) for _ in range(random.choice([0, 1, 1, 2]))])
-    if "sampling" in odd:
-        arguments["sampling"] = any_sampling(random)
-    if "system" in odd:
-        arguments["system"] = any_text(random)
-    if "history" in odd:
-        arguments["history"] = any_list(random, [any_message(fuzz, random) for _ in range(random.choice([1, 2, 4]))])
-    if "has_marks" in odd:
-        arguments["has_marks"] = random.choice([True, False, None, 0])
-    return Request(**arguments)
 
 
 def fuzz_request(fuzz: Fuzz, random: Random) -> None:
     pipeline = random.choice(fuzz.pipelines)
     match random.randrange(4):
         case 0:
-            requests = [Request("what", [PICTURE], FEW), any_request(fuzz, random)]
+            requests = [Request("what", [PICTURE], FEW), any_request(fuzz.folder, random)]
             first, second = pipeline.generate_batch(requests)
             assert not isinstance(first, HivtpError), "one request cost another its answer"
             if isinstance(second, HivtpError):
                 raise second
         case 1:
-            stream = pipeline.stream(any_request(fuzz, random))
+            stream = pipeline.stream(any_request(fuzz.folder, random))
             text = "".join(stream)
             assert text == stream.answer.text
         case 2:
             chat = pipeline.chat(random.choice([None, any_text(random)]))
-            chat.ask(any_text(random), any_list(random, [any_image(fuzz, random)]), any_sampling(random))
+            chat.ask(any_text(random), any_list(random, [any_image(fuzz.folder, random)]), any_sampling(random))
         case _:
-            pipeline.generate(any_request(fuzz, random))
+            pipeline.generate(any_request(fuzz.folder, random))
 
 
 KINDS: dict[str, Callable[[Fuzz, Random], None]] = {

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from hivtp.engines.gpu import Gpu
 from hivtp.engines.manifest import FileRecord
-from hivtp.engines.tensorrt.plan import PlanRecord, graph_hashes, sha256_of_plan, write_plan
+from hivtp.engines.tensorrt.plan import graph_hashes, sha256_of_plan, write_plan
+from hivtp.engines.tensorrt.plan_record import PlanRecord
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hivtp.engines.bundle import Bundle
+from hivtp.engines.bundle import PLANS_FOLDER, Bundle
 from hivtp.engines.tensorrt import plan as plan_module
-from hivtp.engines.tensorrt.plan import PLANS_FOLDER, has_plans, read_plan
+from hivtp.engines.tensorrt.plan import has_plans, read_plan
 from hivtp_ops.errors import BundleError, EngineError
 from tests.engines.tensorrt import fake_gpu
 from tests.engines.tensorrt.plans import CONTENT, H200, RTX, add, make_record

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hivtp.engines.bundle import Bundle
+from hivtp.engines.bundle import PLANS_FOLDER, Bundle
 from hivtp.engines.tensorrt import trust
-from hivtp.engines.tensorrt.plan import PLANS_FOLDER, read_plan, write_plan
+from hivtp.engines.tensorrt.plan import read_plan, write_plan
 from hivtp.engines.tensorrt.trust import is_own_plan, remember_plan, trust_folder
 from hivtp_ops.errors import BundleError, EngineError, EngineWarning
 from tests.engines.tensorrt import fake_gpu
