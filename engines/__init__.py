@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hivtp.engines.bundle import Bundle
+    from hivtp.engines.onnxruntime import OnnxRuntimeEngine
+    from hivtp.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
 
 __all__ = ["Engine", "EngineName", "EngineSettings", "create_engine", "open_vision_engine"]
 
 EngineName = Literal["auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 
 
-def create_engine(name: str, file: Path, settings: EngineSettings | None = None) -> Engine:
+def create_engine(
+    name: str, file: Path, settings: EngineSettings | None = None
+) -> OnnxRuntimeEngine | OnnxRuntimeCudaEngine:
     """Open a graph in an engine that runs ONNX.
 
     Args:
@@ -53,9 +57,12 @@ def open_vision_engine(
             TensorRT for RTX, ONNX Runtime on a GPU where it is built for one, ONNX Runtime on the CPU. An EngineWarning
             says why one that is there was passed over.
         settings: how to run it.
-        trust_plans: load a plan that another machine built. A plan is code.
+        trust_plans: also load a plan that came with the bundle. A plan is code that runs in this process; without
+            this, only one that this machine built is loaded, by a record in the user's state folder
+            (`~/.local/state/hivtp/plans`), which no bundle can bring along.
 
     Raises:
+        BundleError: the graph is not the one that the manifest describes.
         EngineError: there is no such engine, or it cannot run the graph here, and why.
         MissingExtraError: the engine's package is not installed.
     """
@@ -79,7 +86,7 @@ def open_vision_engine(
 
 
 def _is_there(bundle: Bundle, name: str) -> bool:
-    """Whether something speaks for an engine: a plan in the bundle, a package for GPUs, the graph's precision."""
+    """Whether an engine is worth trying: there is a plan for it, or its package, and it suits the graph's precision."""
     if name in ("tensorrt", "tensorrt-rtx"):
         from hivtp.engines.tensorrt.plan import has_plans
 
@@ -103,12 +110,16 @@ def _open_plan(library: Literal["tensorrt", "tensorrt-rtx"]) -> Callable[[Bundle
 
 def _open_graph(name: str) -> Callable[[Bundle, EngineSettings, bool], Engine]:
     def create(bundle: Bundle, settings: EngineSettings, _trust_plans: bool) -> Engine:
+        from hivtp.engines.signature import check_session, vision_tensors
+
         engine = create_engine(name, bundle.vision_file, settings)
+        if bundle.manifest.vision.graph == "vision":
+            check_session(engine.session, bundle.vision_file, *vision_tensors(bundle.manifest))
         if bundle.manifest.vision.precision == "fp8":
             warnings.warn(
-                f"{name} rounds what the vision graph has in fp8, and multiplies it in a wider type, which is slower "
-                f"than an fp16 graph: build a plan with hivtp plan {bundle.folder} --engine tensorrt, or "
-                "export with --vision-precision fp16",
+                f"{name} rounds to fp8 as the vision graph says, and multiplies in a wider type, which is slower than "
+                f"an fp16 graph: build a plan with hivtp plan {bundle.folder} --engine tensorrt, or export with "
+                "--vision-precision fp16",
                 EngineWarning,
                 stacklevel=3,
             )
@@ -117,7 +128,7 @@ def _open_graph(name: str) -> Callable[[Bundle, EngineSettings, bool], Engine]:
     return create
 
 
-# What a creator needs is imported when it is called.
+# Each creator imports what it needs when it is called.
 _CREATORS: dict[str, Callable[[Bundle, EngineSettings, bool], Engine]] = {
     "tensorrt": _open_plan("tensorrt"),
     "tensorrt-rtx": _open_plan("tensorrt-rtx"),

@@ -1,4 +1,4 @@
-"""Files that a stranger may have left, read with bounds; and files that are whole or absent once they are written."""
+"""Files from strangers, read with bounds; and files of our own, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ import stat
 import tempfile
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
 # Far more than any JSON file of a model takes: the largest tokenizers in use have 40 MB.
 MAX_JSON_BYTES = 256 * 2**20
+# Far less than what makes Python run out of stack, here or where a value is printed or copied.
+MAX_JSON_DEPTH = 100
+# The versions of the .npy format that numpy writes for floats.
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def read_regular(file: Path, max_bytes: int) -> bytes:
@@ -29,7 +37,7 @@ def read_regular(file: Path, max_bytes: int) -> bytes:
             raise OSError("it is not a regular file")
         if found.st_size > max_bytes:
             raise OSError(f"it has {found.st_size} bytes, and {max_bytes} are allowed")
-        return stream.read(max_bytes)
+        return stream.read(found.st_size)
 
 
 def read_json(file: Path) -> Any:
@@ -46,12 +54,39 @@ def parse_json(content: bytes | str) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: it is not JSON in UTF-8, or nested too deeply.
+        ValueError: it is not JSON in UTF-8, is nested too deeply, or holds text that is not valid Unicode.
     """
+    text = content if isinstance(content, str) else content.decode("utf-8-sig")
     try:
-        return json.loads(content)
+        value = json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    _check_json(value)
+    return value
+
+
+def map_array(file: Path, shape: tuple[int, ...]) -> NDArray[np.floating]:
+    """Map an array of floats in a .npy file into memory; only what is used is read.
+
+    Raises:
+        ValueError: the file is damaged, or holds another array.
+    """
+    try:
+        with file.open("rb") as stream:
+            version = np.lib.format.read_magic(stream)
+            found, is_fortran, dtype = _HEADERS[version](stream)
+            offset = stream.tell()
+    except Exception as error:  # a damaged header makes numpy raise nearly anything
+        raise ValueError(f"{file} is not a readable .npy file ({type(error).__name__}: {error})") from error
+    # Before anything is computed from the shape.
+    if found != shape or not np.issubdtype(dtype, np.floating):
+        raise ValueError(
+            f"{file} holds {dtype} of shape {list(found)}, the manifest says floats of shape {list(shape)}"
+        )
+    try:
+        return np.memmap(file, dtype, "r", offset, shape, "F" if is_fortran else "C")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is truncated ({error})") from error
 
 
 def write_whole(file: Path, content: bytes | memoryview) -> None:
@@ -72,6 +107,28 @@ def write_whole(file: Path, content: bytes | memoryview) -> None:
     except BaseException:
         os.unlink(partial)
         raise
+
+
+def _check_json(value: Any) -> None:
+    """Refuse what Python's parser takes and most of Python does not: deep nesting, and halves of surrogate pairs.
+
+    Raises:
+        ValueError: it was found.
+    """
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        following: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                following += [*item, *item.values()]
+            elif isinstance(item, list):
+                following += item
+            elif isinstance(item, str) and not item.isascii():
+                item.encode()
+        if not following:
+            return
+        level = following
+    raise ValueError("it is nested too deeply")
 
 
 def _umask() -> int:

@@ -16,9 +16,9 @@ PROBE = (
     b"b\x15\n\x01y\x12\x10\n\x0e\x08\x06\x12\n\n\x03\x12\x01m\n\x03\x12\x01n"
     b"B\x04\n\x00\x10\x15"
 )
-# Of a session: int8 weights become uint8 when it opens, whose products ONNX Runtime adds in 32 bits everywhere.
+# An entry of a session's config: int8 weights become uint8, whose products ONNX Runtime adds in 32 bits everywhere.
 EXACT_PRODUCTS = "session.x64quantprecision"
-# More than the least that any kernel takes at once.
+# More than any kernel takes at once.
 PROBE_SIDE = 64
 
 
@@ -26,9 +26,9 @@ PROBE_SIDE = 64
 def overflows_int8() -> bool:
     """Whether ONNX Runtime's usual product of uint8 activations and int8 weights is inexact here.
 
-    On x86 without VNNI it adds two such products in 16 bits, and what is larger is cut off: the largest activation by
-    the largest weight, twice, is 64,770, and 32,767 is kept. Sessions ask for `EXACT_PRODUCTS` there and only
-    there, since processors with VNNI would lose speed by it.
+    On x86 without VNNI it adds two such products in 16 bits, which saturate: the largest activation times the largest
+    weight, twice, is 64,770, and 32,767 is left. Sessions ask for `EXACT_PRODUCTS` there and only there, since
+    processors with VNNI would lose speed by it.
 
     Source: ONNX Runtime, onnxruntime_session_options_config_keys.h, kOrtSessionOptionsAvx2PrecisionMode.
     """

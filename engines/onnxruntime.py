@@ -97,7 +97,15 @@ def open_session(
         options = session_options(settings)
         if stops_spinning:
             options.add_session_config_entry("session.force_spinning_stop", "1")
-        return onnxruntime.InferenceSession(file, options, providers=list(providers))
+        return onnxruntime.InferenceSession(
+            file,
+            options,
+            providers=list(providers),
+            # It would print to standard output, and try providers that were not asked for.
+            enable_fallback=0,
+            # Else a graph may bring options along, where an environment variable says so.
+            read_config_from_model=0,
+        )
 
 
 def session_options(settings: EngineSettings | None = None) -> Any:
@@ -105,7 +113,8 @@ def session_options(settings: EngineSettings | None = None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    # Nothing but what ends the process: other errors are raised.
+    options.log_severity_level = 4
     # A memory pattern is planned anew for every shape of the inputs, and prompts differ. It also asks for all memory
     # a second time, so that the second run was as slow as the first, and gained nothing measurable after that.
     options.enable_mem_pattern = False

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -16,7 +16,7 @@ def read_record(kind: type[T], values: Any, name: str = "") -> T:
 
     Args:
         kind: the dataclass. Its hints resolve at run time, and are of dataclasses, str, int, float, bool, None, Any,
-            tuples, mappings from str, and unions of these.
+            literal strings, tuples, mappings from str, and unions of these.
         values: the object, as `json.loads` gives it.
         name: where it stands, for messages.
 
@@ -25,10 +25,10 @@ def read_record(kind: type[T], values: Any, name: str = "") -> T:
     """
     hints = get_type_hints(kind)
     if not isinstance(values, Mapping):
-        raise ValueError(f"{name or kind.__name__} is {_shown(values)}, expected an object")
+        raise ValueError(f"{name or kind.__name__} is {shown(values)}, expected an object")
     if set(values) != set(hints):
         missing, unknown = sorted(set(hints) - set(values)), sorted(map(str, set(values) - set(hints)))
-        problems = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {_shown(unknown)}"] * bool(unknown)
+        problems = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {shown(unknown)}"] * bool(unknown)
         raise ValueError(f"{name or kind.__name__} {' and '.join(problems)}")
     assert is_dataclass(kind), "records are dataclasses"
     prefix = f"{name}." if name else ""
@@ -44,19 +44,23 @@ def _read(hint: Any, value: Any, name: str) -> Any:
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         return _read_union(get_args(hint), value, name)
+    if origin is Literal:
+        if not isinstance(value, str) or value not in get_args(hint):
+            raise ValueError(f"{name} is {shown(value)}, expected one of {', '.join(get_args(hint))}")
+        return value
     if origin is tuple:
         return _read_tuple(get_args(hint), value, name)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{name} is {_shown(value)}, expected an object")
+            raise ValueError(f"{name} is {shown(value)}, expected an object")
         item = get_args(hint)[1]
-        return {str(key): _read(item, entry, f"{name}[{_shown(key)}]") for key, entry in value.items()}
+        return {str(key): _read(item, entry, f"{name}[{shown(key)}]") for key, entry in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = _as_float(value, name)
     # In Python True is an integer, and in JSON it is not.
     is_right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     if not is_right or (hint is float and not math.isfinite(value)):
-        raise ValueError(f"{name} is {_shown(value)}, expected {'null' if hint is NoneType else hint.__name__}")
+        raise ValueError(f"{name} is {shown(value)}, expected {'null' if hint is NoneType else hint.__name__}")
     return value
 
 
@@ -70,12 +74,12 @@ def _read_union(options: tuple[Any, ...], value: Any, name: str) -> Any:
             return _read(option, value, name)
         except ValueError as error:
             problem = problem or error
-    raise problem or ValueError(f"{name} is {_shown(value)}, expected null")
+    raise problem or ValueError(f"{name} is {shown(value)}, expected null")
 
 
 def _read_tuple(items: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{name} is {_shown(value)}, expected a list")
+        raise ValueError(f"{name} is {shown(value)}, expected a list")
     if items[1:] == (Ellipsis,):
         items = (items[0],) * len(value)
     if len(items) != len(value):
@@ -91,10 +95,10 @@ def _as_float(value: int, name: str) -> float:
         raise ValueError(f"{name} is too large a number") from error
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value for a message, however long or deep it is."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):
-        return f"a {type(value).__name__}"
+        return f"a value of type {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:80]}..."

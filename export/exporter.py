@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hivtp.engines.bundle import (
-    MANIFEST_NAME,
+from hivtp.engines.bundle import MANIFEST_NAME, Bundle, sha256_of
+from hivtp.engines.manifest import (
     PROCESSOR_FOLDER,
-    Bundle,
     FileRecord,
     Manifest,
     SourceManifest,
     TilingManifest,
     VisionManifest,
-    sha256_of,
 )
 from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.checkpoint.processor import Processor

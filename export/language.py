@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from hivtp.engines.bundle import DecoderManifest, LanguageManifest, SamplingDefaults
+from hivtp.engines.manifest import DecoderManifest, LanguageManifest, SamplingDefaults
+from hivtp.engines.record import read_record
 from hivtp.export.checkpoint.processor import eos_token_ids
 from hivtp.export.decoder.build import (
-    DECODER_NAME,
-    EMBEDDINGS_NAME,
     PREFILL_NAME,
     DecoderKind,
     DecoderPrecision,
-    decoder_dtype,
     write_decoder,
     write_embeddings,
 )
+from hivtp.export.decoder.layout import LANGUAGE_FOLDER, decoder_manifest
 from hivtp.export.decoder.reuse import take_decoder
-from hivtp.export.verify.checks import verify_language
+from hivtp.export.verify.checks import LanguageReport, verify_language
+from hivtp_ops.errors import BundleError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from hivtp.engines.bundle import Bundle
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from hivtp.export.checkpoint.processor import Processor
     from hivtp.export.progress import Progress
 
-LANGUAGE_FOLDER = "language"
 # "none" leaves the language model to the checkpoint.
 LanguagePrecision: TypeAlias = Literal[DecoderPrecision, "none"]
 
@@ -58,15 +59,16 @@ def export_decoder(
         decoder.
 
     Raises:
+        BundleError: the other bundle does not say how its decoder was checked.
         CheckpointError: the language model cannot be built, or not in that precision.
         MissingExtraError: onnxruntime-genai is not installed.
         VerificationError: the decoder differs from PyTorch by more than its tolerance.
     """
     language = folder / LANGUAGE_FOLDER
-    has_prefill = kind.prefill_precision is not None
     if source is not None:
         with progress.step(f"Decoder of {source.folder}"):
             verification = take_decoder(source, folder)
+            _check_reports(verification, kind, source)
     else:
         with progress.step("Token embeddings"):
             write_embeddings(checkpoint, language, kind.precision)
@@ -83,16 +85,21 @@ def export_decoder(
                 verification["prefill"] = verify_language(
                     checkpoint, prefill, kind.prefill_precision, is_for_prompts=True
                 )
-    manifest = DecoderManifest(
-        file=f"{LANGUAGE_FOLDER}/{DECODER_NAME}",
-        embeddings=f"{LANGUAGE_FOLDER}/{EMBEDDINGS_NAME}",
-        precision=kind.precision,
-        block_size=kind.block_size,
-        prefill_file=f"{LANGUAGE_FOLDER}/{PREFILL_NAME}" if has_prefill else None,
-        prefill_precision=kind.prefill_precision,
-        dtype=decoder_dtype(kind.precision),
-    )
-    return manifest, verification
+    return decoder_manifest(kind), verification
+
+
+def _check_reports(verification: Mapping[str, Any], kind: DecoderKind, source: Bundle) -> None:
+    """Refuse what another bundle says of its check, if it is not what a check gives: the summary will show it."""
+    for part in ("language",) if kind.prefill_precision is None else ("language", "prefill"):
+        try:
+            found = verification[part]
+            read_record(LanguageReport, {item.name: found[item.name] for item in fields(LanguageReport)})
+            _ = f"{found['tolerance']['relative_error']:.0e}"
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(
+                f"the manifest of {source.folder} does not say how its decoder was checked ({error}); export the "
+                "decoder again"
+            ) from error
 
 
 def language_manifest(

@@ -1,4 +1,4 @@
-"""Builds a plan into a bundle, on the machine that runs it; needs TensorRT and what runs the graph on a CPU."""
+"""Builds a plan into a bundle, on the machine that runs it, and compares it with the graph in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import sysconfig
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from hivtp.engines import create_engine
 from hivtp.engines.base import EngineSettings
-from hivtp.engines.bundle import Bundle, FileRecord
+from hivtp.engines.bundle import Bundle
 from hivtp.engines.gpu import Gpu, find_gpu
+from hivtp.engines.manifest import FileRecord
 from hivtp.engines.tensorrt.builder import BuildSettings, BuiltPlan, build_plan
 from hivtp.engines.tensorrt.library import Library, LibraryName, load_library
-from hivtp.engines.tensorrt.plan import LEAST_FP8_CAPABILITY, PlanRecord, graph_hashes, sha256_of_plan, write_plan
+from hivtp.engines.tensorrt.plan import graph_hashes, sha256_of_plan, write_plan
+from hivtp.engines.tensorrt.plan_record import MIN_FP8_CAPABILITY, PlanRecord
 from hivtp.engines.tensorrt.profile import TileProfile
 from hivtp.engines.tensorrt.timing_cache import cache_file, default_cache_folder, read_cache, write_cache
 from hivtp.export.progress import Progress
 from hivtp.export.verify.plan import verify_plan
-from hivtp_ops.errors import EngineError, EngineWarning, HivtpError
+from hivtp_ops.errors import EngineError, EngineWarning, HivtpError, MissingExtraError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 NUM_STEPS = 3
-# One picture at a time is tuned for; more come in a batch, as many as go through the graph in one run.
+# Tuned for one image at a time; a batch of more goes through the graph in runs of up to 8.
 LLAVA_TILES = TileProfile(1, 1, 8)
 
 
@@ -35,7 +38,7 @@ class PlanSettings:
 
     Attributes:
         library: "tensorrt" or "tensorrt-rtx".
-        profiles: the numbers of tiles; none for those of the model: one picture tuned for, and up to 8 tiles.
+        profiles: the numbers of tiles; empty for the model's own: tuned for one image, and up to 8 tiles.
         workspace_bytes, optimization_level, allows_tf32: see BuildSettings.
         timing_cache: folder for what TensorRT measures; None for `default_cache_folder`.
     """
@@ -48,7 +51,7 @@ class PlanSettings:
     timing_cache: Path | None = None
 
     def __post_init__(self) -> None:
-        # The checks of what was given, before any work is done.
+        # Refuses what cannot be before any work is done.
         _ = self.build_settings((LLAVA_TILES,))
 
     def build_settings(self, default_profiles: tuple[TileProfile, ...]) -> BuildSettings:
@@ -75,7 +78,7 @@ class Builder:
         """Find out whether a plan can be built here, which takes no time.
 
         Raises:
-            MissingExtraError: the library, or cuda-core, is not installed.
+            MissingExtraError: the library, cuda-core, or onnxruntime, which a plan is compared in, is not installed.
             EngineError: the library needs a GPU and there is none, or it or the GPU cannot take the precision.
         """
         if precision == "int8":
@@ -89,23 +92,25 @@ class Builder:
                 f"{library.name} builds a plan on the GPU that will run it, and no NVIDIA GPU with its driver was "
                 "found here; build it there, from a copy of the bundle (tensorrt-rtx builds anywhere, for RTX GPUs)"
             )
-        # A plan of a library that builds without a GPU may be for another one than that which is here.
-        lacks_fp8 = gpu is not None and gpu.compute_capability < LEAST_FP8_CAPABILITY
+        # A library that builds without a GPU may build for another one than is here.
+        lacks_fp8 = gpu is not None and gpu.compute_capability < MIN_FP8_CAPABILITY
         if precision == "fp8" and lacks_fp8 and not library.builds_without_gpu:
             raise EngineError(
                 f"{gpu} has no products in fp8, which came with compute capability "
-                f"{'.'.join(map(str, LEAST_FP8_CAPABILITY))}; export the bundle with --vision-precision fp16"
+                f"{'.'.join(map(str, MIN_FP8_CAPABILITY))}; export the bundle with --vision-precision fp16"
             )
+        if gpu is not None and find_spec("onnxruntime") is None:
+            raise MissingExtraError("onnxruntime", "cpu")
         return cls(library, gpu)
 
 
 def export_plan(folder: str | Path, settings: PlanSettings, *, is_quiet: bool = False) -> tuple[Path, PlanRecord]:
     """Build a plan of a bundle's vision graph, compare it with the graph, and put it into the bundle.
 
-    A plan serves the machine that built it. It is therefore not a file of the manifest, which says what the bundle is
-    wherever it goes, but has a sidecar with its own hash and that of the graph. One of TensorRT for RTX serves every
-    RTX GPU since Ampere, or in fp8 since Ada; it can be built without a GPU, and then it is not compared, which the
-    sidecar says.
+    A plan serves the machine that built it. So the manifest, which says what the bundle is wherever it goes, does not
+    list it; a sidecar has its hash and the graph's. A plan of TensorRT for RTX serves every RTX GPU since Ampere (in
+    fp8 since Ada); it can be built without a GPU, and then it is not compared, which the sidecar says. A plan is code,
+    so this machine records that it built this one; elsewhere it is loaded only with `trust_plans=True`.
 
     Args:
         folder: the bundle.

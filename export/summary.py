@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from hivtp.engines.bundle import Bundle, Manifest
+    from hivtp.engines.bundle import Bundle
+    from hivtp.engines.manifest import Manifest
 
 
 def summary(bundle: Bundle, checkpoint: Path) -> str:

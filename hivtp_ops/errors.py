@@ -40,7 +40,7 @@ class SettingsError(HivtpError, ValueError):
 
 
 class RequestError(HivtpError):
-    """A request that failed in a way that nobody foresaw; others are not concerned."""
+    """A request that failed in a way that nobody foresaw; others are not affected."""
 
 
 class EngineError(HivtpError):
@@ -52,11 +52,11 @@ class KernelError(HivtpError):
 
 
 class EngineWarning(UserWarning):
-    """An engine that runs otherwise than one would think: another one, or with less precision."""
+    """An engine that runs differently than expected: another one, or with less precision."""
 
 
 class OutOfMemoryError(HivtpError, MemoryError):
-    """Memory that ran out for one request; others are not concerned."""
+    """Memory that ran out for one request; others are not affected."""
 
 
 class MissingExtraError(HivtpError, ImportError):

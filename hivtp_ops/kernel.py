@@ -30,7 +30,7 @@ class Kernel:
         source: CUDA C++ without includes. It defines `extern "C" __global__ void hierarchical_prune(importance,
             kept_indices, kept_counts)`, all three pointers to contiguous arrays of the shapes and dtypes of
             `hivtp_ops.op`.
-        num_threads: threads of a block. There are as many blocks as tiles, and no dynamic shared memory.
+        num_threads: threads of a block. There is a block for each tile, and no dynamic shared memory.
     """
 
     source: str

@@ -63,7 +63,7 @@ def hierarchical_prune_function(grid: tuple[int, int], spec: PruningSpec, opset:
     body has their values baked in: it serves the nodes that `hierarchical_prune_node` makes of the same grid
     and spec.
 
-    It takes only ops that TensorRT takes too; more than 3,840 patches are more than TensorRT's TopK sorts.
+    It uses only ops that TensorRT takes too; TensorRT's TopK sorts up to 3,840 patches.
     Ties rest on TopK's rule, lower index first. NaN is not looked for, and what TopK makes of it is not
     defined: whoever runs the graph checks the scores.
 

@@ -34,7 +34,7 @@ def region_ids(grid: tuple[int, int], regions: int) -> NDArray[np.int64]:
 def window_ids(grid: tuple[int, int], window: int) -> NDArray[np.int64]:
     """Give the window of every patch, windows numbered in raster order from the top left.
 
-    The windows at the right and at the bottom edge are smaller where the side is no multiple of `window`.
+    The windows at the right and at the bottom edge are smaller where the side is not a multiple of `window`.
 
     Args:
         grid: rows and columns of patches.

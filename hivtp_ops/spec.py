@@ -29,7 +29,7 @@ class PruningSpec:
     Attributes:
         first_layer: first scoring layer of the vision encoder, 0-based; None is the paper's 6 of 24,
             scaled to the encoder's depth.
-        num_layers: number of scoring layers; None is the paper's 3 of 24, scaled likewise.
+        num_layers: number of scoring layers; None is the paper's 3 of 24, scaled to the encoder's depth.
         regions: regions along each axis of the grid.
         global_ratio: share of each region's patches that the global stage keeps, 0 to 1.
         window: side of a window of the local stage, in patches.
@@ -48,13 +48,13 @@ class PruningSpec:
 
     def __post_init__(self) -> None:
         if self.first_layer is not None:
-            _check_int("first_layer", self.first_layer, least=0)
+            _check_int("first_layer", self.first_layer, minimum=0)
         if self.num_layers is not None:
-            _check_int("num_layers", self.num_layers, least=1)
+            _check_int("num_layers", self.num_layers, minimum=1)
         if self.keep is not None:
-            _check_int("keep", self.keep, least=1)
-        _check_int("regions", self.regions, least=1)
-        _check_int("window", self.window, least=1)
+            _check_int("keep", self.keep, minimum=1)
+        _check_int("regions", self.regions, minimum=1)
+        _check_int("window", self.window, minimum=1)
         # Written so that NaN fails too.
         is_number = isinstance(self.global_ratio, int | float) and not isinstance(self.global_ratio, bool)
         if not (is_number and 0.0 <= self.global_ratio <= 1.0):
@@ -100,7 +100,7 @@ class PruningSpec:
         Raises:
             SpecError: the layers lie outside the encoder.
         """
-        _check_int("num_encoder_layers", num_encoder_layers, least=1)
+        _check_int("num_encoder_layers", num_encoder_layers, minimum=1)
         first, count = self.first_layer, self.num_layers
         if first is None:
             first = round(6 * num_encoder_layers / PAPER_LAYERS)
@@ -128,7 +128,7 @@ class PruningSpec:
             grid: rows and columns of patches.
 
         Raises:
-            SpecError: the grid is none, or is smaller than the regions, a window or `keep` need.
+            SpecError: the grid is not two whole numbers, or is smaller than the regions, a window or `keep` need.
         """
         rows, cols = _checked_grid(grid)
         for name in ("regions", "window"):
@@ -199,18 +199,18 @@ class PruningSpec:
         return cls(**settings)
 
 
-def _check_int(name: str, value: object, least: int) -> None:
+def _check_int(name: str, value: object, minimum: int) -> None:
     # bool is a subclass of int, and True would pass for 1.
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise SpecError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise SpecError(f"{name} must be a whole number of at least {minimum}, not {value!r}")
 
 
 def _checked_grid(grid: tuple[int, int]) -> tuple[int, int]:
     if len(grid) != 2:
         raise SpecError(f"a grid is (rows, columns), not {grid!r}")
     rows, cols = grid
-    _check_int("rows of the grid", rows, least=1)
-    _check_int("columns of the grid", cols, least=1)
+    _check_int("rows of the grid", rows, minimum=1)
+    _check_int("columns of the grid", cols, minimum=1)
     return rows, cols
 
 

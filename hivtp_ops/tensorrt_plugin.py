@@ -32,7 +32,7 @@ def register_plugin() -> None:
     registered takes the function in its place, and gives the same: so do not register it for a GPU below
     `hivtp_ops.kernel.MIN_CAPABILITY`.
 
-    The importance must be float32 in the graph; it is in every graph that `hivtp-export` writes.
+    The importance must be float32 in the graph; it is in every graph that `hivtp export` writes.
 
     Raises:
         MissingExtraError: tensorrt is not installed.
@@ -43,7 +43,7 @@ def register_plugin() -> None:
         import tensorrt.plugin as trtp
     except ImportError as error:
         raise MissingExtraError("tensorrt", "tensorrt") from error
-    # What is missing shows here, where the function can still be taken, and not in the midst of a build.
+    # What is missing shows here, where the function can still be taken, and not in the middle of a build.
     compile_kernel("", TARGET)
 
     @trtp.register(PLUGIN_ID)  # type: ignore[untyped-decorator]

@@ -54,9 +54,9 @@ def hierarchical_prune(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply the rule that `hivtp_ops.select` defines to every tile by itself.
 
-    On a GPU it is one kernel, which the first call compiles: make it before a CUDA graph is captured. Where the
-    kernel cannot be compiled there is a warning, and where a grid is too large for it there is none; PyTorch's own
-    operators do the work then, and the result is the same.
+    On a GPU it is one kernel, which the first call compiles: call it once before a CUDA graph is captured. Where the
+    kernel cannot be compiled, of which a warning tells, or the grid is too large for it, PyTorch's own operators do
+    the work, with the same result.
 
     Args:
         importance: [tiles, rows * cols] floating; converted to float32. NaN is not looked for, since that
@@ -67,7 +67,7 @@ def hierarchical_prune(
         regions: as in PruningSpec, like the rest.
         global_ratio: see regions.
         window: see regions.
-        keep: exact count, or -1 for none.
+        keep: exact count; -1 keeps what the two stages give.
 
     Returns:
         `kept_indices` [tiles, capacity] int64, ascending, then -1, and `kept_counts` [tiles] int64, on the
@@ -176,7 +176,7 @@ def _check(importance: torch.Tensor, grid: tuple[int, int]) -> None:
 
 @functools.cache
 def _kernel(grid: tuple[int, int], spec: PruningSpec, capability: tuple[int, int]) -> TorchKernel | None:
-    """Give the kernel, or None, after a warning, where there can be none; either is kept."""
+    """Give the kernel; None where the grid is too large for it or, after a warning, where it cannot be compiled."""
     if grid[0] * grid[1] > MAX_PATCHES:
         return None
     try:

@@ -20,7 +20,7 @@ from hivtp.runtime.language import LanguageOptions, create_language
 from hivtp.runtime.language.base import closed_error
 from hivtp.runtime.vision import VisionOptions, create_image_encoder
 from hivtp.runtime.vision.encoder import EncodedImage
-from hivtp_ops.errors import EngineError, EngineWarning, HivtpError, ImageError, PromptError
+from hivtp_ops.errors import BundleError, EngineError, EngineWarning, HivtpError, ImageError, PromptError
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
@@ -30,12 +30,15 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from hivtp.engines.base import Engine
-    from hivtp.engines.bundle import LanguageManifest
+    from hivtp.engines.manifest import LanguageManifest
     from hivtp.runtime.inputs.prepared_image import PreparedImage
     from hivtp.runtime.language.base import LanguageBackend
     from hivtp.runtime.language.sampling import SamplingParams
     from hivtp.runtime.request import Request
     from hivtp.runtime.vision.cache import CachedEncoder
+
+# No tokenizer in use has a longer token.
+MAX_CHARACTERS_PER_TOKEN = 128
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,7 @@ class Model:
         Raises:
             EngineError: the model is closed.
             ImageError: an image cannot be read or is refused, and which.
+            BundleError: the tokenizer makes tokens that the model does not have.
             OutOfMemoryError: memory ran out.
             PromptError: the template loses words or an image, or the prompt is longer than the context.
             RequestError: a library failed in a way that nobody foresaw.
@@ -163,7 +167,14 @@ class Model:
             messages = request.messages
             sources = [image for message in messages for image in message.images]
             text = self.template.render(messages, self.tokenizer)
+            self._check_text_length(len(text))
             token_ids = self.template.encode(self.tokenizer, text, self.manifest.image_token_id)
+            if not 0 <= max(token_ids, default=-1) < self.manifest.vocab_size:
+                found = f"token {max(token_ids)}" if token_ids else "no token"
+                raise BundleError(
+                    f"the tokenizer of {self.bundle.folder} makes {found} of this prompt, and the model has tokens "
+                    f"0 to {self.manifest.vocab_size - 1}; export it again"
+                )
             # How much pruning keeps is known after the vision stage only; here counts the shortest that it can be.
             self._check_length(len(token_ids) + len(sources) * (self.bundle.manifest.vision.num_prefix_tokens - 1))
             images = [self._prepare_image(source, number, len(sources)) for number, source in enumerate(sources, 1)]
@@ -263,6 +274,15 @@ class Model:
 
     def _image_positions(self, token_ids: list[int]) -> list[int]:
         return [position for position, token_id in enumerate(token_ids) if token_id == self.manifest.image_token_id]
+
+    def _check_text_length(self, num_characters: int) -> None:
+        """Refuse text that cannot fit before all of it is tokenised."""
+        most = self.language.context_length * MAX_CHARACTERS_PER_TOKEN
+        if num_characters > most:
+            raise PromptError(
+                f"the prompt has {num_characters} characters, and no more than {most} can fit the context of "
+                f"{self.language.context_length} tokens; shorten it"
+            )
 
     def _check_length(self, length: int) -> None:
         if length >= self.language.context_length:

@@ -8,16 +8,17 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from hivtp.runtime.config import read_config, settings_of
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import torch
 
-    from hivtp.engines.bundle import Manifest
+    from hivtp.engines.manifest import Manifest
 
 # Weight names, from any layout, to `part.name`: the hub's (transformers 4), those of a live model, and
 # those that transformers 5 saves, which drop the tower's `vision_model.`.
@@ -29,6 +30,8 @@ _CANONICAL_NAMES = (
     (re.compile(r"^(lm_head\..+)$"), r"language.\1"),
     (re.compile(r"^(?:model\.)?(image_newline)$"), r"\1"),
 )
+# Values of each weight that a fingerprint holds.
+NUM_SAMPLES = 16
 # Buffers that old versions of transformers saved; they follow from the config.
 _BUFFERS = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
 
@@ -77,27 +80,56 @@ class CheckpointWeights:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A sha256 over the config and every weight's name, file size and place: tells checkpoints apart in no time."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for name in sorted(self.locations):
-            location = self.locations[name]
-            digest.update(f"{name} {location.shape} {location.file.name} {location.file.stat().st_size}".encode())
-            digest.update(self._sample(name))
-        return digest.hexdigest()
+        """A sha256 that tells checkpoints apart in seconds: by their settings, and by samples of their weights.
+
+        It is the same however the weights are cut into files and named there, in whatever dtype holds their values,
+        and however `config.json` is written, also by a later version of transformers. A change of a few values of a
+        large weight may go unnoticed.
+
+        Raises:
+            CheckpointError: the config or a weight cannot be read.
+        """
+        return self._digest("", read_config(self.folder))
 
     @cached_property
     def language_fingerprint(self) -> str:
-        """The same for the language model alone, wherever its weights lie."""
-        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))["text_config"]
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        for name in sorted(self.locations):
-            if name.startswith("language."):
-                digest.update(f"{name} {self.locations[name].shape}".encode())
-                digest.update(self._sample(name))
+        """The same for the language model alone.
+
+        Raises:
+            CheckpointError: the config or a weight cannot be read.
+        """
+        return self._digest("language.", read_config(self.folder).text_config)
+
+    def _digest(self, prefix: str, config: Any) -> str:
+        names = {name for name in self.locations if name.startswith(prefix)}
+        if config.get_text_config().tie_word_embeddings:
+            # The embedding table takes its place, whether or not it was saved too.
+            names.discard("language.lm_head.weight")
+        digest = hashlib.sha256(json.dumps(settings_of(config), sort_keys=True).encode())
+        samples = self._samples(names)
+        for name in sorted(names):
+            digest.update(f"{name} {list(self.locations[name].shape)}".encode())
+            digest.update(samples[name])
         return digest.hexdigest()
 
-    def _sample(self, name: str) -> bytes:
-        return self.tensor(name).flatten()[:16].float().numpy().tobytes()
+    def _samples(self, names: Iterable[str]) -> dict[str, bytes]:
+        """A few values of each weight, spread over it, as float32; of the file only their pages are read."""
+        from safetensors import SafetensorError, safe_open
+
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.locations[name].file, []).append(name)
+        samples = {}
+        for file, held in by_file.items():
+            try:
+                with safe_open(file, framework="pt") as shard:
+                    for name in held:
+                        values = shard.get_tensor(self.locations[name].name).flatten()
+                        spread = values[:: max(1, len(values) // NUM_SAMPLES)][:NUM_SAMPLES]
+                        samples[name] = spread.float().numpy().tobytes()
+            except (SafetensorError, OSError, RuntimeError) as error:
+                raise CheckpointError(f"{file} cannot be read ({error})") from error
+        return samples
 
 
 def locate_weights(folder: Path) -> dict[str, Location]:
@@ -169,8 +201,8 @@ def open_source(folder: str | Path, manifest: Manifest) -> CheckpointWeights:
     weights = CheckpointWeights(folder, locate_weights(folder))
     if weights.fingerprint != manifest.source.fingerprint:
         raise CheckpointError(
-            f"{folder} is not the checkpoint of this {manifest.family} bundle, which was exported from {name!r}: its "
-            "config, or the names, shapes, files or first values of its weights are others; give that folder, or "
-            "export this one"
+            f"{folder} is not the checkpoint of this {manifest.family} bundle, which was exported from {name!r}: the "
+            "settings in its config, or the names, shapes or values of its weights differ; give that folder, or export "
+            "this one"
         )
     return weights

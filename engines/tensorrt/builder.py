@@ -80,7 +80,7 @@ def build_plan(
         graph: the .onnx file; its weights lie beside it.
         settings: how to build it.
         timing_cache: of an earlier build by the same library on the same GPU.
-        on_progress: called with (percent done, 100), from other threads.
+        on_progress: called with (steps done, all steps), from other threads.
 
     Raises:
         EngineError: TensorRT cannot take the graph, and why; or the build failed.
@@ -98,7 +98,7 @@ class _Build:
     on_progress: Callable[[int, int], None]
     should_stop: threading.Event = field(default_factory=threading.Event)
     has_ended: threading.Event = field(default_factory=threading.Event)
-    outcome: BuiltPlan | BaseException | None = None
+    result: BuiltPlan | BaseException | None = None
 
     def run(self) -> BuiltPlan:
         # In a thread of its own, since Python hears Ctrl-C between its own steps only and a build is one long call.
@@ -110,10 +110,10 @@ class _Build:
             self.should_stop.set()
             self._wait_for_end()
             raise
-        if isinstance(self.outcome, BaseException):
-            raise self.outcome
-        assert self.outcome is not None, "a thread that ends leaves an outcome"
-        return self.outcome
+        if isinstance(self.result, BaseException):
+            raise self.result
+        assert self.result is not None, "a thread that ends leaves a result"
+        return self.result
 
     def _wait_for_end(self) -> None:
         # However often Ctrl-C is pressed: a process that ends within TensorRT is aborted.
@@ -123,9 +123,9 @@ class _Build:
 
     def _run(self) -> None:
         try:
-            self.outcome = self._build()
+            self.result = self._build()
         except BaseException as error:  # noqa: BLE001  it is raised again in the thread that waits
-            self.outcome = error
+            self.result = error
         finally:
             self.has_ended.set()
 

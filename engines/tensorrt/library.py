@@ -13,8 +13,8 @@ from hivtp_ops.errors import EngineError, MissingExtraError
 
 LibraryName = Literal["tensorrt", "tensorrt-rtx"]
 MODULES: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-# Plugins by namespace, with functions as the fallback, are older; what is older than this is not looked after.
-LEAST_TENSORRT = (10, 13)
+# Older versions are not tested; plugins by namespace, with functions as the fallback, came before this one.
+MIN_TENSORRT = (10, 13)
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def load_library(name: LibraryName) -> Library:
     except (ImportError, OSError) as error:
         raise EngineError(f"{name} is installed but does not load: {error}; install it again") from error
     version = module.__version__
-    if name == "tensorrt" and tuple(map(int, re.findall(r"\d+", version)[:2])) < LEAST_TENSORRT:
-        least = ".".join(map(str, LEAST_TENSORRT))
-        raise EngineError(f"tensorrt {version} is too old; {least} is the oldest: pip install 'hivtp[tensorrt]'")
+    if name == "tensorrt" and tuple(map(int, re.findall(r"\d+", version)[:2])) < MIN_TENSORRT:
+        minimum = ".".join(map(str, MIN_TENSORRT))
+        raise EngineError(f"tensorrt {version} is too old; {minimum} is the oldest: pip install 'hivtp[tensorrt]'")
     messages: deque[str] = deque(maxlen=5)
     return Library(name, version, module, messages, _make_logger(module, messages))
 

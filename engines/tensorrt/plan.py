@@ -1,147 +1,26 @@
-"""Plans in a bundle: each with a sidecar that says what it is of, for which machine, and how it was checked."""
+"""Plans in a bundle: written beside their sidecars, and read where they fit and this machine built them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import sysconfig
-from collections.abc import Mapping  # noqa: TC003  the hints are read at run time
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+import warnings
+from typing import TYPE_CHECKING
 
-from hivtp.engines.bundle import PLANS_FOLDER, Bundle, FileRecord
-from hivtp.engines.files import parse_json, read_regular, write_whole
-from hivtp.engines.gpu import Gpu  # noqa: TC001  the hints are read at run time
-from hivtp.engines.record import read_record
-from hivtp.engines.tensorrt.profile import TileProfile
-from hivtp.engines.tensorrt.timing_cache import as_file_name
+from hivtp.engines.bundle import PLANS_FOLDER
+from hivtp.engines.files import read_regular, write_whole
+from hivtp.engines.tensorrt.plan_record import PlanRecord
 from hivtp.engines.tensorrt.trust import is_own_plan, remember_plan
-from hivtp_ops.errors import BundleError, EngineError, HivtpError
+from hivtp_ops.errors import BundleError, EngineError, EngineWarning, HivtpError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hivtp.engines.bundle import Bundle
+    from hivtp.engines.gpu import Gpu
+    from hivtp.engines.manifest import FileRecord
     from hivtp.engines.tensorrt.library import Library
 
-PLAN_SCHEMA_VERSION = 1
 MAX_SIDECAR_BYTES = 2**20
-# What TensorRT for RTX builds for where nothing else is asked (its guide, "CPU-Only AOT").
-LEAST_PORTABLE_CAPABILITY = (8, 0)
-# Products in fp8 came with Ada; Hopper and Blackwell have them too.
-LEAST_FP8_CAPABILITY = (8, 9)
-
-
-@dataclass(frozen=True)
-class PlanRecord:
-    """The sidecar of a plan.
-
-    Attributes:
-        plan: size and hash of the plan.
-        graph: the sha256 of each file of the ONNX graph that it was built from, by its path in the bundle.
-        library: "tensorrt" or "tensorrt-rtx".
-        library_version: all of it.
-        platform: operating system and processor, e.g. "linux-x86_64".
-        gpu: on which it was built; None where there was none.
-        is_portable: whether it runs on every RTX GPU since Ampere, or in fp8 since Ada; if not, on GPUs like `gpu`
-            alone.
-        profiles: the numbers of tiles, each fewest:usual:most.
-        pruning: "plugin" or "function"; None where nothing is pruned.
-        precision: of the graph.
-        allows_tf32: whether float32 products may run in TF32.
-        workspace_bytes, optimization_level: see BuildSettings.
-        verification: `is_done`, and the errors reached and allowed, or the reason why not.
-        versions: of hivtp.
-        schema_version: of this layout.
-    """
-
-    plan: FileRecord
-    graph: Mapping[str, str]
-    library: str
-    library_version: str
-    platform: str
-    gpu: Gpu | None
-    is_portable: bool
-    profiles: tuple[str, ...]
-    pruning: str | None
-    precision: str
-    allows_tf32: bool
-    workspace_bytes: int | None
-    optimization_level: int
-    verification: Mapping[str, Any]
-    versions: Mapping[str, str]
-    schema_version: int = PLAN_SCHEMA_VERSION
-
-    def with_verification(self, verification: Mapping[str, Any]) -> PlanRecord:
-        """The same with the outcome of the check."""
-        return replace(self, verification=verification)
-
-    @property
-    def tile_profiles(self) -> tuple[TileProfile, ...]:
-        """The profiles, in the plan's order."""
-        return tuple(TileProfile.parse(text) for text in self.profiles)
-
-    @property
-    def stem(self) -> str:
-        """The name of the files, one per machine: library, version, GPU."""
-        parts = [self.library, self.library_version, "any-rtx"]
-        if self.gpu is not None and not self.is_portable:
-            parts[2:] = [self.gpu.name, "sm{}{}".format(*self.gpu.compute_capability)]
-        return "-".join(map(as_file_name, parts))
-
-    def to_json(self) -> str:
-        """The sidecar as it is written."""
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: bytes | str) -> PlanRecord:
-        """Read a sidecar.
-
-        Raises:
-            BundleError: it is damaged or of another schema.
-        """
-        try:
-            raw = parse_json(text)
-            version = raw["schema_version"]
-            if version != PLAN_SCHEMA_VERSION:
-                raise BundleError(
-                    f"has a sidecar of version {str(version)[:40]}, this hivtp reads {PLAN_SCHEMA_VERSION}"
-                )
-            record = read_record(cls, raw)
-            _ = record.tile_profiles
-        except (KeyError, TypeError, ValueError, EngineError) as error:
-            raise BundleError(f"has a damaged sidecar: {type(error).__name__}: {error}") from error
-        return record
-
-    @property
-    def least_capability(self) -> tuple[int, int]:
-        """The least compute capability that a portable plan runs on."""
-        return LEAST_FP8_CAPABILITY if self.precision == "fp8" else LEAST_PORTABLE_CAPABILITY
-
-    def check_fits(self, library: Library, gpu: Gpu | None, graph: Mapping[str, str]) -> None:
-        """Refuse a plan that cannot run here.
-
-        Args:
-            library: would run it.
-            gpu: of this machine.
-            graph: see graph_hashes.
-
-        Raises:
-            EngineError: the first reason found, as the rest of a sentence about the plan.
-        """
-        if self.graph != graph:
-            raise EngineError("was built from another graph than the bundle holds now")
-        if (self.library, self.library_version) != (library.name, library.version):
-            raise EngineError(f"was built by {self.library} {self.library_version}, and {library.version} is installed")
-        if self.platform != sysconfig.get_platform():
-            raise EngineError(f"was built on {self.platform}, and this is {sysconfig.get_platform()}")
-        if gpu is None:
-            raise EngineError("needs an NVIDIA GPU with its driver, and there is none here")
-        if self.is_portable:
-            if gpu.compute_capability < self.least_capability:
-                least = ".".join(map(str, self.least_capability))
-                raise EngineError(f"runs on GPUs of compute capability {least} and later, and this is {gpu}")
-        elif self.gpu is None or (self.gpu.name, self.gpu.compute_capability) != (gpu.name, gpu.compute_capability):
-            raise EngineError(f"was built for {self.gpu}, and this is {gpu}")
 
 
 def graph_hashes(bundle: Bundle) -> dict[str, str]:
@@ -172,15 +51,24 @@ def write_plan(bundle: Bundle, record: PlanRecord, content: memoryview) -> Path:
     """
     sidecar = bundle.folder / PLANS_FOLDER / f"{record.stem}.json"
     file = sidecar.with_suffix(".plan")
+    bundle.check_inside(PLANS_FOLDER)
     try:
         sidecar.parent.mkdir(exist_ok=True)
         # Without its sidecar a plan does not count, so that at no time the two of different builds stand together.
         sidecar.unlink(missing_ok=True)
         write_whole(file, content)
         write_whole(sidecar, record.to_json().encode())
-        remember_plan(record.plan.sha256)
     except OSError as error:
         raise BundleError(f"cannot write the plan {file}: {error}; free some space or copy the bundle") from error
+    try:
+        remember_plan(record.plan.sha256)
+    except OSError as error:
+        warnings.warn(
+            f"cannot record that this machine built the plan ({error}); to load it, say trust_plans=True "
+            "(--trust-plans)",
+            EngineWarning,
+            stacklevel=2,
+        )
     return file
 
 
@@ -189,7 +77,8 @@ def read_plan(
 ) -> tuple[PlanRecord, bytes]:
     """Find the plan of a bundle that fits this machine, and read it.
 
-    The hash that is checked is that of the very bytes that are returned.
+    A plan is code, so it is read only where this machine built it, by a record outside the bundle, or where the caller
+    trusts it. The hash that is checked is that of the very bytes that are returned.
 
     Args:
         bundle: an opened bundle.
@@ -198,13 +87,14 @@ def read_plan(
         trust_plans: also take one that this machine did not build.
 
     Raises:
-        EngineError: there is none, and why each one that there is cannot be used, and how to build one.
+        EngineError: no plan can be used, with the reason for each that was found, and how to build one.
     """
     # Where there is no GPU, another plan would not help.
     advice = f"; build one with: hivtp plan {bundle.folder} --engine {library.name}" if gpu else ""
     reasons = []
     for sidecar in _sidecars(bundle, library.name):
         try:
+            bundle.check_inside(f"{PLANS_FOLDER}/{sidecar.name}")
             record = PlanRecord.from_json(read_regular(sidecar, MAX_SIDECAR_BYTES))
             record.check_fits(library, gpu, graph_hashes(bundle))
             if not trust_plans and not is_own_plan(record.plan.sha256):
@@ -212,7 +102,8 @@ def read_plan(
                     "was not built by this machine, and a plan is code: say trust_plans=True (--trust-plans) if you "
                     "trust who built it"
                 )
-            return record, _read_whole(sidecar.with_suffix(".plan"), record.plan)
+            bundle.check_inside(f"{PLANS_FOLDER}/{sidecar.stem}.plan")
+            return record, _read_whole(sidecar.with_name(f"{sidecar.stem}.plan"), record.plan)
         except HivtpError as error:
             reasons.append(f"{sidecar.stem} {error}")
         except OSError as error:
@@ -228,9 +119,10 @@ def _sidecars(bundle: Bundle, library: str) -> list[Path]:
 
 
 def _read_whole(file: Path, expected: FileRecord) -> bytes:
-    content = read_regular(file, max(1, expected.num_bytes))
-    if len(content) != expected.num_bytes:
-        raise EngineError(f"has {len(content)} bytes instead of {expected.num_bytes}: it is truncated or altered")
+    num_bytes = file.stat().st_size
+    if num_bytes != expected.num_bytes:
+        raise EngineError(f"has {num_bytes} bytes instead of {expected.num_bytes}: it is truncated or altered")
+    content = read_regular(file, num_bytes)
     if sha256_of_plan(content) != expected.sha256:
         raise EngineError("was altered: its sha256 differs from its sidecar's. A plan holds code, so it is not loaded")
     return content

@@ -13,13 +13,14 @@ import numpy as np
 from hivtp.engines.gpu import find_gpu
 from hivtp.engines.inputs import check_inputs
 from hivtp.engines.tensorrt.library import Library, LibraryName, load_library
-from hivtp.engines.tensorrt.plan import PlanRecord, read_plan
-from hivtp.engines.tensorrt.profile import find_profile, most_tiles
+from hivtp.engines.tensorrt.plan import read_plan
+from hivtp.engines.tensorrt.profile import find_profile, max_tiles
 from hivtp_ops.errors import EngineError, MissingExtraError
 
 if TYPE_CHECKING:
     from hivtp.engines.base import Arrays, EngineSettings
     from hivtp.engines.bundle import Bundle
+    from hivtp.engines.tensorrt.plan_record import PlanRecord
 
 
 class TensorRtEngine:
@@ -61,7 +62,7 @@ class TensorRtEngine:
         # By the number of tiles.
         self._runs: dict[int, _Run] = {}
         self.output_names = tuple(tensor.name for tensor in self._tensors if not tensor.is_input)
-        self.max_tiles: int | None = most_tiles(self._profiles)
+        self.max_tiles: int | None = max_tiles(self._profiles)
 
     @classmethod
     def open(
@@ -76,7 +77,7 @@ class TensorRtEngine:
             trust_plans: also one that this machine did not build.
 
         Raises:
-            EngineError: there is none, and why; or the library refuses it.
+            EngineError: no plan can be used, and why; or the library refuses it.
             MissingExtraError: the library or cuda-core is not installed.
         """
         library = load_library(library_name)

@@ -29,7 +29,7 @@ def cache_file(folder: Path, library: Library, gpu: Gpu) -> Path:
 
 
 def read_cache(file: Path) -> bytes:
-    """The cache, or nothing where there is none or it cannot be read; it only costs time to do without."""
+    """The cache; empty where there is none or it cannot be read, which only costs time."""
     try:
         return file.read_bytes()
     except FileNotFoundError:

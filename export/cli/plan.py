@@ -10,9 +10,10 @@ from hivtp.engines.tensorrt.builder import MAX_OPTIMIZATION_LEVEL
 from hivtp.engines.tensorrt.library import LibraryName
 from hivtp.engines.tensorrt.profile import TileProfile
 from hivtp.export.plan import PlanSettings, export_plan
+from hivtp_ops.errors import EngineError
 
 if TYPE_CHECKING:
-    from hivtp.engines.tensorrt.plan import PlanRecord
+    from hivtp.engines.tensorrt.plan_record import PlanRecord
 
 DESCRIPTION = """\
 Build a TensorRT engine of a bundle's vision graph, compare it with the graph, and put it into the bundle as a plan.
@@ -24,6 +25,7 @@ examples:
   hivtp plan bundle --engine tensorrt --tiles 1:1:4 --tiles 5    fast for one tile, and for five
 """
 GIB = 2**30
+MAX_WORKSPACE_GIB = 2**20
 
 
 def make_parser(program: str) -> argparse.ArgumentParser:
@@ -47,7 +49,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         action="append",
         metavar="MIN:OPT:MAX",
         help="tiles of one run: fewest, the number to be fast for, most; or one number for all three; may be repeated, "
-        "and together they take every number from 1 up (default: 1:1:8; LLaVA-NeXT: all tiles of one picture)",
+        "and together they take every number from 1 up (default: 1:1:8; LLaVA-NeXT: all tiles of one image)",
     )
     parser.add_argument(
         "--workspace-gib", type=float, metavar="N", help="most GPU memory for intermediate results (default: all)"
@@ -64,14 +66,25 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         "--timing-cache",
         type=Path,
         metavar="DIR",
-        help="where TensorRT's measurements are kept (default: user's cache)",
+        help="where TensorRT's measurements are kept (default: the user's cache)",
     )
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
     """Build the plan, and say what it is."""
-    settings = PlanSettings(
+    print(plan_summary(*export_plan(options.bundle, settings_from(options), is_quiet=options.quiet)))
+
+
+def settings_from(options: argparse.Namespace) -> PlanSettings:
+    """The settings that a command line asks for.
+
+    Raises:
+        EngineError: a value that cannot be.
+    """
+    if options.workspace_gib is not None and not 0 < options.workspace_gib < MAX_WORKSPACE_GIB:
+        raise EngineError(f"--workspace-gib is {options.workspace_gib}; give more than 0, or leave it to TensorRT")
+    return PlanSettings(
         options.engine,
         profiles=tuple(map(TileProfile.parse, options.tiles or ())),
         workspace_bytes=None if options.workspace_gib is None else int(options.workspace_gib * GIB),
@@ -79,7 +92,6 @@ def run(options: argparse.Namespace) -> None:
         allows_tf32=not options.no_tf32,
         timing_cache=options.timing_cache,
     )
-    print(plan_summary(*export_plan(options.bundle, settings, is_quiet=options.quiet)))
 
 
 def _generation(record: PlanRecord) -> str:

@@ -1,13 +1,13 @@
-"""The decoder of a bundle that exists already, for another bundle of the same language model."""
+"""Takes the decoder of an existing bundle over into another bundle of the same language model."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
 from hivtp.engines.bundle import Bundle
+from hivtp.export.decoder.layout import LANGUAGE_FOLDER, decoder_manifest
 from hivtp_ops.errors import BundleError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def open_source(source: Path, checkpoint: Checkpoint, kind: DecoderKind) -> Bund
         )
     if manifest.source.language_fingerprint != checkpoint.language_fingerprint:
         raise BundleError(
-            f"{source} was exported from {manifest.source.name}, whose language model is another than that of "
+            f"{source} was exported from {manifest.source.name!r}, whose language model is another than that of "
             f"{checkpoint.folder}; name a bundle of this one, or export the decoder again"
         )
     if decoder.precision != kind.precision:
@@ -60,6 +60,11 @@ def open_source(source: Path, checkpoint: Checkpoint, kind: DecoderKind) -> Bund
             f"for prompts {source} holds a decoder of precision {held or 'none'}, and "
             f"{kind.prefill_precision or 'none'} is asked for; {advice}, or export the decoder again"
         )
+    if decoder != decoder_manifest(kind):
+        raise BundleError(
+            f"{source} keeps its decoder where no export puts it, or says that it takes {decoder.dtype}; export the "
+            "decoder again"
+        )
     return bundle
 
 
@@ -68,25 +73,30 @@ def take_decoder(source: Bundle, folder: Path) -> dict[str, Any]:
 
     Args:
         source: from `open_source`.
-        folder: the bundle that is being written.
+        folder: the bundle that is being written, which holds no decoder yet.
 
     Returns:
         What was found when it was compared with PyTorch, as `export_decoder` gives it.
+
+    Raises:
+        OSError: a file cannot be written, or stands there already.
     """
-    manifest, language = source.manifest, source.manifest.language
-    assert language is not None, "open_source refuses an encoder bundle"
-    assert language.decoder is not None, "open_source refuses a bundle without a decoder"
-    part = language.decoder.file.partition("/")[0]
-    for name in manifest.files:
-        if name.startswith(f"{part}/"):
+    # Names of an opened bundle are relative paths without "..", so nothing is written outside `folder`.
+    for name in source.manifest.files:
+        if name.startswith(f"{LANGUAGE_FOLDER}/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(source.folder / name, folder / name)
-    return {part: found for part, found in manifest.verification.items() if part != "vision"}
+    return {part: found for part, found in source.manifest.verification.items() if part != "vision"}
 
 
 def _link_or_copy(source: Path, destination: Path) -> None:
-    # Other file systems, and some of one's own, refuse links.
-    with contextlib.suppress(OSError):
+    # The file itself: in the cache of the Hugging Face hub a bundle's files are links, which lead nowhere from here.
+    source = source.resolve()
+    try:
         os.link(source, destination)
-        return
-    shutil.copy2(source, destination)
+    except FileExistsError:
+        raise
+    except OSError:
+        # Another file system, and some by themselves, refuse links.
+        with source.open("rb") as original, destination.open("xb") as copy:
+            shutil.copyfileobj(original, copy)

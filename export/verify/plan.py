@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hivtp.engines.base import Arrays, Engine
-    from hivtp.engines.bundle import Manifest
+    from hivtp.engines.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PlanReport:
     Attributes:
         relative_error: of the embeddings of the tokens that both keep, or of all where nothing is pruned.
         importance_error: largest absolute difference of a score; None where there are none.
-        kept_jaccard: least agreement of the kept sets; likewise.
+        kept_jaccard: least agreement of the kept sets; None where nothing is pruned.
     """
 
     relative_error: float
@@ -46,11 +46,11 @@ class PlanReport:
 def verify_plan(
     engine: Engine, reference: Engine, manifest: Manifest, num_tiles: Sequence[int], *, allows_tf32: bool = False
 ) -> dict[str, Any]:
-    """Compare an engine with the ONNX graph on the same generated pictures.
+    """Compare an engine with the ONNX graph on the same generated images.
 
-    The kept patches are checked twice: they must be those that the rule selects from the engine's own scores, with
-    no exception; and they must agree with the graph's. So two kept sets differ only by patches whose scores differ by
-    less than the tolerance.
+    The kept patches are checked twice: they must be exactly those that the rule selects from the engine's own scores;
+    and they must agree with the graph's. So two kept sets differ only by patches whose scores differ by less than the
+    tolerance.
 
     Args:
         engine: runs the plan.

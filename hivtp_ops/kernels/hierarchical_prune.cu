@@ -78,7 +78,7 @@ __device__ int slot_of(int patch) {
     return region.first_slot() + (row - region.top) * region.width + col - region.left;
 }
 
-// importance [tiles, NUM_PATCHES], kept_indices [tiles, CAPACITY], kept_counts [tiles]; as many blocks as tiles.
+// importance [tiles, NUM_PATCHES], kept_indices [tiles, CAPACITY], kept_counts [tiles]; a block for each tile.
 extern "C" __global__ void __launch_bounds__(NUM_THREADS) hierarchical_prune(
     const float* __restrict__ importance, long long* __restrict__ kept_indices, long long* __restrict__ kept_counts) {
     __shared__ Key keys[NUM_PATCHES];
@@ -144,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) hierarchical_prune(
             return num;
         });
 
-    // Raster order: a kept patch stands after as many as there are bits before its own.
+    // Raster order: the place of a kept patch is the number of bits before its own.
 #pragma unroll
     for (int i = 0; i < PATCHES_PER_THREAD; ++i) {
         const int word = (thread + i * NUM_THREADS) / WARP;

@@ -42,7 +42,7 @@ def run_command(
     options = parser.parse_intermixed_args(arguments)
 
     def show_warning(message: Warning | str, *_place: object, **_more: object) -> None:
-        print(f"{program}: {message}", file=sys.stderr)
+        print(f"{program}: {_as_line(str(message))}", file=sys.stderr)
 
     try:
         if sys.stdout is None:
@@ -69,9 +69,13 @@ def run_command(
 
 
 def _fail(program: str, message: str) -> int:
-    # One line, whatever a file or a name in it holds.
-    print(f"{program}: {' '.join(message.splitlines())}", file=sys.stderr)
+    print(f"{program}: {_as_line(message)}", file=sys.stderr)
     return 1
+
+
+def _as_line(message: str) -> str:
+    """A message as one line that a terminal only shows: a stranger's file or name may be quoted in it."""
+    return " ".join("".join(character if character.isprintable() else " " for character in message).split())
 
 
 def _drop_output() -> None:

@@ -49,13 +49,21 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Im
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(io.BytesIO(source), image_name(source), max_pixels)
+        return _decode(io.BytesIO(_as_bytes(source)), image_name(source), max_pixels)
     if isinstance(source, str | os.PathLike):
         return _from_path(os.fsdecode(source), max_pixels)
     raise ImageError(
         f"an image cannot be a {type(source).__name__}; expected a path, the bytes of an image file, "
         "a PIL image or a numpy array"
     )
+
+
+def _as_bytes(source: bytes | bytearray | memoryview) -> bytes | bytearray:
+    try:
+        # A view need not lie in memory in a row, and may have been released.
+        return source.tobytes() if isinstance(source, memoryview) else source
+    except ValueError as error:
+        raise ImageError(f"{image_name(source)} cannot be read: {error}") from error
 
 
 def image_name(source: ImageSource) -> str:

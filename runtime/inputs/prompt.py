@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from hivtp.runtime.inputs.tokenizer import Tokenizer
 
+# Of a special token.
+MAX_TOKEN_LENGTH = 256
 # Shows how a template treats text: quotes, markup, an inner line break and letter case must all survive.
 _PROBE = 'What is "this" & <that>?\nAnswer.'
 
@@ -49,6 +51,8 @@ class PromptTemplate:
                 raise BundleError(f"prompt.json: {name} is a {type(values[name]).__name__}; export it again")
         if not all(isinstance(token, str) for token in values["tokens"].values()) or not values["image_token"]:
             raise BundleError("prompt.json: a token is not text; export it again")
+        if any(len(token) > MAX_TOKEN_LENGTH for token in (values["image_token"], *values["tokens"].values())):
+            raise BundleError(f"prompt.json: a token has more than {MAX_TOKEN_LENGTH} characters; export it again")
         return cls(**values)
 
     def render(self, messages: Sequence[Message], tokenizer: Tokenizer) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hivtp_ops.errors import BundleError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     import tokenizers
 
@@ -54,10 +55,8 @@ class Tokenizer:
         path = Path(folder) / TOKENIZER_FILE
         if not path.is_file():
             raise BundleError(f"{path} is missing; export the bundle again")
-        try:
+        with _failures(f"{path} cannot be read as a tokenizer"):
             return cls(tokenizers.Tokenizer.from_file(str(path)))
-        except Exception as error:  # the library raises nothing more exact
-            raise BundleError(f"{path} cannot be read as a tokenizer ({error}); export again") from error
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Turn text into token ids.
@@ -65,11 +64,15 @@ class Tokenizer:
         Args:
             text: any text that UTF-8 can encode.
             add_special_tokens: whether to add what the tokenizer puts around a text, such as `<s>` before it.
+
+        Raises:
+            BundleError: the tokenizer is damaged in a way that this text shows.
         """
-        if self._literals.are_in(text):
-            return self._literals.encode(text, add_special_tokens)
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        with _failures("the tokenizer cannot encode this text"):
+            if self._literals.are_in(text):
+                return self._literals.encode(text, add_special_tokens)
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return ids
 
     def escape(self, text: str) -> str:
         """Text in which every special token is a placeholder, which `encode` turns into the ids of its letters.
@@ -84,8 +87,9 @@ class Tokenizer:
         The text is what transformers gives with `skip_special_tokens=True` and
         `clean_up_tokenization_spaces=False`.
         """
-        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
-        return text
+        with _failures("the tokenizer cannot decode these tokens"):
+            text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+            return text
 
     def stream(self) -> TextStream:
         """Start to decode one answer token by token."""
@@ -95,6 +99,22 @@ class Tokenizer:
         """Return the token of an id, or None where decoding skips it."""
         token: str | None = self._backend.id_to_token(token_id)
         return None if token in self._special_tokens else token
+
+
+@contextlib.contextmanager
+def _failures(what: str) -> Iterator[None]:
+    """Turn what the library raises into an error that says what to do.
+
+    Raises:
+        BundleError: the library failed in the block.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # The library is written in Rust, whose panics are no Exception in Python.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BundleError(f"{what} ({error}); tokenizer.json is damaged: export the bundle again") from error
 
 
 class LiteralTokens:

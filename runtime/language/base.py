@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from hivtp.engines.files import map_array
 from hivtp_ops.errors import BundleError, EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
     from pathlib import Path
 
+    import numpy as np
     from numpy.typing import NDArray
 
-    from hivtp.engines.bundle import LanguageManifest
+    from hivtp.engines.manifest import LanguageManifest
     from hivtp_ops.errors import HivtpError
 
 
@@ -152,12 +154,6 @@ def embedding_table(file: Path, shape: tuple[int, int]) -> NDArray[np.floating]:
         BundleError: the file is not such a table.
     """
     try:
-        table: NDArray[np.floating] = np.lib.format.open_memmap(file, mode="r")
-    except Exception as error:  # a damaged header makes numpy raise nearly anything
-        raise BundleError(f"cannot read the embeddings {file}: {error}; copy or export the bundle again") from error
-    if table.shape != shape or not np.issubdtype(table.dtype, np.floating):
-        raise BundleError(
-            f"the embeddings {file} are {table.dtype} of shape {list(table.shape)}, the manifest says floats of shape "
-            f"{list(shape)}; copy or export the bundle again"
-        )
-    return table
+        return map_array(file, shape)
+    except ValueError as error:
+        raise BundleError(f"cannot read the embeddings: {error}; copy or export the bundle again") from error

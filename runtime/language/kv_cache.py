@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hivtp.engines.base import Device
-    from hivtp.engines.bundle import LanguageManifest
+    from hivtp.engines.manifest import LanguageManifest
 
 
 def cache_names(manifest: LanguageManifest) -> list[str]:

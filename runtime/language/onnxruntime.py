@@ -8,6 +8,7 @@ import numpy as np
 
 from hivtp.engines.onnxruntime import open_session
 from hivtp.engines.onnxruntime_cuda import open_cuda_session
+from hivtp.engines.signature import check_session, decoder_tensors
 from hivtp.runtime.language.base import closed_error, embedding_table, kv_bytes_per_position
 from hivtp.runtime.language.kv_cache import BoundSlots, KvCache
 from hivtp_ops.errors import EngineError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hivtp.engines.base import Device, EngineSettings
-    from hivtp.engines.bundle import LanguageManifest
+    from hivtp.engines.manifest import LanguageManifest
 
 # Prompts of at least this many tokens use the prefill decoder. With fewer, int4 in blocks of 128 was as fast in one
 # product of 4096 x 4096, and int4 in blocks of 32 up to 6 tokens.
@@ -104,8 +105,11 @@ class OnnxRuntimeLanguage:
 
     def _open(self, file: Path, settings: EngineSettings, *, stops_spinning: bool) -> Any:
         if self.device == "cuda":
-            return open_cuda_session(file, settings)
-        return open_session(file, settings, stops_spinning=stops_spinning)
+            session = open_cuda_session(file, settings)
+        else:
+            session = open_session(file, settings, stops_spinning=stops_spinning)
+        check_session(session, file, *decoder_tensors(self.manifest, self.dtype.name))
+        return session
 
 
 class OnnxRuntimeSlots:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hivtp.engines.bundle import SamplingDefaults
+    from hivtp.engines.manifest import SamplingDefaults
 
 
 DEFAULT_MAX_NEW_TOKENS = 256

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hivtp.runtime.config import read_config
 from hivtp.runtime.language.base import closed_error, kv_bytes_per_position
 from hivtp.runtime.language.dynamic_cache import TransformersSlots
 from hivtp.runtime.language.torch_errors import require_packages, torch_errors
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from hivtp.engines.bundle import Manifest
+    from hivtp.engines.manifest import Manifest
     from hivtp.runtime.language.options import LanguageOptions
     from hivtp.runtime.weights import CheckpointWeights
 
@@ -90,10 +91,10 @@ def torch_device(name: str, dtype: str) -> torch.device:
 
 def _load(weights: CheckpointWeights, device: torch.device, dtype_name: str) -> Any:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, dtype_name)
-    config = AutoConfig.from_pretrained(weights.folder, local_files_only=True).text_config
+    config = read_config(weights.folder).text_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     with torch_errors(device, "language model"):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hivtp.engines.files import map_array
 from hivtp.runtime.inputs.image_processor import ImageProcessor
 from hivtp.runtime.inputs.tiling import Tiler
 from hivtp.runtime.vision.cache import CachedEncoder, EmbeddingCache
@@ -17,10 +17,9 @@ from hivtp.runtime.vision.tiled import TiledEncoder
 from hivtp_ops.errors import BundleError, CheckpointError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from hivtp.engines.base import Engine
-    from hivtp.engines.bundle import Bundle, TilingManifest
+    from hivtp.engines.bundle import Bundle
+    from hivtp.engines.manifest import TilingManifest
     from hivtp.runtime.vision.encoder import ImageEncoder
 
 __all__ = ["VisionOptions", "create_image_encoder"]
@@ -43,6 +42,7 @@ def create_image_encoder(bundle: Bundle, engine: Engine, options: VisionOptions)
     try:
         if manifest.tiling is None:
             processor = ImageProcessor.from_config(bundle.read_json("image_processor.json"))
+            _check_size(processor.output_size, manifest.vision.image_size)
             encoder = SingleTileEncoder(processor, stage)
         else:
             encoder = _open_tiled(bundle, manifest.tiling, stage, options.max_tiles)
@@ -55,14 +55,15 @@ def create_image_encoder(bundle: Bundle, engine: Engine, options: VisionOptions)
 
 def _open_tiled(bundle: Bundle, tiling: TilingManifest, stage: VisionStage, max_tiles: int) -> TiledEncoder:
     tiler = Tiler.from_config(bundle.read_json("image_processor.json"), max_tiles=max_tiles)
+    _check_size((tiler.tile_size, tiler.tile_size), bundle.manifest.vision.image_size)
     if tiler.pinpoints != tiling.pinpoints:
-        raise ValueError(f"its pinpoints are {tiler.pinpoints}, the manifest's {tiling.pinpoints}")
-    newline = _read_newline(bundle.read_bytes(tiling.newline_file), bundle.manifest.vision.hidden_size)
-    return TiledEncoder(tiler, stage, bundle.manifest.pruning, tiling, newline)
+        raise ValueError("its pinpoints are not the manifest's")
+    newline = map_array(bundle.folder / tiling.newline_file, (bundle.manifest.vision.hidden_size,))
+    return TiledEncoder(tiler, stage, bundle.manifest.pruning, tiling, np.array(newline, np.float32))
 
 
-def _read_newline(content: bytes, hidden_size: int) -> NDArray[np.float32]:
-    newline: NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False)
-    if newline.shape != (hidden_size,) or newline.dtype != np.float32:
-        raise ValueError(f"its newline is {newline.dtype} of shape {list(newline.shape)}")
-    return newline
+def _check_size(found: tuple[int, int], expected: int) -> None:
+    if found != (expected, expected):
+        raise ValueError(
+            f"it makes tiles of {found[0]} x {found[1]} pixels, and the graph takes {expected} x {expected}"
+        )

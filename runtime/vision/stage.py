@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hivtp.engines.base import Engine
-    from hivtp.engines.bundle import VisionManifest
+    from hivtp.engines.manifest import VisionManifest
 
 T = TypeVar("T", bound=np.generic)
 

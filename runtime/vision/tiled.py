@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    from hivtp.engines.bundle import TilingManifest
+    from hivtp.engines.manifest import TilingManifest
     from hivtp.runtime.inputs.prepared_image import PreparedImage
     from hivtp.runtime.inputs.tile_layout import TileLayout
     from hivtp.runtime.inputs.tiling import Tiler

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hivtp.runtime.config import read_config
 from hivtp.runtime.language.torch_errors import require_packages, torch_errors
 from hivtp.runtime.language.transformers import torch_device
 from hivtp.runtime.weights import open_source
@@ -95,14 +96,14 @@ class TransformersVision:
         assert options.checkpoint is not None, "LanguageOptions asks for it"
         require_packages("torch", "transformers", "safetensors", extra="transformers")
         import torch
-        from transformers import AutoConfig, CLIPVisionModel
+        from transformers import CLIPVisionModel
         from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
         self._manifest = bundle.manifest
         self._spec = bundle.manifest.pruning
         device, dtype = torch_device(options.device, options.dtype), getattr(torch, options.dtype)
         weights = open_source(options.checkpoint, bundle.manifest)
-        config = AutoConfig.from_pretrained(weights.folder, local_files_only=True)
+        config = read_config(weights.folder)
         self._feature_layer = range(config.vision_config.num_hidden_layers + 1)[config.vision_feature_layer]
         with torch.device("meta"):
             tower, projector = CLIPVisionModel(config.vision_config), LlavaMultiModalProjector(config)

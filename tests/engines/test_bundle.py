@@ -1,41 +1,21 @@
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from hivtp import Pipeline
-from hivtp.engines.bundle import SCHEMA_VERSION, Bundle, Manifest
+from hivtp import Pipeline, SamplingParams
+from hivtp.engines import bundle as bundle_module
+from hivtp.engines.bundle import Bundle
 from hivtp_ops.errors import BundleError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-
-@pytest.fixture
-def bundle(pruned_bundle: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
-    return shutil.copytree(pruned_bundle, tmp_path / "bundle")
-
-
-def edit_manifest(bundle: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    file = bundle / "manifest.json"
-    manifest = json.loads(file.read_text())
-    edit(manifest)
-    file.write_text(json.dumps(manifest))
+    from pathlib import Path
 
 
 def every_file(bundle: Path) -> list[str]:
     return list(json.loads((bundle / "manifest.json").read_text())["files"])
-
-
-def test_a_manifest_survives_json(pruned_bundle, unpruned_bundle):
-    for folder in (pruned_bundle, unpruned_bundle):
-        manifest = Bundle.open(folder).manifest
-        assert Manifest.from_json(manifest.to_json()) == manifest
 
 
 def test_a_bundle_says_what_it_holds(pruned_bundle, unpruned_bundle):
@@ -55,17 +35,18 @@ def test_the_manifest_records_every_other_file(pruned_bundle):
 
 
 def test_a_bundle_opens_and_answers_where_it_was_moved_to(bundle, tmp_path, photo):
-    before = Pipeline.load(bundle).generate("what", [photo], max_new_tokens=8)
+    sampling = SamplingParams(max_new_tokens=8)
+    before = Pipeline.load(bundle).generate("what", [photo], sampling)
     bundle.rename(tmp_path / "elsewhere")
     moved = Pipeline.load(str(tmp_path / "elsewhere"), check_hashes=True)
-    assert moved.generate("what", [photo], max_new_tokens=8).token_ids == before.token_ids
+    assert moved.generate("what", [photo], sampling).token_ids == before.token_ids
 
 
 def test_any_missing_file_is_named(bundle):
     for name in every_file(bundle):
         content = (bundle / name).read_bytes()
         (bundle / name).unlink()
-        with pytest.raises(BundleError, match=rf"lacks {name}; copy or export it again"):
+        with pytest.raises(BundleError, match=rf"{name} is missing; copy or export the bundle again"):
             Bundle.open(bundle)
         (bundle / name).write_bytes(content)
     Bundle.open(bundle)
@@ -76,7 +57,7 @@ def test_any_truncated_or_longer_file_is_named(bundle):
         content = (bundle / name).read_bytes()
         for damaged in (content[:-1], content + b"\0", b""):
             (bundle / name).write_bytes(damaged)
-            with pytest.raises(BundleError, match=rf"{name} .* has {len(damaged)} bytes instead of {len(content)}"):
+            with pytest.raises(BundleError, match=rf"{name} has {len(damaged)} bytes instead of {len(content)}"):
                 Bundle.open(bundle)
         (bundle / name).write_bytes(content)
     Bundle.open(bundle)
@@ -88,123 +69,66 @@ def test_any_altered_file_of_the_same_size_is_named_where_hashes_are_checked(bun
         middle = len(content) // 2
         (bundle / name).write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
         Bundle.open(bundle)
-        with pytest.raises(BundleError, match=rf"{name} .* was altered: its sha256 differs"):
+        with pytest.raises(BundleError, match=rf"{name} was altered: its sha256 differs"):
             Bundle.open(bundle, check_hashes=True)
         (bundle / name).write_bytes(content)
     Bundle.open(bundle, check_hashes=True)
 
 
-@pytest.mark.parametrize(
-    ("version", "advice"),
-    [
-        (SCHEMA_VERSION + 1, "upgrade hivtp"),
-        (SCHEMA_VERSION + 41, "upgrade hivtp"),
-        (SCHEMA_VERSION - 1, "export it again"),
-        ("next", "export it again"),
-        (None, "export it again"),
-    ],
-)
-def test_another_schema_is_refused_before_anything_else_is_read(bundle, version, advice):
-    edit_manifest(bundle, lambda manifest: (manifest.clear(), manifest.update(schema_version=version)))
-    with pytest.raises(
-        BundleError, match=rf"has schema version {version!r}, this hivtp reads {SCHEMA_VERSION}; {advice}"
-    ):
-        Bundle.open(bundle)
+@pytest.mark.parametrize("name", ["vision/extra.data", "language/extra", "processor/chat.json", "vision/deep/er/extra"])
+def test_a_file_that_is_not_listed_is_named_where_hashes_are_checked(bundle, name):
+    (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+    (bundle / name).write_bytes(b"weights")
+    Bundle.open(bundle)
+    with pytest.raises(BundleError, match=rf"it holds {name}, which its manifest does not list; delete it"):
+        Bundle.open(bundle, check_hashes=True)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"3", b'"schema_version"', b"{}", b"\xff\xfe\x00"])
-def test_a_manifest_that_is_none_is_refused(bundle, content):
-    (bundle / "manifest.json").write_bytes(content)
-    with pytest.raises(BundleError, match="cannot open the bundle"):
-        Bundle.open(bundle)
+def test_what_lies_beside_the_manifest_or_is_a_plan_need_not_be_listed(bundle):
+    (bundle / "README.md").write_text("what a hub adds")
+    (bundle / ".cache" / "huggingface").mkdir(parents=True)
+    (bundle / ".cache" / "huggingface" / "state").write_text("")
+    (bundle / "vision" / "plans").mkdir()
+    (bundle / "vision" / "plans" / "tensorrt.plan").write_text("a plan has a hash of its own")
+    Bundle.open(bundle, check_hashes=True)
 
 
-def test_a_manifest_cut_anywhere_is_refused(bundle):
-    file = bundle / "manifest.json"
-    text = file.read_text().rstrip()
-    for length in range(0, len(text), 97):
-        file.write_text(text[:length])
-        with pytest.raises(BundleError, match="cannot open the bundle"):
-            Bundle.open(bundle)
-
-
-@pytest.mark.parametrize(
-    "part", [(), ("vision",), ("language",), ("language", "decoder"), ("pruning",), ("files", "vision/model.onnx")]
-)
-def test_missing_and_unknown_keys_are_refused_in_every_part(bundle, part):
-    text = (bundle / "manifest.json").read_text()
-
-    def section(manifest: dict[str, Any]) -> dict[str, Any]:
-        for key in part:
-            manifest = manifest[key]
-        return manifest
-
-    for key in section(json.loads(text)):
-        if key != "schema_version":
-            edit_manifest(bundle, lambda manifest, key=key: section(manifest).pop(key))
-            with pytest.raises(BundleError, match=rf"its manifest is damaged.*{key}.*export it again"):
-                Bundle.open(bundle)
-            (bundle / "manifest.json").write_text(text)
-    edit_manifest(bundle, lambda manifest: section(manifest).update(colour="red"))
-    with pytest.raises(BundleError, match=r"its manifest is damaged.*colour.*export it again"):
-        Bundle.open(bundle)
-
-
-@pytest.mark.parametrize(
-    ("part", "key", "value"),
-    [
-        ("vision", "grid", 8),
-        ("vision", "file", None),
-        ("vision", "capacity", "32"),
-        ("language", "vocab_size", 512.5),
-        ("language", "decoder", {}),
-        ("language", "decoder", "fp32"),
-        ("language", "eos_token_ids", 2),
-        ("pruning", "window", "two"),
-        (None, "vision", None),
-        (None, "vision", []),
-        (None, "language", {}),
-        (None, "language", ""),
-        (None, "pruning", 0),
-        (None, "files", []),
-        (None, "files", {"vision/model.onnx": 12}),
-        (None, "family", 1),
-        (None, "verification", "yes"),
-    ],
-)
-def test_values_of_the_wrong_kind_are_refused(bundle, part, key, value):
-    edit_manifest(bundle, lambda manifest: (manifest[part] if part else manifest).update({key: value}))
-    with pytest.raises(BundleError, match=r"its manifest is damaged.*export it again"):
-        Bundle.open(bundle)
-
-
-@pytest.mark.parametrize("kind", ["absent", "file", "empty folder", "manifest is a folder"])
-def test_what_is_no_bundle_is_refused(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["absent", "file", "empty folder"])
+def test_what_is_not_a_bundle_is_refused(tmp_path, kind):
     folder = tmp_path / "bundle"
     if kind == "file":
         folder.write_text("bundle")
-    elif kind != "absent":
+    elif kind == "empty folder":
         folder.mkdir()
-        if kind.startswith("manifest"):
-            (folder / "manifest.json").mkdir()
-    expected = "is not a folder" if kind in ("absent", "file") else r"has no manifest\.json"
-    with pytest.raises(BundleError, match=rf"{expected}; give the folder that hivtp-export wrote"):
+    expected = r"has no manifest\.json" if kind == "empty folder" else "is not a folder"
+    with pytest.raises(BundleError, match=rf"{expected}; give the folder that hivtp export wrote"):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize("folder", [None, 3, b"bundle", ["bundle"]])
+def test_what_is_not_a_path_is_refused(folder):
+    with pytest.raises(BundleError, match="a bundle is a folder's path, not a"):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize("folder", ["a\0b", "x" * 5000])
+def test_a_path_that_cannot_be_is_refused(folder):
+    with pytest.raises(BundleError, match="cannot open the bundle"):
         Bundle.open(folder)
 
 
 def test_a_manifest_that_cannot_be_read_is_refused(bundle, monkeypatch):
-    def refuse(*_args: object, **_options: object) -> str:
+    def refuse(*_args: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
-    with pytest.raises(BundleError, match=r"cannot open the bundle.*Permission denied"):
+    monkeypatch.setattr(bundle_module, "read_regular", refuse)
+    with pytest.raises(BundleError, match=r"cannot open the bundle.*manifest\.json cannot be read: Permission denied"):
         Bundle.open(bundle)
 
 
-def test_an_encoder_bundle_cannot_answer(bundle):
-    edit_manifest(bundle, lambda manifest: (manifest.update(language=None), manifest["vision"].update(graph="encoder")))
+def test_an_encoder_bundle_cannot_answer(make_bundle):
     with pytest.raises(BundleError, match=r"holds the encoder graph alone and cannot answer; export it with --graph"):
-        Pipeline.load(bundle)
+        Pipeline.load(make_bundle(graph="encoder"))
 
 
 def damage(file: Path, content: bytes) -> None:
@@ -222,9 +146,11 @@ def damage(file: Path, content: bytes) -> None:
         ("processor/prompt.json", b"{"),
         ("processor/prompt.json", b"[]"),
         ("processor/prompt.json", b'{"chat": null}'),
+        ("processor/prompt.json", b"[" * 300),
         ("processor/image_processor.json", b"null"),
         ("processor/image_processor.json", b'{"image_processor_type": "Other"}'),
         ("processor/image_processor.json", b"\xff"),
+        ("processor/image_processor.json", b"[" * 300),
         ("language/embeddings.npy", b"not numpy"),
         ("language/embeddings.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': '|O'  }"),
         ("language/embeddings.npy", b"PK\x03\x04"),
@@ -236,8 +162,11 @@ def test_an_altered_file_that_makes_no_sense_is_a_bundle_error_even_without_hash
         Pipeline.load(bundle)
 
 
-def test_embeddings_of_another_model_are_refused(bundle):
-    edit_manifest(bundle, lambda manifest: manifest["language"].update(vocab_size=256))
+def test_embeddings_of_another_model_are_refused(bundle, edit_manifest):
+    def halve(manifest):
+        manifest["language"].update(vocab_size=256, image_token_id=255)
+
+    edit_manifest(halve)
     with pytest.raises(
         BundleError, match=r"float32 of shape \[512, 64\], the manifest says floats of shape \[256, 64\]"
     ):

@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hivtp.engines.torch import session as torch_session
 
-from hivtp import Pipeline, engines
+from hivtp import Pipeline, SamplingParams, VisionOptions, engines
 from hivtp.engines import EngineSettings, onnxruntime_cuda, open_vision_engine
 from hivtp.engines.bundle import Bundle
 from hivtp.engines.onnxruntime import OnnxRuntimeEngine
 from hivtp.engines.tensorrt import session
 from hivtp.engines.tensorrt.library import load_library
+from hivtp.main import main
 from hivtp_ops.errors import EngineError, EngineWarning, MissingExtraError
 from tests.engines.tensorrt import fake_gpu
 from tests.engines.tensorrt.plans import H200, RTX, add
-from tests.support.command import hivtp_run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,95 +44,10 @@ def tensorrt_on_h200(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "find_gpu", lambda _extra: H200)
 
 
-@pytest.fixture
-def in_bfloat16(bf16_bundle: Path, tmp_path: Path) -> Bundle:
-    return Bundle.open(shutil.copytree(bf16_bundle, tmp_path / "bf16"))
-
-
-def test_a_bundle_without_plans_runs_on_the_cpu_without_a_word(bundle, monkeypatch):
-    monkeypatch.setattr(torch_session, "has_cuda", lambda: pytest.fail("to look for CUDA imports torch"))
+def test_a_bundle_without_plans_runs_on_the_cpu_without_a_word(bundle):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert isinstance(open_vision_engine(bundle), OnnxRuntimeEngine)
-
-
-def test_torch_is_not_looked_at_where_another_engine_opens(in_bfloat16, monkeypatch):
-    monkeypatch.setattr(onnxruntime_cuda, "has_cuda_provider", lambda: True)
-    monkeypatch.setattr(torch_session, "has_cuda", lambda: pytest.fail("to look for CUDA imports torch"))
-    opened = object()
-    monkeypatch.setitem(engines._CREATORS, "onnxruntime-cuda", lambda _bundle, _settings: opened)
-    assert open_vision_engine(in_bfloat16) is opened
-
-
-def test_a_bf16_graph_runs_in_torch_on_the_cpu_without_a_word(in_bfloat16, monkeypatch):
-    monkeypatch.setattr(torch_session, "has_cuda", lambda: False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        engine = open_vision_engine(in_bfloat16)
-    assert isinstance(engine, torch_session.TorchEngine)
-    assert engine.view_device == "cpu"
-
-
-def test_a_bf16_graph_is_refused_by_onnxruntime_on_the_cpu_with_what_to_do(in_bfloat16):
-    with pytest.raises(EngineError, match="is bf16, and ONNX Runtime has no kernels for bfloat16 on a CPU") as caught:
-        open_vision_engine(in_bfloat16, "onnxruntime")
-    advice = "take the engine torch (pip install 'hivtp[torch]') or one for a GPU, or export the bundle with"
-    assert f"{advice} --vision-precision fp32 or fp16" in str(caught.value)
-    done = hivtp_run(in_bfloat16.folder, "what", "--engine", "onnxruntime")
-    assert (done.returncode, done.stderr) == (1, f"hivtp-run: {caught.value}\n")
-
-
-@pytest.mark.parametrize("package", ["torch", "onnx_ir"])
-def test_a_bf16_graph_without_torch_says_what_to_install(in_bfloat16, monkeypatch, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(torch_session, "has_cuda", lambda: False)
-    with pytest.raises(MissingExtraError, match=rf"{package} is not installed; .*pip install 'hivtp\[torch\]'"):
-        open_vision_engine(in_bfloat16)
-
-
-def test_torch_that_is_not_installed_sees_no_gpu(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert not torch_session.has_cuda()
-
-
-@pytest.mark.parametrize(
-    ("broken", "taken"),
-    [
-        ((), "tensorrt"),
-        (("tensorrt",), "onnxruntime-cuda"),
-        (("tensorrt", "onnxruntime-cuda"), "torch-cuda"),
-        (("tensorrt", "onnxruntime-cuda", "torch-cuda"), "torch"),
-    ],
-)
-def test_a_bf16_graph_tries_every_gpu_before_torch_on_the_cpu(in_bfloat16, monkeypatch, broken, taken):
-    add(in_bfloat16)
-    monkeypatch.setattr(onnxruntime_cuda, "has_cuda_provider", lambda: True)
-    monkeypatch.setattr(torch_session, "has_cuda", lambda: True)
-
-    def creator(name):
-        def create(_bundle, _settings):
-            if name in broken:
-                raise EngineError(f"{name} does not work")
-            return name
-
-        return create
-
-    monkeypatch.setattr(engines, "_CREATORS", {name: creator(name) for name in engines._CREATORS})
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert open_vision_engine(in_bfloat16) == taken
-    assert [str(warning.message).rpartition(": ")[2] for warning in caught] == [
-        f"{name} does not work" for name in broken
-    ]
-
-
-def test_a_pipeline_answers_with_a_bf16_graph(in_bfloat16, exact_bundle, photo):
-    expected = Pipeline.load(exact_bundle).generate("what", [photo], max_new_tokens=8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", EngineWarning)
-        answer = Pipeline.load(in_bfloat16.folder).generate("what", [photo], max_new_tokens=8)
-    assert answer.num_kept_tokens == expected.num_kept_tokens
-    assert len(answer.token_ids) > 0
 
 
 @pytest.mark.usefixtures("tensorrt_on_h200")
@@ -203,26 +117,113 @@ def test_an_engine_that_is_named_is_taken_or_refused(bundle):
         open_vision_engine(bundle, "tensorrt-rtx")
 
 
+@pytest.mark.parametrize(
+    ("broken", "taken"),
+    [
+        ((), "tensorrt"),
+        (("tensorrt",), "tensorrt-rtx"),
+        (("tensorrt", "tensorrt-rtx"), "onnxruntime-cuda"),
+        (("tensorrt", "tensorrt-rtx", "onnxruntime-cuda"), "onnxruntime"),
+    ],
+)
+def test_every_gpu_is_tried_before_the_cpu(bundle, monkeypatch, broken, taken):
+    add(bundle)
+    add(bundle, library="tensorrt-rtx", library_version="1.7.1.116", is_portable=True)
+    monkeypatch.setattr(onnxruntime_cuda, "has_cuda_provider", lambda: True)
+
+    def creator(name):
+        def create(_bundle, _settings, _trust_plans):
+            if name in broken:
+                raise EngineError(f"{name} does not work")
+            return name
+
+        return create
+
+    monkeypatch.setattr(engines, "_CREATORS", {name: creator(name) for name in engines._CREATORS})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert open_vision_engine(bundle) == taken
+    assert [str(warning.message).rpartition(": ")[2] for warning in caught] == [
+        f"{name} does not work" for name in broken
+    ]
+
+
+def test_where_nothing_works_the_last_error_is_raised(bundle, monkeypatch):
+    def fail(*_arguments):
+        raise EngineError("not even the CPU")
+
+    monkeypatch.setattr(engines, "_CREATORS", dict.fromkeys(engines._CREATORS, fail))
+    with pytest.raises(EngineError, match="not even the CPU"):
+        open_vision_engine(bundle)
+
+
+def test_an_int8_graph_stays_on_the_cpu(make_bundle, monkeypatch):
+    int8 = Bundle.open(make_bundle(vision_precision="int8"))
+    monkeypatch.setattr(onnxruntime_cuda, "has_cuda_provider", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(open_vision_engine(int8), OnnxRuntimeEngine)
+
+
+def test_an_fp8_graph_runs_on_the_cpu_with_a_warning(fp8_bundle):
+    with pytest.warns(EngineWarning, match="onnxruntime rounds to fp8 .* build a plan with hivtp plan .* --engine"):
+        assert isinstance(open_vision_engine(Bundle.open(fp8_bundle)), OnnxRuntimeEngine)
+
+
+@pytest.mark.usefixtures("tensorrt_on_h200")
+def test_a_plan_of_another_machine_is_code_and_runs_only_where_it_is_trusted(bundle, monkeypatch, tmp_path):
+    add(bundle)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of another machine"))
+    reason = r"was not built by this machine, and a plan is code: say trust_plans=True \(--trust-plans\) if you trust"
+    with pytest.warns(EngineWarning, match=f"engine tensorrt cannot run .*, trying onnxruntime: .*{reason}"):
+        assert isinstance(open_vision_engine(bundle), OnnxRuntimeEngine)
+    with pytest.raises(EngineError, match=reason):
+        open_vision_engine(bundle, "tensorrt")
+    for name in ("auto", "tensorrt"):
+        assert isinstance(open_vision_engine(bundle, name, trust_plans=True), session.TensorRtEngine)
+    # To have trusted it once is not to have built it.
+    with pytest.raises(EngineError, match=reason):
+        open_vision_engine(bundle, "tensorrt")
+
+
+@pytest.mark.parametrize("trust_plans", [False, True])
+def test_a_pipeline_trusts_plans_where_it_is_told_to(bundle, monkeypatch, trust_plans):
+    add(bundle)
+    seen = []
+
+    def note(_bundle, _settings, trusted):
+        seen.append(trusted)
+        raise EngineError("no GPU here")
+
+    monkeypatch.setitem(engines._CREATORS, "tensorrt", note)
+    with pytest.warns(EngineWarning, match="no GPU here"):
+        Pipeline.load(bundle.folder, trust_plans=trust_plans)
+    assert seen == [trust_plans]
+
+
 @pytest.mark.usefixtures("no_tensorrt")
 def test_a_pipeline_says_why_it_does_not_use_the_plan_and_answers_all_the_same(bundle, photo):
-    expected = Pipeline.load(bundle.folder).generate("what", [photo], max_new_tokens=8)
+    sampling = SamplingParams(max_new_tokens=8)
+    expected = Pipeline.load(bundle.folder).generate("what", [photo], sampling)
     add(bundle)
     with pytest.warns(EngineWarning, match="tensorrt is not installed"):
         pipeline = Pipeline.load(bundle.folder)
-    assert pipeline.generate("what", [photo], max_new_tokens=8).token_ids == expected.token_ids
+    assert pipeline.generate("what", [photo], sampling).token_ids == expected.token_ids
     with pytest.raises(MissingExtraError):
-        Pipeline.load(bundle.folder, engine="tensorrt")
+        Pipeline.load(bundle.folder, vision=VisionOptions(engine="tensorrt"))
 
 
-def test_the_command_warns_in_one_line_and_answers(bundle):
+def test_the_command_warns_in_one_line_and_answers(bundle, capsys):
     # A version that nobody has installed, so that what this machine holds plays no part.
     add(bundle, library="tensorrt-rtx", library_version="0.1", is_portable=True)
-    done = hivtp_run(bundle.folder, "what", "--max-new-tokens", 2)
-    assert done.returncode == 0
-    assert done.stderr.startswith("hivtp-run: the engine tensorrt-rtx cannot run")
-    assert done.stderr.count("\n") == 1
-    done = hivtp_run(bundle.folder, "what", "--max-new-tokens", 2, "--engine", "onnxruntime")
-    assert (done.returncode, done.stderr) == (0, "")
-    done = hivtp_run(bundle.folder, "what", "--engine", "abacus")
-    assert done.returncode == 2
-    assert "abacus" in done.stderr
+    arguments = ["run", str(bundle.folder), "what", "--max-new-tokens", "2"]
+    assert main(arguments) == 0
+    message = capsys.readouterr().err
+    assert message.startswith("hivtp run: the engine tensorrt-rtx cannot run")
+    assert message.count("\n") == 1
+    assert main([*arguments, "--vision-engine", "onnxruntime"]) == 0
+    assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--vision-engine", "abacus"])
+    assert stopped.value.code == 2
+    assert "abacus" in capsys.readouterr().err

@@ -11,7 +11,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from hivtp.engines import EngineSettings, create_engine
-from hivtp_ops.errors import EngineError, MissingExtraError
+from hivtp.engines.onnxruntime import run_errors
+from hivtp_ops.errors import EngineError, MissingExtraError, OutOfMemoryError, SettingsError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,15 +71,15 @@ def test_the_number_of_threads_is_the_one_asked_for(graph):
     assert engine.session.get_session_options().intra_op_num_threads == 1
 
 
-@pytest.mark.parametrize("num_threads", [0, -1])
-def test_fewer_threads_than_one_are_refused(num_threads):
-    with pytest.raises(EngineError, match=f"num_threads must be at least 1, not {num_threads}"):
+@pytest.mark.parametrize("num_threads", [0, -1, 513, 99_999, True, 1.0, "1"])
+def test_a_number_of_threads_that_cannot_be_is_refused(num_threads):
+    with pytest.raises(SettingsError, match=f"num_threads must be a whole number from 1 to 512, not {num_threads!r}"):
         EngineSettings(num_threads)
 
 
 def test_an_unknown_engine_is_refused_with_those_that_there_are(graph):
     with pytest.raises(
-        EngineError, match="no engine is named 'abacus'; there are onnxruntime, onnxruntime-cuda, torch and"
+        EngineError, match="no engine is named 'abacus' that runs ONNX; there are onnxruntime and onnxruntime-cuda"
     ):
         create_engine("abacus", graph)
 
@@ -97,7 +98,7 @@ def test_an_unknown_engine_is_refused_with_those_that_there_are(graph):
     ids=["none", "unknown", "one too many", "shape", "rank", "dtype", "text"],
 )
 def test_inputs_that_do_not_fit_are_an_engine_error_that_names_them(engine, inputs, message):
-    with pytest.raises(EngineError, match=f"(?s)onnxruntime failed: .*({message})"):
+    with pytest.raises(EngineError, match=f"(?s)onnxruntime failed while running the vision graph: .*({message})"):
         engine.run(inputs)
 
 
@@ -123,5 +124,42 @@ def test_a_graph_that_cannot_be_loaded_is_an_engine_error_that_names_the_file(gr
             weights.write_bytes(b"\0")
     else:
         file.write_bytes({"empty": b"", "no graph": b"not a graph", "cut": content[: len(content) // 2]}[damage])
-    with pytest.raises(EngineError, match=r"onnxruntime cannot load .*model\.onnx"):
+    with pytest.raises(EngineError, match=r"onnxruntime failed while loading .*model\.onnx"):
         create_engine("onnxruntime", file)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("bfc_arena.cc: Failed to allocate memory for requested buffer of size 1000"),
+        RuntimeError("Available memory of 10 is smaller than requested bytes of 1000"),
+        RuntimeError("CUDA failure 2: out of memory"),
+        RuntimeError("std::bad_alloc"),
+    ],
+)
+def test_memory_that_runs_out_is_told_from_other_failures(error):
+    with (
+        pytest.raises(OutOfMemoryError, match="memory ran out while running the decoder"),
+        run_errors("running the decoder"),
+    ):
+        raise error
+    with (
+        pytest.raises(EngineError, match="onnxruntime failed while running the decoder: broken"),
+        run_errors("running the decoder"),
+    ):
+        raise RuntimeError("broken")
+
+
+def test_memory_that_truly_runs_out_is_an_out_of_memory_error(tmp_path):
+    """A graph of a kilobyte can ask for any amount."""
+    node = helper.make_node("ConstantOfShape", ["shape"], ["y"])
+    inputs = [helper.make_tensor_value_info("shape", TensorProto.INT64, [1])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    model = helper.make_model(
+        helper.make_graph([node], "huge", inputs, outputs), opset_imports=[helper.make_opsetid("", 21)], ir_version=10
+    )
+    onnx.save(model, tmp_path / "huge.onnx")
+    engine = create_engine("onnxruntime", tmp_path / "huge.onnx")
+    with pytest.raises(OutOfMemoryError):
+        engine.run({"shape": np.array([2**50], np.int64)})

@@ -1,17 +1,18 @@
-"""The bound engine, in host memory here; on a GPU under the marker `gpu`."""
+"""The engine for a GPU: its logic in host memory here; on a GPU under the marker `gpu`."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnxruntime
 import pytest
-import torch
 
 from hivtp.engines import EngineSettings, create_engine, onnxruntime_cuda
 from hivtp.engines.bundle import Bundle
+from hivtp.engines.onnxruntime import open_session
 from hivtp.engines.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaEngine, has_cuda_provider
 from hivtp.export.verify.checks import relative_error, sample_pixels
 from hivtp_ops.errors import EngineError, MissingExtraError
@@ -32,60 +33,86 @@ def reference(graph: Path) -> Engine:
     return create_engine("onnxruntime", graph)
 
 
-@pytest.fixture(scope="module")
-def engine(graph: Path) -> OnnxRuntimeCudaEngine:
-    return OnnxRuntimeCudaEngine(graph, device="cpu")
-
-
 @pytest.fixture
 def pixels() -> np.ndarray:
     return sample_pixels(2, 64)
 
 
-def test_bound_memory_gives_what_a_plain_run_gives(engine, reference, pixels):
-    expected = reference.run({"pixel_values": pixels})
-    found = engine.run({"pixel_values": pixels})
-    assert engine.output_names == tuple(found) == tuple(expected)
-    for name, array in expected.items():
-        np.testing.assert_array_equal(found[name], array)
+OrtValue = onnxruntime.OrtValue
 
 
-def test_outputs_leave_by_dlpack_without_a_copy(engine, reference, pixels):
-    outputs = engine.run_on_device({"pixel_values": pixels})
-    embeds = torch.from_dlpack(outputs["image_embeds"])
-    assert embeds.data_ptr() == outputs["image_embeds"].data_ptr()
-    expected = reference.run({"pixel_values": pixels})["image_embeds"]
-    np.testing.assert_array_equal(embeds.numpy(), expected)
-    # They are the caller's: a further run does not change them.
-    engine.run_on_device({"pixel_values": -pixels})
-    np.testing.assert_array_equal(embeds.numpy(), expected)
+class HostValue:
+    """An OrtValue in host memory in the place of one on a GPU."""
+
+    made: ClassVar[list[HostValue]] = []
+
+    def __init__(self, value: onnxruntime.OrtValue) -> None:
+        self._value = value
+        self.made.append(self)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._value, name)
+
+    @classmethod
+    def ortvalue_from_numpy(cls, array: np.ndarray, device: str, number: int) -> HostValue:
+        assert (device, number) == ("cuda", 0)
+        assert array.flags.c_contiguous
+        return cls(OrtValue.ortvalue_from_numpy(array.copy()))
+
+    @classmethod
+    def ortvalue_from_shape_and_type(cls, shape: Any, dtype: Any, device: str, number: int) -> HostValue:
+        assert (device, number) == ("cuda", 0)
+        return cls(OrtValue.ortvalue_from_shape_and_type(shape, dtype))
+
+    def update_inplace(self, array: np.ndarray) -> None:
+        assert array.flags.c_contiguous
+        self._value.update_inplace(array)
+
+    def numpy(self) -> np.ndarray:
+        # What comes from a GPU is a copy.
+        return self._value.numpy().copy()
 
 
-def test_an_output_that_is_kept_stays_on_the_device_and_the_others_come_to_the_host(engine, reference, pixels):
-    expected = reference.run({"pixel_values": pixels})
-    view, outputs = engine.run_keeping({"pixel_values": pixels}, "image_embeds")
-    assert (view.shape, view.dtype) == (expected["image_embeds"].shape, np.float32)
-    assert view.address == view.owner.data_ptr()
-    engine.run_keeping({"pixel_values": -pixels}, "image_embeds")
-    np.testing.assert_array_equal(view.owner.numpy(), expected.pop("image_embeds"))
-    assert outputs.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(outputs[name], array)
+@pytest.fixture
+def on_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's own code, on the CPU: its session, and the memory that it binds."""
+    monkeypatch.setattr(onnxruntime_cuda, "open_cuda_session", open_session)
+    monkeypatch.setattr(onnxruntime, "OrtValue", HostValue)
+    HostValue.made.clear()
 
 
-def test_inputs_come_by_dlpack(engine, reference, pixels):
-    expected = reference.run({"pixel_values": pixels})["image_embeds"]
-    tensor = torch.from_numpy(pixels)
-    value = onnxruntime.OrtValue.ortvalue_from_numpy(pixels)
-    for given in (tensor, value, pixels[:, ::-1][:, ::-1]):
-        found = engine.run_on_device({"pixel_values": given})["image_embeds"].numpy()
-        np.testing.assert_array_equal(found, expected)
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("uses_cuda_graph", [False, True])
+def test_every_run_gives_what_a_plain_engine_gives_whatever_came_before(graph, reference, uses_cuda_graph):
+    engine = OnnxRuntimeCudaEngine(graph, EngineSettings(uses_cuda_graph=uses_cuda_graph))
+    kept = []
+    for turn, num_tiles in enumerate([1, 2, 2, 1, 3, 2]):
+        pixels = sample_pixels(num_tiles, 64) * np.float32(turn + 1)
+        # Whatever the order of its memory.
+        kept.append((pixels, engine.run({"pixel_values": np.asfortranarray(pixels)})))
+    for pixels, found in kept:
+        expected = reference.run({"pixel_values": pixels})
+        assert engine.output_names == tuple(found) == tuple(expected)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array)
 
 
+@pytest.mark.usefixtures("on_host")
+def test_recorded_runs_keep_their_memory_for_each_number_of_tiles(graph):
+    engine = OnnxRuntimeCudaEngine(graph, EngineSettings(uses_cuda_graph=True))
+    for num_tiles in (1, 1, 2, 1, 2):
+        engine.run({"pixel_values": sample_pixels(num_tiles, 64)})
+    # An input and four outputs for each of the two sizes; a recorded graph reads and writes at fixed addresses.
+    assert len(HostValue.made) == 2 * 5
+
+
+@pytest.mark.usefixtures("on_host")
+@pytest.mark.parametrize("uses_cuda_graph", [False, True])
 @pytest.mark.parametrize(
     "inputs", [{}, {"y": np.zeros(1, np.float32)}, {"pixel_values": np.zeros((1, 3, 8, 8), np.float32)}]
 )
-def test_inputs_that_do_not_fit_are_an_engine_error(engine, inputs):
+def test_inputs_that_do_not_fit_are_an_engine_error(graph, inputs, uses_cuda_graph):
+    engine = OnnxRuntimeCudaEngine(graph, EngineSettings(uses_cuda_graph=uses_cuda_graph))
     with pytest.raises(EngineError, match="onnxruntime failed"):
         engine.run(inputs)
 
@@ -131,13 +158,19 @@ def test_cuda_that_does_not_start_is_an_error_and_not_the_cpu(graph, monkeypatch
         create_engine("onnxruntime-cuda", graph)
 
 
-def test_options_reach_the_provider():
-    assert onnxruntime_cuda._provider_options(False, None) == {"device_id": "0"}
-    assert onnxruntime_cuda._provider_options(True, 4711) == {
-        "device_id": "0",
-        "enable_cuda_graph": "1",
-        "user_compute_stream": "4711",
-    }
+@pytest.mark.parametrize("uses_cuda_graph", [False, True])
+def test_options_reach_the_provider(graph, monkeypatch, uses_cuda_graph):
+    asked = []
+
+    def note(_file: Path, _settings: EngineSettings, *, stops_spinning: bool, providers: list[Any]) -> SimpleNamespace:
+        asked.append((stops_spinning, providers))
+        return SimpleNamespace(get_providers=lambda: [PROVIDER])
+
+    monkeypatch.setattr(onnxruntime_cuda, "check_cuda_package", lambda: None)
+    monkeypatch.setattr(onnxruntime_cuda, "open_session", note)
+    onnxruntime_cuda.open_cuda_session(graph, EngineSettings(uses_cuda_graph=uses_cuda_graph))
+    expected = {"device_id": "0"} | ({"enable_cuda_graph": "1"} if uses_cuda_graph else {})
+    assert asked == [(True, [(PROVIDER, expected), "CPUExecutionProvider"])]
 
 
 @pytest.mark.gpu
@@ -151,14 +184,3 @@ def test_a_gpu_gives_what_the_cpu_gives(graph, reference, uses_cuda_graph):
         # CUDA multiplies float32 matrices in TF32 where it may.
         assert relative_error(found["image_embeds"], expected["image_embeds"]) < 1e-2
         np.testing.assert_array_equal(found["kept_counts"], expected["kept_counts"])
-
-
-@pytest.mark.gpu
-def test_outputs_stay_on_the_gpu_for_torch(graph, reference, pixels):
-    engine = OnnxRuntimeCudaEngine(graph, stream=torch.cuda.current_stream().cuda_stream)
-    outputs = engine.run_on_device({"pixel_values": torch.from_numpy(pixels).cuda()})
-    embeds = torch.from_dlpack(outputs["image_embeds"])
-    assert embeds.is_cuda
-    assert embeds.data_ptr() == outputs["image_embeds"].data_ptr()
-    expected = reference.run({"pixel_values": pixels})["image_embeds"]
-    assert relative_error(embeds.cpu().numpy(), expected) < 1e-2

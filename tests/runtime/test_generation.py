@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hivtp.engines.bundle import SamplingDefaults
+from hivtp.engines.manifest import SamplingDefaults
 from hivtp.runtime.generation import Generation, finished
 from hivtp.runtime.language.scheduler import Scheduler, SchedulerOptions
 from tests.support.answers import PHOTOS, ask, at_most, same, with_language

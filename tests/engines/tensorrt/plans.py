@@ -6,12 +6,15 @@ import sysconfig
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hivtp.engines.bundle import Bundle, FileRecord
 from hivtp.engines.gpu import Gpu
-from hivtp.engines.tensorrt.plan import PlanRecord, graph_hashes, sha256_of_plan, write_plan
+from hivtp.engines.manifest import FileRecord
+from hivtp.engines.tensorrt.plan import graph_hashes, sha256_of_plan, write_plan
+from hivtp.engines.tensorrt.plan_record import PlanRecord
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from hivtp.engines.bundle import Bundle
 
 CONTENT = b"a plan " * 1000
 H200 = Gpu("NVIDIA H200", (9, 0), driver="580.65.06", cuda="13.0")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -7,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hivtp.engines.bundle import Bundle
+from hivtp.engines.bundle import PLANS_FOLDER, Bundle
 from hivtp.engines.tensorrt import plan as plan_module
-from hivtp.engines.tensorrt.plan import PLANS_FOLDER, has_plans, read_plan
+from hivtp.engines.tensorrt.plan import has_plans, read_plan
 from hivtp_ops.errors import BundleError, EngineError
 from tests.engines.tensorrt import fake_gpu
 from tests.engines.tensorrt.plans import CONTENT, H200, RTX, add, make_record
@@ -66,7 +67,7 @@ def test_a_plan_takes_the_place_of_the_one_before(bundle):
 def test_a_bundle_without_plans_says_how_to_build_one(bundle):
     assert not has_plans(bundle, "tensorrt")
     with pytest.raises(
-        EngineError, match=rf"holds no plan for tensorrt; build one with: hivtp-export engine {bundle.folder} --engine"
+        EngineError, match=rf"holds no plan for tensorrt; build one with: hivtp plan {bundle.folder} --engine"
     ):
         read_plan(bundle, LIBRARY, H200)
     add(bundle, library="tensorrt-rtx", library_version="1.7.1.116")
@@ -98,7 +99,7 @@ def test_a_plan_that_does_not_fit_is_refused_in_plain_words(bundle, changes, gpu
     add(bundle, **changes)
     with pytest.raises(EngineError, match=message) as caught:
         read_plan(bundle, LIBRARY, gpu)
-    assert ("build one with: hivtp-export engine" in str(caught.value)) == (gpu is not None)
+    assert ("build one with: hivtp plan" in str(caught.value)) == (gpu is not None)
 
 
 def test_every_plan_that_does_not_fit_is_given_its_reason(bundle):
@@ -142,7 +143,22 @@ def test_a_damaged_plan_beside_one_that_fits_is_passed_over(bundle):
     assert read_plan(bundle, LIBRARY, H200)[1] == CONTENT
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b"\xff", b'{"schema_version": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"3",
+        b'"x"',
+        b"{}",
+        b"\xff",
+        b'{"schema_version": 1}',
+        b"[" * 10**5,
+        b" " * 2**20 + b"{}",
+    ],
+)
 def test_a_sidecar_that_is_none_is_refused(bundle, content):
     add(bundle).with_suffix(".json").write_bytes(content)
     with pytest.raises(EngineError, match=rf"{STEM} (has a damaged sidecar|cannot be read)"):
@@ -161,8 +177,14 @@ def test_a_sidecar_that_is_none_is_refused(bundle, content):
         ("profiles", "1:1:5"),
         ("graph", []),
         ("verification", True),
+        ("profiles", ["1:1:" + "9" * 5000]),
+        ("profiles", [["1:1:5"]]),
+        ("graph", {"vision/model.onnx": 1}),
+        ("gpu", {"name": "NVIDIA H200", "compute_capability": [9], "driver": "1", "cuda": "1"}),
+        ("workspace_bytes", "all"),
         ("library", 3),
         ("colour", "red"),
+        ("verification", functools.reduce(lambda value, _: [value], range(500), 0)),
     ],
 )
 def test_values_that_make_no_sense_are_refused(bundle, key, value):
@@ -172,10 +194,23 @@ def test_values_that_make_no_sense_are_refused(bundle, key, value):
         read_plan(bundle, LIBRARY, H200)
 
 
-def test_a_sidecar_of_another_schema_is_refused(bundle):
+@pytest.mark.parametrize(
+    ("version", "shown"), [("2", "2"), ("true", "True"), ("[[[]]]", r"\[\[\[\]\]\]"), ("null", "None")]
+)
+def test_a_sidecar_of_another_schema_is_refused(bundle, version, shown):
     sidecar = add(bundle).with_suffix(".json")
-    sidecar.write_text('{"schema_version": 2}')
-    with pytest.raises(EngineError, match="has a sidecar of version 2, this hivtp reads 1"):
+    sidecar.write_text(f'{{"schema_version": {version}}}')
+    with pytest.raises(EngineError, match=f"has a sidecar of version {shown}, this hivtp reads 1"):
+        read_plan(bundle, LIBRARY, H200)
+
+
+@pytest.mark.parametrize("num_bytes", [-1, 0, 10**15, 10**30])
+def test_a_size_that_no_plan_has_allocates_nothing(bundle, num_bytes):
+    sidecar = add(bundle).with_suffix(".json")
+    record = json.loads(sidecar.read_text())
+    record["plan"]["num_bytes"] = num_bytes
+    sidecar.write_text(json.dumps(record))
+    with pytest.raises(EngineError, match=f"has 7000 bytes instead of {num_bytes}"):
         read_plan(bundle, LIBRARY, H200)
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hivtp.engines.tensorrt.profile import TileProfile, check_profiles, find_profile, most_tiles
+from hivtp.engines.tensorrt.profile import TileProfile, check_profiles, find_profile, max_tiles
 from hivtp_ops.errors import EngineError
 
 
@@ -16,9 +16,11 @@ def test_a_profile_is_read_and_written():
     assert str(TileProfile(1, 2, 5)) == "1:2:5"
 
 
-@pytest.mark.parametrize("text", ["", "1:2", "1:2:3:4", "a", "1:b:3", "1.5", "-1", "1: 2:3", "²", "1:2:"])
-def test_what_is_no_profile_is_refused(text):
-    with pytest.raises(EngineError, match="is no profile of tiles; write fewest:usual:most"):
+@pytest.mark.parametrize(
+    "text", ["", "1:2", "1:2:3:4", "a", "1:b:3", "1.5", "-1", "1: 2:3", "²", "1:2:", "1:1:1000000", "9" * 5000]
+)
+def test_what_is_not_a_profile_is_refused(text):
+    with pytest.raises(EngineError, match="is not a profile of tiles; write fewest:usual:most"):
         TileProfile.parse(text)
 
 
@@ -37,7 +39,8 @@ def test_profiles_with_a_gap_are_refused_by_the_number_that_is_missing(texts, mi
 def test_profiles_without_a_gap_pass_in_any_order():
     check_profiles(profiles("3:4:8", "1:1:2"))
     check_profiles(profiles("1:1:8", "5"))
-    with pytest.raises(EngineError, match="needs a profile"):
+    check_profiles(profiles("1:1:999999"))
+    with pytest.raises(EngineError, match="needs at least one profile"):
         check_profiles([])
 
 
@@ -45,7 +48,7 @@ def test_the_narrowest_profile_serves_a_run():
     several = profiles("1:1:8", "5", "2:4:6", "4:4:8")
     found = [find_profile(several, number) for number in range(10)]
     assert found == [None, 0, 2, 2, 2, 1, 2, 3, 3, None]
-    assert most_tiles(several) == 8
+    assert max_tiles(several) == 8
 
 
 def test_of_equally_narrow_profiles_the_one_tuned_nearest_serves():

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from hivtp.engines.bundle import SCHEMA_VERSION
+from hivtp.engines.manifest import SCHEMA_VERSION
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
 from tests.support.command import hivtp_run

@@ -11,7 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hivtp.engines.bundle import SamplingDefaults
+from hivtp.engines.manifest import SamplingDefaults
 from hivtp.runtime.language.sampler import Sampler, filtered_distribution
 from hivtp.runtime.language.sampling import SamplingParams
 from hivtp_ops.errors import EngineError

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hivtp.engines.bundle import SamplingDefaults
+from hivtp.engines.manifest import SamplingDefaults
 from hivtp.runtime.language.sampling import SamplingParams, token_logprobs
 from hivtp_ops.errors import HivtpError, SettingsError
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from hivtp.engines.bundle import Bundle, SamplingDefaults
+from hivtp.engines.bundle import Bundle
+from hivtp.engines.manifest import SamplingDefaults
 from hivtp.runtime.language import LanguageOptions, create_language
 from hivtp.runtime.language.sampler import Sampler
 from hivtp.runtime.language.sampling import SamplingParams
