@@ -1,0 +1,224 @@
+"""POST /v1/chat/completions: one answer, whole or as a stream, until it ends or its client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+from typing import TYPE_CHECKING, Any
+
+from hivtp.runtime.serving.asgi import ClientGoneError
+from hivtp.runtime.serving.extension import extension
+from hivtp.runtime.serving.job import Finished, NewToken
+from hivtp.runtime.serving.logs import logger
+from hivtp.runtime.serving.protocol.errors import ApiError, api_error
+from hivtp.runtime.serving.protocol.reply import Reply
+from hivtp.runtime.serving.protocol.sse import DONE, HEADERS, KEEP_ALIVE, event
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+
+    from hivtp.runtime.serving.asgi import Call
+    from hivtp.runtime.serving.job import Event
+    from hivtp.runtime.serving.service import Service, Visit
+
+# A client that does not read what it is sent gets this long for an error before its connection is closed.
+LAST_WORDS_SECONDS = 5.0
+MAX_NAMED_FIELDS = 20
+
+
+class ChatEndpoint:
+    """Answers chats.
+
+    Args:
+        service: what answers them.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def answer(self, call: Call) -> None:
+        """See Endpoint.answer."""
+        service = self._service
+        visit = service.visit()
+        try:
+            # Before the body is read: who is refused anyway need not send it.
+            service.admission.check()
+            body = await call.read_json(service.settings, visit.held.add)
+            with service.admission.enter():
+                await self._answer(call, visit, body)
+        except Exception as error:
+            found = self._noted(call, error)
+            if found is None:
+                raise
+            raise found from error
+        finally:
+            visit.held.release()
+            _note(call, visit)
+
+    async def _answer(self, call: Call, visit: Visit, body: bytes) -> None:
+        work = await self._service.read(visit, body)
+        del body
+        chat = work.chat
+        call.notes.update(streams=chat.streams, images=len(work.references))
+        if chat.ignored:
+            call.notes["ignored"] = _names(chat.ignored)
+        reply = Reply(chat, visit.id, self._service.names[0], visit.created, self._service.logprobs)
+        gone = asyncio.ensure_future(call.wait_until_gone())
+        events = self._service.answer(visit, call.scope.get("hivtp.key", ""))
+        try:
+            watched = _watched(events, gone, self._service)
+            async with contextlib.aclosing(watched):
+                if chat.streams:
+                    await self._stream(call, visit, reply, watched)
+                else:
+                    await self._send_whole(call, visit, reply, watched)
+        finally:
+            gone.cancel()
+
+    async def _send_whole(self, call: Call, visit: Visit, reply: Reply, events: AsyncIterator[Event | None]) -> None:
+        async for item in events:
+            if isinstance(item, Finished):
+                call.notes["finish"] = item.answer.finish_reason
+                body = reply.body(item.answer, visit.usage, extension(self._service.model, visit, item.answer))
+                await call.send_json(body, headers=_headers(visit))
+
+    async def _stream(self, call: Call, visit: Visit, reply: Reply, events: AsyncIterator[Event | None]) -> None:
+        has_started = has_token = False
+        try:
+            async with asyncio.timeout_at(visit.deadline):
+                async for item in events:
+                    if not has_started:
+                        # Only now, so that what is refused before the first token has the status of an error.
+                        await call.start(200, {**HEADERS, **_headers(visit)})
+                        has_started = True
+                    if item is not None and not has_token:
+                        await call.send_part(reply.first_chunk(visit.usage))
+                        has_token = True
+                    await call.send_part(self._part(call, visit, reply, item))
+        except Exception as error:
+            if not has_started:
+                raise
+            # The status is sent; clients take an error from the stream, and an end without one for success.
+            found = self._noted(call, error)
+            if found is not None:
+                call.notes["code"] = found.code
+                await _last_words(call, event(found.body) + DONE)
+        else:
+            await call.send_part(DONE)
+            await call.finish()
+
+    def _part(self, call: Call, visit: Visit, reply: Reply, item: Event | None) -> bytes:
+        """What is sent for an event."""
+        match item:
+            case None:
+                return KEEP_ALIVE
+            case NewToken(text, logprobs) if text or logprobs:
+                return reply.text_chunk(text, logprobs, visit.usage)
+            case Finished(answer, text):
+                call.notes["finish"] = answer.finish_reason
+                rest = reply.text_chunk(text, (), visit.usage) if text else b""
+                return rest + reply.last_chunks(answer, visit.usage, extension(self._service.model, visit, answer))
+        return b""
+
+    def _noted(self, call: Call, error: Exception) -> ApiError | None:
+        """The error as its client is told, counted and logged; None where nobody is there to be told."""
+        if isinstance(error, ClientGoneError):
+            call.notes["code"] = "client_gone"
+            self._service.metrics.failed("client_gone", is_rejected=False)
+            return None
+        if isinstance(error, TimeoutError):
+            error = ApiError(504, "the answer was not read in time", "request_timeout")
+        found = api_error(error)
+        if found.status == 500:
+            logger.log(logging.ERROR, "request_failed", exc_info=error, extra={"fields": {"id": call.notes.get("id")}})
+        self._service.metrics.failed(found.code, is_rejected=found.status == 429)
+        return found
+
+
+async def _watched(
+    events: AsyncGenerator[Event], gone: asyncio.Future[Any], service: Service
+) -> AsyncGenerator[Event | None]:
+    """The events, and None where none came for long.
+
+    Raises:
+        ApiError: the server gives its requests up.
+        ClientGoneError: nobody reads any more.
+    """
+    pending: asyncio.Future[Event] | None = None
+    try:
+        while True:
+            if pending is None:
+                pending = asyncio.ensure_future(_next(events))
+            waiting = {pending, gone, service.given_up}
+            await asyncio.wait(waiting, timeout=service.settings.keep_alive_seconds, return_when="FIRST_COMPLETED")
+            if gone.done():
+                raise ClientGoneError
+            if pending.done():
+                done, pending = pending, None
+                item = done.result()
+                yield item
+                if isinstance(item, Finished):
+                    return
+            elif service.given_up.done():
+                raise ApiError(503, "the server is shutting down; ask again later", "shutting_down", retry_after=1)
+            else:
+                yield None
+    finally:
+        if pending is not None:
+            pending.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await pending
+        await events.aclose()
+
+
+def _next(events: AsyncGenerator[Event]) -> Coroutine[Any, Any, Event]:
+    async def take() -> Event:
+        return await anext(events)
+
+    return take()
+
+
+async def _last_words(call: Call, part: bytes) -> None:
+    """Send an error and end; a client that does not take it is left alone."""
+    try:
+        async with asyncio.timeout(LAST_WORDS_SECONDS):
+            await call.send_part(part)
+            await call.finish()
+    except TimeoutError as error:
+        raise ClientGoneError from error
+
+
+def _headers(visit: Visit) -> dict[str, str]:
+    """What the server ignored: names that a client sent go into a header only as far as they are words."""
+    assert visit.work is not None, "an answer comes of what was read"
+    names = _names(visit.work.chat.ignored)
+    return {"hivtp-ignored": ", ".join(names)} if names else {}
+
+
+def _names(fields: tuple[str, ...]) -> list[str]:
+    return [name for name in fields if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)][:MAX_NAMED_FIELDS]
+
+
+def _note(call: Call, visit: Visit) -> None:
+    """What the log says of a request: counts and times, no words."""
+    call.notes["queue_ms"] = round(visit.waited_seconds * 1e3, 1)
+    job = visit.job
+    if job is None:
+        return
+    usage, prompt = visit.usage, job.prompt
+    call.notes.update(
+        prompt_tokens=usage.num_prompt_tokens,
+        cached_tokens=usage.num_cached_tokens,
+        image_tokens=usage.num_image_tokens,
+        kept_tokens=usage.num_kept_tokens,
+        new_tokens=usage.num_new_tokens,
+        preprocess_ms=round(prompt.preprocess_ms, 1),
+        vision_ms=round(prompt.vision_ms, 1),
+    )
+    if job.begun_at is not None and job.first_token_at is not None:
+        call.notes["prefill_ms"] = round((job.first_token_at - job.begun_at) * 1e3, 1)
+        call.notes["ttft_ms"] = round((job.first_token_at - visit.arrived_at) * 1e3, 1)
+    if job.ended_at is not None and job.first_token_at is not None:
+        call.notes["decode_ms"] = round((job.ended_at - job.first_token_at) * 1e3, 1)
