@@ -46,7 +46,7 @@ class EngineState:
 
     Attributes:
         num_waiting, num_running: jobs without and with a slot.
-        kv_share: of the KV budget that is taken, 0 to 1.
+        kv_share: of the KV budget that running jobs may come to need, 0 to 1.
     """
 
     num_waiting: int = 0
@@ -74,7 +74,7 @@ class Engine:
     def __init__(self, model: Model, settings: ServerSettings, deliver: Deliver) -> None:
         self.state = EngineState()
         context = min(settings.max_context or model.language.context_length, model.language.context_length)
-        position_bytes = model.language.kv_bytes_per_position
+        self._position_bytes = position_bytes = model.language.kv_bytes_per_position
         most = settings.num_slots * context * position_bytes
         self._max_kv_bytes = min(settings.max_kv_bytes or kv_budget() or most, most)
         self.max_positions = min(context, self._max_kv_bytes // position_bytes)
@@ -181,7 +181,8 @@ class Engine:
     def _report(self) -> None:
         """Say what happened in a run."""
         scheduler = self._scheduler
-        share = scheduler.num_reserved_bytes / self._max_kv_bytes
+        reserved = sum(job.num_positions for job in self._jobs if job.begun_at is not None and job.ended_at is None)
+        share = reserved * self._position_bytes / self._max_kv_bytes
         self.state = EngineState(scheduler.num_waiting, scheduler.num_running, share)
         happened, self._happened = self._happened, []
         self._jobs.difference_update(job for job, _ in happened if job.ended_at is not None)

@@ -36,16 +36,17 @@ def extension(model: Model, visit: Visit, answer: Answer) -> dict[str, Any] | No
         return None
     usage, timings = visit.usage, answer.timings
     first, begun = job.first_token_at or 0.0, job.begun_at or 0.0
+    decode_ms = timings.decode_ms_per_token
     found: dict[str, Any] = {
         "image_tokens": usage.num_image_tokens,
         "kept_tokens": usage.num_kept_tokens,
         "timings": {
-            "queue_ms": visit.waited_seconds * 1e3,
-            "preprocess_ms": timings.preprocess_ms,
-            "vision_ms": timings.vision_ms,
-            "prefill_ms": (first - begun) * 1e3,
-            "ttft_ms": (first - visit.arrived_at) * 1e3,
-            "decode_ms_per_token": timings.decode_ms_per_token,
+            "queue_ms": round(visit.waited_seconds * 1e3, 3),
+            "preprocess_ms": round(timings.preprocess_ms, 3),
+            "vision_ms": round(timings.vision_ms, 3),
+            "prefill_ms": round((first - begun) * 1e3, 3),
+            "ttft_ms": round((first - visit.arrived_at) * 1e3, 3),
+            "decode_ms_per_token": None if decode_ms is None else round(decode_ms, 3),
         },
     }
     if work.chat.includes:

@@ -99,6 +99,11 @@ class Job(Generation):
         return self._max_new_tokens
 
     @property
+    def num_positions(self) -> int:
+        """Of the prompt and the longest answer."""
+        return self.num_prompt_tokens + self._max_new_tokens
+
+    @property
     def keys(self) -> Sequence[Hashable] | None:
         """See DecodeRequest.keys. All that follow another first key are others, so the first one is salted."""
         first, *others = super().keys or ()
