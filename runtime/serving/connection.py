@@ -36,6 +36,7 @@ def connection_class(settings: ServerSettings) -> type[asyncio.Protocol]:
         """See the module."""
 
         _patience: asyncio.TimerHandle | None = None
+        _has_begun = False
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -46,6 +47,7 @@ def connection_class(settings: ServerSettings) -> type[asyncio.Protocol]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
+            self._has_begun = True
             super().data_received(data)
             if self.conn.their_state is h11.IDLE:
                 # The next headers have begun, maybe; uvicorn's own timer ended with the first byte.
@@ -82,7 +84,8 @@ def connection_class(settings: ServerSettings) -> type[asyncio.Protocol]:
 
         def _close_with(self, error: ApiError) -> None:
             """Answer what is not a request, and close."""
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            # A client that has sent nothing asks for nothing.
+            if self._has_begun and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 body = to_json(error.body)
                 reason = {400: "Bad Request", 408: "Request Timeout"}[error.status]
                 head = f"HTTP/1.1 {error.status} {reason}\r\ncontent-type: application/json\r\nconnection: close\r\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,6 @@ from hivtp.runtime.language.onnxruntime import OnnxRuntimeSlots
 from tests.support.serving import CHAT, asking, body, random_image, serving, wait_for
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Iterator
 
     from hivtp import Pipeline
@@ -171,9 +171,7 @@ def test_a_client_that_stops_reading_is_given_up_at_the_deadline(pruned: Pipelin
     """It keeps its connection, so that nothing but the time tells."""
     with serving(pruned.model, request_seconds=1.0) as server:
         connection = server.raw()
-        import socket as sockets
-
-        connection.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 2048)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         fields = {"max_tokens": 450, "ignore_eos": True, "stream": True, "logprobs": True, "top_logprobs": 20}
         content = json.dumps(body("how many", **fields)).encode()
         head = f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
