@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from hivtp.runtime.attempt import request_errors
 from hivtp.runtime.generation import Generation, pieces_of, scheduler_for
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def _run(
     result.images = encoded.new_images
     # The pixels have done their part.
     del prompt
-    generation = Generation(model, encoded)
+    with request_errors():
+        generation = Generation(model, encoded)
     if decode is None:
         yield from pieces_of(scheduler_for(model, [generation]), generation)
     else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hivtp.runtime.answer import Answer, Timings
-from hivtp.runtime.attempt import attempt
+from hivtp.runtime.attempt import attempt, request_errors
 from hivtp.runtime.inputs.stop_strings import StopStrings
 from hivtp.runtime.language.sampling import Sampler, TokenLogprobs, token_logprobs
 from hivtp.runtime.language.scheduler import Scheduler, SchedulerOptions
@@ -110,7 +110,8 @@ class Generation:
             self._is_finished = True
             self._release()
             if self._stops.found is None:
-                self._pieces.append(self._stops.push(self._text.finish()) + self._stops.finish())
+                with request_errors():
+                    self._pieces.append(self._stops.push(self._text.finish()) + self._stops.finish())
 
     def answer(self) -> Answer:
         """The whole answer, once it is finished."""
@@ -179,13 +180,15 @@ def scheduler_for(model: Model, generations: Sequence[Generation], *, keeps_slot
         keeps_slots: for a conversation, whose next turn begins with this one, and takes more room.
 
     Raises:
+        EngineError: the pipeline is closed.
         OutOfMemoryError: there is no memory for all of them at once.
     """
     capacity = max(len(generation.embeds) + generation.max_new_tokens for generation in generations)
     options = SchedulerOptions(
         num_slots=len(generations), capacity=max(2, capacity), grows=keeps_slots, keeps_slots=keeps_slots
     )
-    return Scheduler(model.language, options)
+    with request_errors():
+        return Scheduler(model.language, options)
 
 
 def decode_together(model: Model, generations: Sequence[Generation]) -> None:

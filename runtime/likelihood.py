@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Continuation:
-    """A text to be judged.
+    """A text whose likelihood is asked for.
 
     Args:
         prompt: what it answers; see `Pipeline.stream` for this and the images.
@@ -40,7 +40,7 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What the model finds of a continuation.
+    """How likely a model finds a continuation.
 
     Attributes:
         log_probabilities: the natural logarithm of each token's probability, given all before it.
@@ -52,7 +52,7 @@ class Likelihood:
 
 
 def likelihoods(model: Model, continuations: Sequence[Continuation]) -> list[Likelihood | HivtpError]:
-    """Judge continuations together, in joint steps of the decoder.
+    """The likelihoods of continuations, in joint steps of the decoder.
 
     Returns:
         For each the likelihood, or the error that it alone failed with: what `Pipeline.stream` raises, or a

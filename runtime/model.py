@@ -165,7 +165,7 @@ class Model:
             sources = [image for message in messages for image in message.images]
             text = self.template.render(messages, self.tokenizer)
             token_ids = self.template.encode(self.tokenizer, text, self.manifest.image_token_id)
-            # What pruning keeps is known after the vision stage only; the least that it can be is refused here.
+            # How much pruning keeps is known after the vision stage only; here counts the shortest that it can be.
             self._check_length(len(token_ids) + len(sources) * (self.bundle.manifest.vision.num_prefix_tokens - 1))
             images = [self._prepare_image(source, number, len(sources)) for number, source in enumerate(sources, 1)]
             sampling = request.sampling.resolved(self.manifest.sampling)
@@ -236,7 +236,7 @@ class Model:
                 self._check_open()
                 yield
         except HivtpError:
-            # What fails since the model was closed meanwhile is no fault of the request.
+            # The request is not at fault where the model was closed meanwhile.
             self._check_open()
             raise
 

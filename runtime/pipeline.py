@@ -155,7 +155,7 @@ class Pipeline:
         Raises:
             PromptError: `requests` is not a list; what is in it fails for itself alone.
         """
-        if isinstance(requests, str) or not isinstance(requests, Sequence):
+        if isinstance(requests, str | bytes) or not isinstance(requests, Sequence):
             raise PromptError(f"requests must be a list of Request, not {type(requests).__name__}")
         results = [
             prompt if isinstance(prompt, HivtpError) else attempt(Generation, self.model, prompt)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hivtp.runtime.inputs.messages import Message, check_text, user_message
-from hivtp.runtime.language.sampling import SamplingParams
+from hivtp.runtime.language.sampling import SamplingParams, shortened
 from hivtp_ops.errors import PromptError, SettingsError
 
 if TYPE_CHECKING:
@@ -47,11 +47,13 @@ class Request:
         if not isinstance(self.sampling, SamplingParams):
             raise SettingsError(f"sampling must be SamplingParams(...), not a {type(self.sampling).__name__}")
         if not isinstance(self.has_marks, bool):
-            raise SettingsError(f"has_marks must be True or False, not {self.has_marks!r}")
-        if isinstance(self.history, str | bytes) or not isinstance(self.history, Sequence):
+            raise SettingsError(f"has_marks must be True or False, not {shortened(self.has_marks)}")
+        if not _is_list(self.history):
             raise PromptError(f"history must be a list of messages, not a {type(self.history).__name__}")
         # What was checked is what is used, whatever becomes of the caller's lists.
-        object.__setattr__(self, "history", tuple(self.history))
+        for name in ("images", "history"):
+            if _is_list(getattr(self, name)):
+                object.__setattr__(self, name, _read(name, getattr(self, name)))
         for message in self.history:
             if not isinstance(message, Message):
                 raise PromptError(f"history must be a list of messages; it holds a {type(message).__name__}")
@@ -60,7 +62,6 @@ class Request:
                 raise PromptError(f"system must be a str, not a {type(self.system).__name__}")
             check_text(self.system)
         _ = self.message
-        object.__setattr__(self, "images", tuple(self.images))
 
     @property
     def message(self) -> Message:
@@ -78,3 +79,14 @@ class Request:
         """The whole conversation."""
         system = [] if self.system is None else [Message("system", [self.system])]
         return [*system, *self.history, self.message]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _read(name: str, values: Sequence[Any]) -> tuple[Any, ...]:
+    try:
+        return tuple(values)
+    except Exception as error:
+        raise PromptError(f"{name} cannot be read as a list: {type(error).__name__}: {error}") from error

@@ -33,8 +33,8 @@ class StopStrings:
         text = self._held + piece
         places = {string: place for string in self._strings if (place := text.find(string)) >= 0}
         if places:
-            # Of those that begin at one place the longest: it is the one that the text spells out.
-            self.found = min(places, key=lambda string: (places[string], -len(string)))
+            # The first that is complete, whatever the pieces; of several, the one that begins first.
+            self.found = min(places, key=lambda string: (places[string] + len(string), places[string]))
             self._held = ""
             return text[: places[self.found]]
         num_held = max(_num_begun(text, string) for string in self._strings)

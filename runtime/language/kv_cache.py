@@ -127,6 +127,7 @@ class BoundSlots:
             EngineError: onnxruntime failed.
             OutOfMemoryError: memory ran out.
         """
+        assert max(lengths) <= self._cache.capacity, "a slot has room for what is appended to it"
         mask = (self._positions[: max(lengths)] < np.array(lengths)[:, None]).astype(np.int64)
         embeds = np.ascontiguousarray(embeds, self._cache.dtype)
         with run_errors("running the decoder"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from hivtp.runtime.attempt import attempt
 from hivtp.runtime.language.slot_pool import SlotPool
-from hivtp_ops.errors import HivtpError, SettingsError
+from hivtp_ops.errors import HivtpError, PromptError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -127,10 +127,15 @@ class Scheduler:
         """Take a sequence into the queue.
 
         Raises:
-            SettingsError: it can never fit into a slot or the KV budget.
+            PromptError: the prompt does not fit the context.
+        SettingsError: it can never fit into a slot or the KV budget.
         """
         length, keys = len(request.embeds), request.keys
-        num_positions = min(length + request.max_new_tokens, self._language.context_length)
+        context_length = self._language.context_length
+        if not 0 < length < context_length:
+            # The KV cache is written by address, so no position may lie outside of it.
+            raise PromptError(f"the prompt takes {length} positions, and the context holds {context_length}")
+        num_positions = min(length + request.max_new_tokens, context_length)
         if num_positions > self._slots.capacity and not self._options.grows:
             raise SettingsError(
                 f"the request takes up to {num_positions} positions, and a slot holds {self._slots.capacity}; shorten "

@@ -8,27 +8,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from hivtp.runtime.device_rows import DeviceRows
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
 from benchmarks.checkpoints import make_checkpoint
-from hivtp import Pipeline
-from hivtp.engines import EngineSettings
-from hivtp.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
 from hivtp.runtime.inputs.images import load_image
-from hivtp.runtime.inputs.tiling import Tiler
-from hivtp.runtime.vision.cache import EmbeddingCache
-from hivtp.runtime.vision.encoder import open_image_encoder
-from hivtp.runtime.vision.stage import VisionStage
 from hivtp_ops import PruningSpec, select
 from hivtp_ops.errors import CheckpointError, SpecError
+from tests.support.answers import at_most, load
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from PIL import Image
+
+    from hivtp import Pipeline
 
 # (width, height): one for each tile grid, and pictures that are wide, tall, tiny and huge.
 SIZES = [(128, 64), (64, 128), (128, 128), (192, 64), (64, 192), (451, 300), (300, 451), (900, 70), (70, 900), (3, 2)]
@@ -43,9 +38,6 @@ class Reference:
     def __init__(self, folder: Path) -> None:
         self.model = LlavaNextForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
         self.processor = AutoProcessor.from_pretrained(folder, backend="pil")
-        self.tiler = Tiler.from_config(
-            self.processor.image_processor.to_dict() | {"image_processor_type": "LlavaNextImageProcessor"}
-        )
 
     def inputs(self, prompt: str, images: list[Image.Image]) -> dict[str, Any]:
         parts = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
@@ -59,36 +51,45 @@ class Reference:
             tokens = self.model.generate(**inputs, **options)
         return tokens[0, inputs["input_ids"].shape[1] :].tolist()
 
+    def sequence(self, inputs: dict[str, Any]) -> list[int]:
+        """Where the unpruned tokens of an image come from: tile * 64 + patch, or -1 for a newline."""
+        num_tiles = inputs["pixel_values"].shape[1]
+        sources = torch.arange(64.0 * num_tiles).view(num_tiles, 64, 1)
+        packed, _ = self.model.model.pack_image_features(
+            [sources], inputs["image_sizes"], "default", image_newline=torch.tensor([-1.0])
+        )
+        return packed[0][:, 0].int().tolist()
+
     def generate_pruned(self, prompt: str, image: Image.Image, spec: PruningSpec, rule: str) -> list[int]:
         """The same selection by hand: scores, patches on the whole picture, rows and newlines in plain loops."""
         inputs = self.inputs(prompt, [image])
         model = self.model.model
-        pixels = inputs["pixel_values"][0]
         with torch.inference_mode():
-            tower = model.vision_tower(pixels, output_attentions=True, output_hidden_states=True)
-            features = model.multi_modal_projector(tower.hidden_states[-2][:, 1:])
+            tower = model.vision_tower(inputs["pixel_values"][0], output_attentions=True, output_hidden_states=True)
+            features = model.multi_modal_projector(tower.hidden_states[-2][:, 1:]).flatten(0, 1)
         layers = slice(spec.first_layer, spec.first_layer + spec.num_layers)
         scores = torch.stack(tower.attentions[layers]).mean(dim=(0, 2, 3))[:, 1:].numpy().copy()
-        layout = self.tiler.layout((image.height, image.width))
-        scores[~layout.patch_mask((8, 8))] = -np.inf
-        kept = [set(row[row >= 0].tolist()) for row in select(scores, (8, 8), spec).indices]
-        sequence = [features[0, index] for index in sorted(kept[0])]
-        rows, cols = layout.patch_rows((8, 8)), layout.patch_cols((8, 8))
-        for row in range(rows.start, rows.stop):
-            found = []
-            for col in range(cols.start, cols.stop):
-                tile = 1 + (row // 8) * layout.tile_cols + col // 8
-                if (row % 8) * 8 + col % 8 in kept[tile]:
-                    found.append(features[tile, (row % 8) * 8 + col % 8])
-            sequence += found
-            if rule == "all" or (rule == "kept-rows" and found):
-                sequence.append(model.image_newline)
+        sequence = self.sequence(inputs)
+        is_padding = ~np.isin(np.arange(scores.size), sequence).reshape(scores.shape)
+        scores[is_padding] = -np.inf
+        indices = select(scores, (8, 8), spec).indices
+        kept = {64 * tile + patch for tile, row in enumerate(indices) for patch in row[row >= 0]}
+        embeds = [features[source] for source in sequence[:64] if source in kept]
+        found: list[torch.Tensor] = []
+        for source in sequence[64:]:
+            if source in kept:
+                found.append(features[source])
+            elif source == -1:
+                embeds += found
+                if rule == "all" or (rule == "kept-rows" and found):
+                    embeds.append(model.image_newline)
+                found = []
         ids = inputs["input_ids"][0]
         places = (ids == self.model.config.image_token_id).nonzero()[:, 0]
         embed = self.model.get_input_embeddings()
-        embeds = torch.cat([embed(ids[: places[0]]), torch.stack(sequence), embed(ids[places[-1] + 1 :])])[None]
+        whole = torch.cat([embed(ids[: places[0]]), torch.stack(embeds), embed(ids[places[-1] + 1 :])])[None]
         with torch.inference_mode():
-            tokens = self.model.generate(inputs_embeds=embeds, max_new_tokens=NUM_TOKENS, do_sample=False)
+            tokens = self.model.generate(inputs_embeds=whole, max_new_tokens=NUM_TOKENS, do_sample=False)
         return tokens[0].tolist()
 
 
@@ -106,7 +107,7 @@ def reference(checkpoint: Path) -> Reference:
 
 def export(checkpoint: Path, folder: Path, **settings: Any) -> Pipeline:
     bundle = export_bundle(checkpoint, folder / "bundle", ExportSettings(**settings), is_quiet=True)
-    return Pipeline.load(bundle.folder, num_threads=1)
+    return load(bundle.folder)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def picture(photos: Path, size: tuple[int, int]) -> Image.Image:
 @pytest.mark.parametrize("size", SIZES)
 def test_unpruned_answers_equal_transformers(unpruned: Pipeline, reference: Reference, photos: Path, size) -> None:
     image = picture(photos, size)
-    answer = unpruned.generate(PROMPT, [image], max_new_tokens=NUM_TOKENS)
+    answer = unpruned.generate(PROMPT, [image], at_most(NUM_TOKENS))
     assert answer.token_ids == reference.generate(PROMPT, [image])
     num_placeholders = (reference.inputs(PROMPT, [image])["input_ids"] == 511).sum().item()
     assert answer.num_image_tokens == answer.num_kept_tokens == num_placeholders
@@ -136,7 +137,7 @@ def test_several_pictures_of_mixed_sizes_equal_transformers(
     unpruned: Pipeline, reference: Reference, photos: Path
 ) -> None:
     images = [picture(photos, size) for size in ((128, 64), (70, 300), (200, 200))]
-    answer = unpruned.generate("<image>\n<image>\n<image>\n" + PROMPT, images, max_new_tokens=NUM_TOKENS)
+    answer = unpruned.generate("<image>\n<image>\n<image>\n" + PROMPT, images, at_most(NUM_TOKENS))
     assert answer.token_ids == reference.generate(PROMPT, images)
 
 
@@ -148,29 +149,29 @@ def test_pruned_answers_equal_the_same_selection_in_torch(
     pipeline = export(checkpoint, tmp_path, preset="192", newline=rule)
     for size in SIZES:
         image = picture(photos, size)
-        answer = pipeline.generate(PROMPT, [image], max_new_tokens=NUM_TOKENS)
+        answer = pipeline.generate(PROMPT, [image], at_most(NUM_TOKENS))
         assert answer.token_ids == reference.generate_pruned(PROMPT, image, spec, rule), size
-        mask = reference.tiler.layout((image.height, image.width)).patch_mask((8, 8))
-        assert len(answer.kept_indices) == len(mask)
-        for kept, is_picture in zip(answer.kept_indices, mask, strict=True):
-            assert is_picture[kept].all()
-            assert len(kept) == min(21, is_picture.sum())
+        inputs = reference.inputs(PROMPT, [image])
+        is_image = np.isin(np.arange(64 * inputs["pixel_values"].shape[1]), reference.sequence(inputs)).reshape(-1, 64)
+        for kept, is_image_in_tile in zip(answer.kept_indices, is_image, strict=True):
+            assert is_image_in_tile[kept].all()
+            assert len(kept) == min(21, is_image_in_tile.sum())
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_budget_makes_every_picture_cost_the_same(budgeted: Pipeline, photos: Path, size) -> None:
-    answer = budgeted.generate(PROMPT, [picture(photos, size)], max_new_tokens=2)
+    answer = budgeted.generate(PROMPT, [picture(photos, size)], at_most(2))
     assert answer.num_kept_tokens == 40 == sum(map(len, answer.kept_indices))
     assert len(answer.kept_indices[0]) >= 7
 
 
 def test_a_picture_seen_before_costs_no_vision_run(budgeted: Pipeline, photos: Path) -> None:
     image = picture(photos, (333, 222))
-    first = budgeted.generate(PROMPT, [image], max_new_tokens=5)
-    stage = budgeted.images._encoder._vision
+    first = budgeted.generate(PROMPT, [image], at_most(5))
+    stage = budgeted.model.images._encoder._vision
     engine, stage.engine = stage.engine, None
     try:
-        again = budgeted.generate(PROMPT, [image, image][:1], max_new_tokens=5)
+        again = budgeted.generate(PROMPT, [image, image][:1], at_most(5))
     finally:
         stage.engine = engine
     assert again.token_ids == first.token_ids
@@ -182,11 +183,11 @@ def test_overlay_shows_base_tile_and_grid(budgeted: Pipeline, photos: Path) -> N
     from hivtp.runtime.vision.overlay import draw_tiles
 
     image = picture(photos, (128, 64))
-    stream = budgeted.stream(PROMPT, [image], max_new_tokens=1)
+    stream = budgeted.stream(PROMPT, [image], at_most(1))
     list(stream)
-    manifest = budgeted.bundle.manifest
+    manifest = budgeted.model.bundle.manifest
     [encoded] = stream.images
-    overlay = draw_tiles(budgeted.images.frames(image), encoded.tiles, manifest.vision.grid, manifest.pruning)
+    overlay = draw_tiles(budgeted.model.images.frames(image), encoded.tiles, manifest.vision.grid, manifest.pruning)
     assert overlay.width > 2 * 672
 
 
@@ -216,23 +217,3 @@ def test_corrupt_pinpoints_are_refused_by_value(tmp_path: Path, pinpoints: Any) 
         (folder / name).write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="pinpoints"):
         export_bundle(folder, tmp_path / "bundle", ExportSettings(), is_quiet=True)
-
-
-def test_tiles_that_stay_on_the_device_give_the_tokens_of_those_that_come_to_the_host(
-    checkpoint: Path, tmp_path: Path, photos: Path
-) -> None:
-    settings = ExportSettings(keep_total=40, language_precision="fp16")
-    bundle = export_bundle(checkpoint, tmp_path / "bundle", settings, is_quiet=True)
-    by_host = Pipeline.load(bundle.folder, num_threads=1, language_device="cpu")
-    engine = OnnxRuntimeCudaEngine(bundle.vision_file, EngineSettings(num_threads=1), device="cpu")
-    # Two tiles in a run, so that a picture comes from several.
-    stage = VisionStage(engine, bundle.manifest.vision, 2, by_host.language.rows_device)
-    images = open_image_encoder(bundle, stage, EmbeddingCache())
-    on_device = Pipeline(bundle, images, by_host.template, by_host.tokenizer, by_host.language)
-    for size in SIZES[:2]:
-        image = picture(photos, size)
-        expected, found = (some.generate(PROMPT, [image], max_new_tokens=NUM_TOKENS) for some in (by_host, on_device))
-        assert (found.token_ids, found.kept_indices) == (expected.token_ids, expected.kept_indices)
-        assert found.num_kept_tokens == expected.num_kept_tokens
-    encoded = images.encode(on_device.prepare(PROMPT, [picture(photos, SIZES[0])]).images)
-    assert isinstance(encoded[0].embeds, DeviceRows)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hivtp import Answer, LanguageOptions, Pipeline, Request, SamplingParams, VisionOptions
+from hivtp.runtime.vision.options import CACHE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,22 +19,29 @@ if TYPE_CHECKING:
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "camera.png")
 
 
-def load(bundle: Path, *, cache_bytes: int | None = None, **language: Any) -> Pipeline:
+def load(bundle: Path, *, engine: str = "auto", cache_bytes: int = CACHE_BYTES, **language: Any) -> Pipeline:
     """A pipeline with one thread: more cost models this small more than they give."""
-    cache = {} if cache_bytes is None else {"cache_bytes": cache_bytes}
-    return Pipeline.load(
-        bundle, vision=VisionOptions(num_threads=1, **cache), language=LanguageOptions(num_threads=1, **language)
-    )
+    vision = VisionOptions(engine, num_threads=1, cache_bytes=cache_bytes)
+    return Pipeline.load(bundle, vision=vision, language=LanguageOptions(num_threads=1, **language))
 
 
-def tokens(number: int, **settings: Any) -> SamplingParams:
+def with_language(pipeline: Pipeline, **changes: Any) -> Pipeline:
+    """The same bundle, whose manifest says something else of its language model."""
+    loaded = load(pipeline.model.bundle.folder)
+    manifest = loaded.model.bundle.manifest
+    manifest = replace(manifest, language=replace(manifest.language, **changes))
+    loaded.model.bundle = replace(loaded.model.bundle, manifest=manifest)
+    return loaded
+
+
+def at_most(number: int, **settings: Any) -> SamplingParams:
     """At most this many tokens."""
     return SamplingParams(max_new_tokens=number, **settings)
 
 
 def ask(prompt: str, images: Sequence[Any] = (), number: int = 8, **settings: Any) -> Request:
     """A request for at most this many tokens."""
-    return Request(prompt, images, tokens(number, **settings))
+    return Request(prompt, images, at_most(number, **settings))
 
 
 def alone(pipeline: Pipeline, request: Request) -> Answer:

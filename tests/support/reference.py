@@ -12,6 +12,7 @@ from hivtp_ops import select
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+    from typing import Any
 
     import numpy as np
     from PIL import Image
@@ -28,10 +29,12 @@ class HuggingFace:
         self.model.model.vision_tower.set_attn_implementation("eager")
 
     @torch.inference_mode()
-    def generate(self, prompt: str, images: Sequence[Image.Image], max_new_tokens: int) -> list[int]:
+    def generate(
+        self, prompt: str, images: Sequence[Image.Image], max_new_tokens: int, system: str | None = None, **options: Any
+    ) -> list[int]:
         """New token ids of the unpruned model."""
-        inputs = self._inputs(prompt, images)
-        outputs = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        inputs = self._inputs(prompt, images, system)
+        outputs = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **options)
         return outputs[0, inputs["input_ids"].shape[1] :].tolist()
 
     @torch.inference_mode()
@@ -86,8 +89,10 @@ class HuggingFace:
         """Logits [length, vocab] of embeddings [length, hidden]."""
         return self.model(inputs_embeds=torch.from_numpy(embeds)[None]).logits[0].numpy()
 
-    def _inputs(self, prompt: str, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+    def _inputs(self, prompt: str, images: Sequence[Image.Image], system: str | None = None) -> dict[str, torch.Tensor]:
         image = [{"type": "image"}] if len(images) == 1 and "<image>" not in prompt else []
         messages = [{"role": "user", "content": [*image, {"type": "text", "text": prompt}]}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         return self.processor(text=text, images=list(images) or None, return_tensors="pt")

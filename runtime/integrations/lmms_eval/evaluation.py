@@ -1,4 +1,4 @@
-"""What a benchmark asks of a model, answered by a pipeline in batches: texts, and likelihoods of given texts."""
+"""The questions of a benchmark, answered by a pipeline in batches: texts, and likelihoods of given texts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from hivtp.runtime.attempt import attempt
 from hivtp.runtime.language.sampling import SamplingParams
 from hivtp.runtime.likelihood import Continuation, likelihoods
 from hivtp.runtime.request import IMAGE_MARK, Request
@@ -34,7 +35,7 @@ class Question:
         prompt: the text, with one image token per image where they belong, or with none: then they come first.
         images: as `Pipeline.stream` takes them.
         settings: what the task says of the answer: `until`, `max_new_tokens`, `do_sample`, `temperature`, `top_p`,
-            `top_k`, `num_beams`. What else stands in it concerns other models.
+            `top_k`, `num_beams`. Anything else in it concerns other models.
         continuation: the text to judge; None where the model is to write.
     """
 
@@ -46,7 +47,7 @@ class Question:
 
 
 class BenchmarkModel:
-    """A pipeline that sits an examination.
+    """A pipeline that is evaluated.
 
     Args:
         pipeline: of the bundle.
@@ -77,14 +78,16 @@ class BenchmarkModel:
         """The answer to each question, cut before the first of its `until` texts.
 
         Raises:
-            HivtpError: what `Pipeline.stream` raises, unless errors are skipped; or a SettingsError where a task
-                asks for beam search.
+            HivtpError: what `Pipeline.stream` raises, unless errors are skipped.
+            SettingsError: a task asks for beam search, or for settings that cannot work.
         """
         for batch in _batches(questions, self.batch_size):
-            requests = [self._request(question, self.seed + index) for index, question in enumerate(batch)]
+            requests = [attempt(self._request, question, self.seed + index) for index, question in enumerate(batch)]
             self.seed += len(batch)
-            for question, outcome in zip(batch, self.pipeline.generate_batch(requests), strict=True):
-                answer = self._checked(question, outcome)
+            good = [request for request in requests if not isinstance(request, HivtpError)]
+            results = iter(self.pipeline.generate_batch(good))
+            for question, request in zip(batch, requests, strict=True):
+                answer = self._checked(question, request if isinstance(request, HivtpError) else next(results))
                 if answer is None:
                     yield ""
                     continue
@@ -105,8 +108,8 @@ class BenchmarkModel:
             continuations = [
                 Continuation(self._prompt(question), question.images, question.continuation or "") for question in batch
             ]
-            for question, outcome in zip(batch, likelihoods(self.pipeline.model, continuations), strict=True):
-                found = self._checked(question, outcome)
+            for question, result in zip(batch, likelihoods(self.pipeline.model, continuations), strict=True):
+                found = self._checked(question, result)
                 if found is None:
                     yield float("inf"), False
                 else:
@@ -131,14 +134,15 @@ class BenchmarkModel:
             return question.prompt
         return f"{' '.join([IMAGE_MARK] * num_images)}\n{question.prompt}"
 
-    def _checked(self, question: Question, outcome: T | HivtpError) -> T | None:
-        """An outcome that is no error; None for an error that is skipped."""
-        if not isinstance(outcome, HivtpError):
-            return outcome
+    def _checked(self, question: Question, result: T | HivtpError) -> T | None:
+        """A result; None for an error that is skipped."""
+        if not isinstance(result, HivtpError):
+            return result
         self.num_errors += 1
-        if not self.skip_errors:
-            outcome.add_note(f"while answering {question.source}")
-            raise outcome
+        # Settings are those of a whole task.
+        if not self.skip_errors or isinstance(result, SettingsError):
+            result.add_note(f"while answering {question.source}")
+            raise result
         return None
 
 

@@ -58,8 +58,8 @@ def _bundle_model() -> type:
             skip_errors: a request that fails gets an empty answer, in place of ending the run.
             device: the CPU, or None.
             language: what decodes the answers, as in LanguageOptions.backend.
-            checkpoint: likewise.
-            max_batch_size: for batch sizes that are found by trying, which there are none of here.
+            checkpoint: as in LanguageOptions.checkpoint.
+            max_batch_size: of no effect; it is for batch sizes that are found by trying.
         """
 
         is_simple = True
@@ -120,12 +120,12 @@ def _bundle_model() -> type:
             raise SettingsError(f"{task} asks in several rounds, which --model hivtp does not do; leave it out")
 
         def _questions(self, requests: Sequence[Any], second: str) -> Iterator[Question]:
-            """The requests one by one, so that the pictures of one batch are in memory and not those of a task."""
+            """The requests one by one, so that the images of one batch are in memory and not those of a task."""
             for request in tqdm(requests, desc="Model Responding", disable=self.rank != 0):
                 if len(request.args) != 6:
                     raise SettingsError(
                         f"a request of {request.task_name} has {len(request.args)} parts, and --model hivtp takes "
-                        "those of 6: a text, what to do with it, and a picture of one document"
+                        "those of 6: a text, what to do with it, and the images of one document"
                     )
                 context, asked, doc_to_visual, doc_id, task, split = request.args
                 document = self.task_dict[task][split][doc_id]

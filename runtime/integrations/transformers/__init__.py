@@ -25,7 +25,7 @@ def prune(model: Llava, spec: PruningSpec, *, newline: NewlineRule = "kept-rows"
     Args:
         model: LLaVA-1.5 or LLaVA-NeXT with a CLIP vision tower, on any device and of any dtype.
         spec: the settings; its layers may be left open.
-        newline: LLaVA-NeXT: which rows of the unpadded picture keep their newline token: those that kept a patch,
+        newline: LLaVA-NeXT: which rows of the unpadded image keep their newline token: those that kept a patch,
             all, or none.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Pictures through the vision tower and the projector of a transformers model, pruned between the two."""
+"""Images through the vision tower and the projector of a transformers model, pruned between the two."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hivtp.runtime.inputs.tile_layout import TileLayout
-from hivtp.runtime.integrations.transformers.token_blocks import NEWLINE, keep_tokens, picture_blocks
+from hivtp.runtime.integrations.transformers.token_blocks import NEWLINE, image_blocks, keep_tokens
 from hivtp.runtime.vision.torch_tower import run_tower
 from hivtp_ops import torch_op
 from hivtp_ops.errors import PromptError, ScoreError
@@ -35,7 +35,7 @@ class EncodedImages:
         embeds: [num_kept_tokens, hidden], one image after the other, in the order of the unpruned tokens.
         is_kept: [num_unpruned_tokens] bool, which of the unpruned tokens those are, newlines included.
         kept_indices: [tiles, capacity] int64, as `hivtp_ops.torch_op.hierarchical_prune` gives them.
-        kept_counts: [tiles] int64, likewise.
+        kept_counts: [tiles] int64, as that function gives them.
         importance: [tiles, patches] float32, -inf in the padding of LLaVA-NeXT.
     """
 
@@ -47,7 +47,7 @@ class EncodedImages:
 
 
 class ImagePruner:
-    """Encodes pictures as a model does, but for what the rule drops; leaves the model as it is.
+    """Encodes images as a model does, but for what the rule drops; leaves the model as it is.
 
     Args:
         model: LLaVA-1.5 or LLaVA-NeXT with a CLIP vision tower.
@@ -70,7 +70,7 @@ class ImagePruner:
         Args:
             pixel_values: as the processor gives them: [images, 3, H, W]; for LLaVA-NeXT
                 [images, most tiles, 3, H, W] or [tiles, 3, H, W].
-            image_sizes: LLaVA-NeXT: [images, 2], height and width of each picture in pixels.
+            image_sizes: LLaVA-NeXT: [images, 2], height and width of each image in pixels.
 
         Raises:
             PromptError: pixels and sizes do not match.
@@ -85,10 +85,10 @@ class ImagePruner:
         wanted = [range(num_layers + 1)[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
         features, importance = run_tower(model.vision_tower, tiles, wanted, self.spec.scoring_layers)
         assert importance is not None, "prune() resolves the scoring layers"
-        is_picture = np.zeros(features.shape[:2], np.bool_)
+        is_image = np.zeros(features.shape[:2], np.bool_)
         for block in blocks:
-            is_picture.ravel()[block[block != NEWLINE]] = True
-        is_padding = torch.from_numpy(~is_picture[:, 1:]).to(importance.device)
+            is_image.ravel()[block[block != NEWLINE]] = True
+        is_padding = torch.from_numpy(~is_image[:, 1:]).to(importance.device)
         importance = importance.masked_fill(is_padding, -torch.inf)
         if importance.isnan().any():
             raise ScoreError("the importance scores hold NaN: the vision tower overflowed; load it in a wider dtype")
@@ -111,7 +111,7 @@ class ImagePruner:
         return EncodedImages(embeds, torch.from_numpy(is_kept), kept_indices, kept_counts, importance)
 
     def _lay_out(self, pixel_values: torch.Tensor, image_sizes: Any) -> tuple[torch.Tensor, list[NDArray[np.int64]]]:
-        """Pixels of all tiles [tiles, 3, H, W], and where the unpruned tokens come from; see `_picture_blocks`."""
+        """Pixels of all tiles [tiles, 3, H, W], and where the unpruned tokens come from; see `image_blocks`."""
         import torch
 
         config = self.model.config
@@ -130,15 +130,15 @@ class ImagePruner:
             rows, cols = get_anyres_image_grid_shape((height, width), pinpoints, side)
             layouts.append(TileLayout(rows, cols, (height, width)))
         if pixel_values.dim() == 5:
-            # Pictures with fewer tiles than another are padded with empty ones.
-            pictures = zip(pixel_values, layouts, strict=False)
-            pixel_values = torch.cat([tiles[: layout.num_tiles] for tiles, layout in pictures])
+            # Images with fewer tiles than another are padded with empty ones.
+            images = zip(pixel_values, layouts, strict=False)
+            pixel_values = torch.cat([tiles[: layout.num_tiles] for tiles, layout in images])
         if len(pixel_values) != (num_tiles := sum(layout.num_tiles for layout in layouts)):
             raise PromptError(
                 f"pixel_values holds {len(pixel_values)} tiles and image_sizes calls for {num_tiles}; "
                 "pass both as the processor gave them"
             )
-        return pixel_values, picture_blocks(layouts, self.grid)
+        return pixel_values, image_blocks(layouts, self.grid)
 
 
 def has_tiles(model: Llava) -> bool:

@@ -1,4 +1,4 @@
-"""Where the tokens of the unpruned model come from, picture by picture, and which of them stay."""
+"""Where the tokens of the unpruned model come from, image by image, and which of them stay."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 NEWLINE = -1
 
 
-def picture_blocks(layouts: Sequence[TileLayout], grid: tuple[int, int]) -> list[NDArray[np.int64]]:
-    """The unpruned tokens of LLaVA-NeXT pictures: for each, its base tile and then its unpadded view.
+def image_blocks(layouts: Sequence[TileLayout], grid: tuple[int, int]) -> list[NDArray[np.int64]]:
+    """The unpruned tokens of LLaVA-NeXT images: for each, its base tile and then its unpadded view.
 
     A block [rows, tokens] holds rows of the tower's output [tiles * (1 + patches)], or NEWLINE.
     """

@@ -75,7 +75,7 @@ def test_both_decoders_go_on_in_one_cache(bundle, language):
     assert_one_cache(bundle, language, [40, 1, 1, 28, 1, 9])
 
 
-def test_the_chunks_of_a_long_prompt_run_where_the_whole_would(language, monkeypatch):
+def test_the_chunks_of_a_long_prompt_run_where_the_whole_would(language):
     """Also those that are short, so that the tokens are those of the prompt alone."""
     sequences = [Decoded(embeddings(length, length), 30) for length in (20, 90, 41)]
     expected = [decode(language, sequence.embeds, 30) for sequence in sequences]

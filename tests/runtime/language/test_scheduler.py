@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,12 +12,11 @@ from hivtp.engines.bundle import Bundle, SamplingDefaults
 from hivtp.runtime.language import LanguageOptions, create_language
 from hivtp.runtime.language.sampling import Sampler, SamplingParams
 from hivtp.runtime.language.scheduler import Scheduler, SchedulerOptions
-from hivtp_ops.errors import EngineError, HivtpError, OutOfMemoryError, RequestError, SettingsError
+from hivtp_ops.errors import EngineError, HivtpError, OutOfMemoryError, PromptError, RequestError, SettingsError
 from tests.support.decoding import Decoded, decode, decode_all, embeddings, greedy, make_scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -25,15 +24,18 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def languages(
-    pruned_bundle: Path, int4_bundle: Path, half_bundle: Path, tiny_checkpoint: Path
-) -> Callable[[str], LanguageBackend]:
-    bundles = {"fp32": pruned_bundle, "int4": int4_bundle, "fp16": half_bundle}
-    own = LanguageOptions(num_threads=1)
-    opened = {name: create_language(Bundle.open(folder), own) for name, folder in bundles.items()}
-    options = LanguageOptions("transformers", checkpoint=tiny_checkpoint)
-    opened["transformers"] = create_language(Bundle.open(pruned_bundle), options)
-    return opened.__getitem__
+def languages(request: pytest.FixtureRequest) -> Callable[[str], LanguageBackend]:
+    """Opens a backend by its name, once."""
+    bundles = {"fp32": "pruned_bundle", "int4": "int4_bundle", "fp16": "half_bundle", "transformers": "pruned_bundle"}
+
+    @cache
+    def opened(name: str) -> LanguageBackend:
+        options = LanguageOptions(num_threads=1)
+        if name == "transformers":
+            options = LanguageOptions(name, checkpoint=request.getfixturevalue("tiny_checkpoint"))
+        return create_language(Bundle.open(request.getfixturevalue(bundles[name])), options)
+
+    return opened
 
 
 @pytest.fixture
@@ -173,7 +175,7 @@ class Panic(BaseException):
     """As a library written in Rust raises it: no Exception."""
 
 
-class Unprintable(Exception):
+class UnprintableError(Exception):
     def __str__(self) -> str:
         raise ValueError
 
@@ -187,7 +189,7 @@ class Unprintable(Exception):
         (KeyError("odd"), RequestError),
         (StopIteration("odd"), RequestError),
         (Panic("odd"), RequestError),
-        (Unprintable(), RequestError),
+        (UnprintableError(), RequestError),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -294,16 +296,16 @@ def test_a_cancelled_sequence_is_gone_wherever_it_was(language) -> None:
 def test_those_that_fit_overtake_one_that_does_not_so_often_and_no_more(language, max_passed) -> None:
     budget = 100 * language.kv_bytes_per_position
     scheduler = make_scheduler(language, 10, max_kv_bytes=budget, max_passed=max_passed)
-    first, large = Decoded(embeddings(40), 20), Decoded(embeddings(60), 20)
+    first, large, larger = (Decoded(embeddings(length), 20) for length in (40, 60, 70))
     small = [Decoded(embeddings(3, seed), 2) for seed in range(8)]
     begun = []
-    for sequence in [first, large, *small]:
+    for sequence in [first, large, larger, *small]:
         sequence.choose = lambda logits, sequence=sequence: begun.append(sequence) or greedy(logits)
         scheduler.add(sequence)
     scheduler.run()
     order = list(dict.fromkeys(begun))
-    # Several fit at once, and even so no more pass than may.
-    assert order == [first, *small[:max_passed], large, *small[max_passed:]]
+    # Several fit at once, and even so no more pass than may; those that are passed stay in their order.
+    assert order == [first, *small[:max_passed], large, larger, *small[max_passed:]]
 
 
 def test_the_kv_budget_is_never_passed(language) -> None:
@@ -327,6 +329,9 @@ def test_what_can_never_fit_is_refused_at_once(language) -> None:
     with pytest.raises(SettingsError, match="takes up to 60 positions, and a slot holds 50; shorten the prompt"):
         make_scheduler(language, capacity=50).add(Decoded(embeddings(40), 20))
     size = language.kv_bytes_per_position
+    for length in (0, 512, 600):
+        with pytest.raises(PromptError, match=f"the prompt takes {length} positions, and the context holds 512"):
+            make_scheduler(language, grows=True).add(Decoded(embeddings(length), 20))
     scheduler = make_scheduler(language, max_kv_bytes=59 * size)
     with pytest.raises(SettingsError, match=f"takes up to {60 * size} bytes of KV cache, and there are {59 * size}"):
         scheduler.add(Decoded(embeddings(40), 20))
@@ -407,7 +412,7 @@ def test_a_kept_slot_survives_what_its_sequence_raised(language, monkeypatch) ->
 
 
 @pytest.mark.parametrize("name", ["fp32", "transformers"])
-def test_a_run_that_fails_leaves_its_slots_as_they_were(languages, monkeypatch, name) -> None:
+def test_a_run_that_fails_leaves_its_slots_as_they_were(languages, name) -> None:
     language = languages(name)
     slots = language.open_slots(3, 50)
     for slot in range(3):

@@ -17,7 +17,7 @@ from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
 from hivtp.runtime.inputs.images import load_image
 from hivtp_ops.errors import CheckpointError, EngineError, MissingExtraError, OutOfMemoryError, SettingsError
-from tests.support.answers import PHOTOS, alone, ask, assert_same_alone, assert_same_together, load, same, tokens
+from tests.support.answers import PHOTOS, alone, ask, assert_same_alone, assert_same_together, at_most, load, same
 from tests.support.decoding import embeddings
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def test_conversations_equal_those_with_the_bundles_decoder(both: Both, photos: 
     turns = [("What is in the picture?", [PHOTOS[0]]), ("how many dogs", []), ("or rather <image>", [PHOTOS[1]])]
     for prompt, names in [*turns, ("why", [])]:
         images = [load_image(photos / name).resize((90, 70)) for name in names]
-        first, second = (chat.ask(prompt, images, tokens(NUM_TOKENS)) for chat in chats)
+        first, second = (chat.ask(prompt, images, at_most(NUM_TOKENS)) for chat in chats)
         assert same(first, second)
     assert [message.text for message in chats[0].history] == [message.text for message in chats[1].history]
     held = [chat._scheduler._slots.length(0) for chat in chats]
@@ -133,15 +133,15 @@ def test_a_further_question_computes_only_what_is_new(llava: Both, photo: Path, 
 
     monkeypatch.setattr(model, "forward", counted)
     chat = llava.transformers.chat()
-    chat.ask("What is in the picture?", [photo], tokens(1))
-    chat.ask("how many dogs", (), tokens(1))
+    chat.ask("What is in the picture?", [photo], at_most(1))
+    chat.ask("how many dogs", (), at_most(1))
     assert len(lengths) == 2
     assert lengths[1] < 40 < lengths[0]
 
 
 def test_pieces_of_a_stream_are_the_text(llava: Both, photo: Path) -> None:
     streams = [
-        pipeline.stream("What is it?", [photo], tokens(NUM_TOKENS))
+        pipeline.stream("What is it?", [photo], at_most(NUM_TOKENS))
         for pipeline in (llava.onnxruntime, llava.transformers)
     ]
     first, second = (list(stream) for stream in streams)
@@ -192,12 +192,12 @@ def test_a_turn_that_fails_leaves_the_chat_as_it_was(
 ) -> None:
     chat, other = llava.transformers.chat(), llava.transformers.chat()
     for each in (chat, other):
-        each.ask("What is in the picture?", [photo], tokens(NUM_TOKENS))
+        each.ask("What is in the picture?", [photo], at_most(NUM_TOKENS))
     broken_after_a_layer.append(True)
     with pytest.raises(OutOfMemoryError, match="memory of cpu ran out in the language model: no room"):
-        chat.ask("or rather", (), tokens(NUM_TOKENS))
+        chat.ask("or rather", (), at_most(NUM_TOKENS))
     broken_after_a_layer.clear()
-    answers = [each.ask("how many", (), tokens(NUM_TOKENS)) for each in (chat, other)]
+    answers = [each.ask("how many", (), at_most(NUM_TOKENS)) for each in (chat, other)]
     assert same(*answers)
     assert chat.history == other.history
 
@@ -229,7 +229,7 @@ def test_only_the_language_model_is_loaded_in_the_dtype_asked_for(tmp_path: Path
     checkpoint = make_checkpoint(tmp_path / "checkpoint", text={"initializer_range": 0.2}, dtype="bfloat16")
     bundle = export_bundle(checkpoint, tmp_path / "bundle", ExportSettings(), is_quiet=True).folder
     both = load_both(checkpoint, bundle)
-    assert same(*(pipeline.generate("what", [photo], tokens(9)) for pipeline in (both.onnxruntime, both.transformers)))
+    assert same(*(pipeline.generate("what", [photo], at_most(9)) for pipeline in (both.onnxruntime, both.transformers)))
     for dtype in ("bfloat16", "float16"):
         pipeline = load_in_transformers(checkpoint, bundle, dtype=dtype)
         model = pipeline.model.language._model
@@ -249,7 +249,7 @@ def test_a_tied_head_is_one_weight(tmp_path: Path) -> None:
     both = load_both(checkpoint, bundle)
     model = both.transformers.model.language._model
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    assert same(*(pipeline.generate("what", (), tokens(9)) for pipeline in (both.onnxruntime, both.transformers)))
+    assert same(*(pipeline.generate("what", (), at_most(9)) for pipeline in (both.onnxruntime, both.transformers)))
 
 
 @pytest.mark.parametrize(

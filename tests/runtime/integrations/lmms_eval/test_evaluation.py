@@ -7,14 +7,14 @@ import pytest
 
 from hivtp.runtime.integrations.lmms_eval.evaluation import MAX_NEW_TOKENS, BenchmarkModel, Question, cut
 from hivtp.runtime.likelihood import Continuation, likelihoods
-from hivtp_ops.errors import ImageError, SettingsError
+from hivtp_ops.errors import ImageError, PromptError, SettingsError
+from tests.support.answers import at_most
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from hivtp import Pipeline
-    from hivtp.runtime.request import Request
+    from hivtp import Pipeline, Request, SamplingParams
 
 SHORT = {"max_new_tokens": 4}
 
@@ -24,17 +24,17 @@ class Spy:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
-        self.template = pipeline.template
+        self.model = pipeline.model
         self.batches: list[list[Request]] = []
 
     def generate_batch(self, requests: list[Request]) -> list:
         self.batches.append(list(requests))
         return self.pipeline.generate_batch(requests)
 
-    def request(self, settings: dict) -> Request:
-        """What one question with these settings asks of the pipeline."""
+    def request(self, settings: dict) -> SamplingParams:
+        """How the answer to one question with these settings is sampled."""
         [_] = BenchmarkModel(self).write([Question("a question", "what", settings=SHORT | settings)])
-        return self.batches[-1][0]
+        return self.batches[-1][0].sampling
 
 
 def test_answers_are_those_of_the_pipeline_whatever_the_batch(pruned: Pipeline, photo: Path) -> None:
@@ -46,12 +46,12 @@ def test_answers_are_those_of_the_pipeline_whatever_the_batch(pruned: Pipeline, 
         Question("5", "where", [photo], {"max_new_tokens": 6}),
     ]
     expected = [
-        pruned.generate("what is there", [photo], max_new_tokens=4),
-        pruned.generate("how many", max_new_tokens=4),
-        pruned.generate("is <image> or <image> red", [photo, photo], max_new_tokens=4),
+        pruned.generate("what is there", [photo], at_most(4)),
+        pruned.generate("how many", (), at_most(4)),
+        pruned.generate("is <image> or <image> red", [photo, photo], at_most(4)),
         # Where the text has no place for several pictures they come first.
-        pruned.generate("<image> <image>\nwhich is red", [photo, photo], max_new_tokens=4),
-        pruned.generate("where", [photo], max_new_tokens=6),
+        pruned.generate("<image> <image>\nwhich is red", [photo, photo], at_most(4)),
+        pruned.generate("where", [photo], at_most(6)),
     ]
     for batch_size in (1, 2, 9):
         spy = Spy(pruned)
@@ -94,10 +94,10 @@ def test_until_cuts(text: str, until: str | list[str] | None, expected: str) -> 
 def test_the_settings_of_a_task_reach_the_request(pruned: Pipeline) -> None:
     spy = Spy(pruned)
     greedy = spy.request({"temperature": 0, "top_p": 0.0, "num_beams": 1, "do_sample": False, "image_size": 7})
-    assert (greedy.temperature, greedy.top_p, greedy.max_new_tokens) == (0, 1.0, 4)
+    assert (greedy.temperature, greedy.top_p, greedy.max_new_tokens) == (0, None, 4)
     assert spy.request({"temperature": 0.7, "do_sample": False}).temperature == 0
     drawn = spy.request({"temperature": 0.7, "top_p": 0.9, "top_k": None, "do_sample": True, "until": ["x"]})
-    assert (drawn.temperature, drawn.top_p, drawn.top_k) == (0.7, 0.9, 0)
+    assert (drawn.temperature, drawn.top_p, drawn.top_k) == (0.7, 0.9, None)
     with pytest.raises(SettingsError, match="a question asks for 4 beams"):
         spy.request({"num_beams": 4})
     with pytest.raises(SettingsError, match="max_new_tokens must be a whole number"):
@@ -106,10 +106,10 @@ def test_the_settings_of_a_task_reach_the_request(pruned: Pipeline) -> None:
 
 def test_a_task_without_a_limit_gets_the_usual_one(pruned: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(pruned, "generate_batch", lambda requests: asked.append(requests[0]) or [])
-    with pytest.raises(ValueError, match="shorter"):
+    monkeypatch.setattr(pruned, "generate_batch", lambda requests: asked.append(requests[0]) or [PromptError("stop")])
+    with pytest.raises(PromptError, match="stop"):
         list(BenchmarkModel(pruned).write([Question("1", "what")]))
-    assert asked[0].max_new_tokens == MAX_NEW_TOKENS
+    assert asked[0].sampling.max_new_tokens == MAX_NEW_TOKENS
 
 
 def test_draws_differ_between_questions_and_repeat_with_the_seed(pruned: Pipeline) -> None:
@@ -124,7 +124,7 @@ def test_continuations_are_judged_by_their_mean_loss(pruned: Pipeline, photo: Pa
     questions = [Question("1", "what is there", [photo], continuation=text) for text in (" a dog", " a", " two cats")]
     found = list(BenchmarkModel(pruned, batch_size=2).judge(questions))
     expected = likelihoods(
-        pruned, [Continuation("what is there", [photo], text) for text in (" a dog", " a", " two cats")]
+        pruned.model, [Continuation("what is there", [photo], text) for text in (" a dog", " a", " two cats")]
     )
     assert [loss for loss, _ in found] == pytest.approx(
         [-np.mean(likelihood.log_probabilities) for likelihood in expected], rel=1e-3
@@ -132,21 +132,31 @@ def test_continuations_are_judged_by_their_mean_loss(pruned: Pipeline, photo: Pa
     assert [is_greedy for _, is_greedy in found] == [likelihood.is_greedy for likelihood in expected]
 
 
-def test_an_error_names_its_question_and_ends_the_run(pruned: Pipeline) -> None:
-    questions = [Question("document 7 of a task", "what", ["no-such.png"], SHORT, " a")]
+@pytest.mark.parametrize(
+    ("prompt", "images", "kind", "message"),
+    [("what", ["no-such.png"], ImageError, r"no-such\.png"), ("", [], PromptError, "the prompt is empty")],
+)
+def test_an_error_names_its_question_and_ends_the_run_unless_it_is_skipped(
+    pruned: Pipeline, prompt: str, images: list[str], kind: type[Exception], message: str
+) -> None:
+    bad = Question("document 7 of a task", prompt, images, SHORT, " a")
     for run in (BenchmarkModel(pruned).write, BenchmarkModel(pruned).judge):
-        with pytest.raises(ImageError, match=r"no-such\.png") as caught:
-            list(run(questions))
+        with pytest.raises(kind, match=message) as caught:
+            list(run([bad]))
         assert caught.value.__notes__ == ["while answering document 7 of a task"]
+    good = Question("2", "what", (), SHORT, " a")
+    model = BenchmarkModel(pruned, batch_size=3, skip_errors=True)
+    expected = pruned.generate("what", (), at_most(4)).text.lstrip()
+    assert list(model.write([good, bad, good])) == [expected, "", expected]
+    assert (model.num_errors, model.num_answers) == (1, 2)
+    assert next(model.judge([bad])) == (float("inf"), False)
 
 
-def test_errors_that_are_skipped_are_counted(pruned: Pipeline) -> None:
-    bad, good = Question("1", "what", ["no-such.png"], SHORT, " a"), Question("2", "what", (), SHORT, " a")
-    model = BenchmarkModel(pruned, batch_size=2, skip_errors=True)
-    assert list(model.write([bad, good])) == ["", pruned.generate("what", max_new_tokens=4).text.lstrip()]
-    assert (model.num_errors, model.num_answers) == (1, 1)
-    loss, is_greedy = next(model.judge([bad]))
-    assert (loss, is_greedy) == (float("inf"), False)
+def test_settings_of_a_task_that_cannot_work_are_never_skipped(pruned: Pipeline) -> None:
+    model = BenchmarkModel(pruned, skip_errors=True)
+    with pytest.raises(SettingsError, match="a question asks for 4 beams") as caught:
+        list(model.write([Question("a question", "what", settings={"num_beams": 4})]))
+    assert caught.value.__notes__ == ["while answering a question"]
 
 
 def test_a_batch_size_of_nothing_is_refused(pruned: Pipeline) -> None:

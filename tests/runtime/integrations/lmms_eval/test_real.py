@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.answers import at_most
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -109,7 +111,7 @@ def documents(pruned: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> lis
     files = [folder / f"{index}.png" for index in range(4)]
     for file in files:
         Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8)).resize((80, 64)).save(file)
-    said = [pruned.generate(QUESTIONS[index], [files[index]], max_new_tokens=5).text.strip() for index in range(2)]
+    said = [pruned.generate(QUESTIONS[index], [files[index]], at_most(5)).text.strip() for index in range(2)]
     return [
         {"question": question, "answer": answer, "picture": str(file), "other": str(files[0])}
         for question, answer, file in zip(QUESTIONS, [*said, "yes", "yes"], files, strict=True)
@@ -161,7 +163,7 @@ def home(pruned_bundle: Path, tasks: Path, tmp_path_factory: pytest.TempPathFact
 
 def test_the_answers_are_those_of_the_bundle(home: Path, documents: list[dict[str, str]], pruned: Pipeline) -> None:
     for sample, document in zip(samples_of(home, "pictures_yes_no"), documents, strict=True):
-        alone = pruned.generate(document["question"], [document["picture"]], max_new_tokens=5)
+        alone = pruned.generate(document["question"], [document["picture"]], at_most(5))
         assert said(sample) == alone.text.strip()
 
 
@@ -176,13 +178,13 @@ def test_several_pictures_come_in_their_order_and_until_cuts(
 ) -> None:
     for sample, document in zip(samples_of(home, "pictures_pairs"), documents, strict=True):
         prompt, images = f"<image> <image>\n{document['question']}", [document["picture"], document["other"]]
-        alone = pruned.generate(prompt, images, max_new_tokens=4)
+        alone = pruned.generate(prompt, images, at_most(4))
         assert said(sample) == alone.text.lstrip().partition("a")[0].strip()
 
 
 def test_a_request_without_a_picture_is_answered(home: Path, documents: list[dict[str, str]], pruned: Pipeline) -> None:
     for sample, document in zip(samples_of(home, "pictures_none"), documents, strict=True):
-        assert said(sample) == pruned.generate(document["question"], max_new_tokens=4).text.strip()
+        assert said(sample) == pruned.generate(document["question"], (), at_most(4)).text.strip()
 
 
 def test_a_multiple_choice_is_judged_by_likelihood(pruned_bundle: Path, tasks: Path, tmp_path: Path) -> None:
