@@ -13,6 +13,7 @@ import queue
 import sys
 import traceback
 from datetime import UTC, datetime
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hivtp.serving")
 MAX_WAITING_LINES = 10_000
+# At the end, for what still waits.
+LAST_LINES_SECONDS = 2.0
 
 
 def log(level: int, event: str, **fields: Any) -> None:
@@ -84,10 +87,11 @@ class _Writer(logging.StreamHandler[Any]):
 @contextlib.contextmanager
 def logging_to(stream: Any, log_format: str) -> Iterator[None]:
     """Write the log of the server, and of uvicorn below it, to a stream."""
-    waiting: queue.Queue[logging.LogRecord] = queue.Queue(MAX_WAITING_LINES)
+    waiting: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_WAITING_LINES)
     writer = _Writer(stream)
     writer.setFormatter(LineFormatter(is_json=log_format == "json"))
-    listener = logging.handlers.QueueListener(waiting, writer)
+    thread = Thread(target=_write, args=(waiting, writer), name="hivtp-log", daemon=True)
+    thread.start()
     handler = _Lines(waiting)
     loggers = [(logger, logging.INFO), (logging.getLogger("uvicorn"), logging.WARNING)]
     before = [(one, one.level, one.propagate) for one, _ in loggers]
@@ -95,7 +99,6 @@ def logging_to(stream: Any, log_format: str) -> Iterator[None]:
         one.addHandler(handler)
         one.setLevel(level)
         one.propagate = False
-    listener.start()
     try:
         yield
     finally:
@@ -103,7 +106,14 @@ def logging_to(stream: Any, log_format: str) -> Iterator[None]:
             one.removeHandler(handler)
             one.setLevel(level)
             one.propagate = propagates
-        listener.stop()
+        with contextlib.suppress(queue.Full):
+            waiting.put_nowait(None)
+        thread.join(LAST_LINES_SECONDS)
+
+
+def _write(waiting: queue.Queue[logging.LogRecord | None], writer: logging.Handler) -> None:
+    while (record := waiting.get()) is not None:
+        writer.handle(record)
 
 
 def log_to_stderr(log_format: str) -> contextlib.AbstractContextManager[None]:

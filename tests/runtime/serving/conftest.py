@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -9,6 +9,7 @@ from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
 from tests.support.answers import load
 from tests.support.serving import serving
+from tests.support.serving_process import Process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,3 +38,18 @@ def server(pruned: Pipeline) -> Iterator[Server]:
     """A server of the tiny model, which all tests of a file share."""
     with serving(pruned.model, model_names=("hivtp",)) as found:
         yield found
+
+
+@pytest.fixture
+def start(pruned_bundle: Path, tmp_path: Path) -> Iterator[Any]:
+    processes: list[Process] = []
+
+    def start(*arguments: str) -> Process:
+        processes.append(Process(pruned_bundle, tmp_path / f"log{len(processes)}", *arguments))
+        return processes[-1]
+
+    yield start
+    for found in processes:
+        if found.process.poll() is None:
+            found.process.kill()
+        found.process.wait()
