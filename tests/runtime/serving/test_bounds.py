@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 import numpy as np
@@ -46,7 +46,7 @@ class Probe:
         self._is_over = threading.Event()
         self._loop = server.service.given_up.get_loop()
 
-    def __enter__(self) -> Probe:
+    def __enter__(self) -> Self:
         self._future = asyncio.run_coroutine_threadsafe(self._look(), self._loop)
         return self
 

@@ -108,9 +108,7 @@ def test_while_it_is_prefilled(pruned: Pipeline, monkeypatch: pytest.MonkeyPatch
 
 
 @STREAMED
-def test_while_its_images_are_encoded(
-    pruned: Pipeline, monkeypatch: pytest.MonkeyPatch, brake: Brake, streams: bool
-):
+def test_while_its_images_are_encoded(pruned: Pipeline, monkeypatch: pytest.MonkeyPatch, brake: Brake, streams: bool):
     encoded: list[int] = []
     encode = type(pruned.model).encode_images
 

@@ -196,7 +196,9 @@ def test_contents_have_many_forms():
         (ChatMessage("user", ("what",)),)
     }
     url = IMAGE["image_url"]["url"]
-    as_object = parse([{"role": "user", "content": [{"image_url": {"detail": "low", "url": url}, "type": "image_url"}]}])
+    as_object = parse(
+        [{"role": "user", "content": [{"image_url": {"detail": "low", "url": url}, "type": "image_url"}]}]
+    )
     assert as_object.messages[0].parts == (ImageReference(url, "messages[0].content[0].image_url.url"),)
     as_string = parse([{"role": "user", "content": [{"type": "image_url", "image_url": url}]}])
     assert as_string.messages[0].parts == (ImageReference(url, "messages[0].content[0].image_url"),)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -13,7 +10,6 @@ import sys
 import threading
 import time
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -25,7 +21,8 @@ from hivtp_ops.errors import SettingsError
 from tests.support.serving import CHAT, body, log_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import argparse
+    from pathlib import Path
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -74,7 +71,11 @@ def test_a_file_of_keys_must_hold_keys(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "hivtp.main", "serve", *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "hivtp.main", "serve", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 
@@ -162,14 +163,16 @@ def test_a_second_signal_ends_it_at_once(start: Any):
     assert "[DONE]" not in "".join(parts)
 
 
-def test_a_server_that_is_killed_comes_back(start: Any, pruned_bundle: Path):
+def test_a_server_that_is_killed_comes_back(start: Any):
     """Only what was in flight is lost, and its client sees that."""
     server = start()
     errors: list[Exception] = []
 
     def ask() -> None:
         try:
-            httpx.post(server.url + CHAT, json=body("how", max_tokens=400, ignore_eos=True), timeout=60, trust_env=False)
+            httpx.post(
+                server.url + CHAT, json=body("how", max_tokens=400, ignore_eos=True), timeout=60, trust_env=False
+            )
         except httpx.HTTPError as error:
             errors.append(error)
 

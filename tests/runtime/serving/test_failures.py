@@ -35,15 +35,11 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, number: int, error: Exception, max_
 
 
 @pytest.mark.parametrize("number", [1, 5])
-def test_an_error_at_a_token_ends_the_stream_in_band(
-    server: Server, monkeypatch: pytest.MonkeyPatch, number: int
-):
+def test_an_error_at_a_token_ends_the_stream_in_band(server: Server, monkeypatch: pytest.MonkeyPatch, number: int):
     expected = server.answer("how many dogs", max_tokens=16, ignore_eos=True)
     fail_at(monkeypatch, number, EngineError(SECRET))
     with ThreadPoolExecutor(4) as threads:
-        others = [
-            threads.submit(server.answer, "how many dogs", max_tokens=16, ignore_eos=True) for _ in range(3)
-        ]
+        others = [threads.submit(server.answer, "how many dogs", max_tokens=16, ignore_eos=True) for _ in range(3)]
         response = server.chat("what is it", max_tokens=17, stream=True, ignore_eos=True)
         assert [other.result() for other in others] == [expected] * 3
     events = response.content.decode().split("\n\n")
@@ -57,9 +53,7 @@ def test_an_error_at_a_token_ends_the_stream_in_band(
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_an_error_before_the_first_token_has_a_status(
-    server: Server, monkeypatch: pytest.MonkeyPatch, streams: bool
-):
+def test_an_error_before_the_first_token_has_a_status(server: Server, monkeypatch: pytest.MonkeyPatch, streams: bool):
     for error in (EngineError(SECRET), ValueError(SECRET), KeyError("x")):
         with monkeypatch.context() as patch:
             fail_at(patch, 0, error)
@@ -134,9 +128,7 @@ def test_a_full_house_refuses_with_a_time(pruned: Pipeline, monkeypatch: pytest.
     monkeypatch.setattr(Generation, "choose", lambda self, logits: time.sleep(0.02) or choose(self, logits))
     with serving(pruned.model, num_slots=1, max_queued=2) as server, ThreadPoolExecutor(3) as threads:
         server.answer("how many", max_tokens=100, ignore_eos=True)
-        waiting = [
-            threads.submit(server.chat, "how many", max_tokens=100, ignore_eos=True) for _ in range(3)
-        ]
+        waiting = [threads.submit(server.chat, "how many", max_tokens=100, ignore_eos=True) for _ in range(3)]
         wait_for(lambda: server.service.admission.num_inside == 3)
         response = server.chat("what")
         assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
@@ -174,9 +166,7 @@ def test_a_request_waits_no_longer_than_it_may(pruned: Pipeline):
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_an_answer_takes_no_longer_than_it_may(
-    pruned: Pipeline, monkeypatch: pytest.MonkeyPatch, streams: bool
-):
+def test_an_answer_takes_no_longer_than_it_may(pruned: Pipeline, monkeypatch: pytest.MonkeyPatch, streams: bool):
     choose = Generation.choose
     monkeypatch.setattr(Generation, "choose", lambda self, logits: time.sleep(0.02) or choose(self, logits))
     with serving(pruned.model, request_seconds=0.5) as server:

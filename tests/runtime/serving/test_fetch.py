@@ -309,7 +309,18 @@ def test_a_name_that_leads_inside_is_refused(monkeypatch: pytest.MonkeyPatch, ad
 
 @pytest.mark.parametrize(
     "host",
-    ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "2130706433", "0x7f.1", "127.1", "0", "0.0.0.0", "017700000001"],
+    [
+        "127.0.0.1",
+        "localhost",
+        "[::1]",
+        "[::ffff:127.0.0.1]",
+        "2130706433",
+        "0x7f.1",
+        "127.1",
+        "0",
+        "0.0.0.0",
+        "017700000001",
+    ],
 )
 def test_all_names_of_this_machine_are_refused_even_where_the_operator_wrote_them(host: str):
     settings = ServerSettings(image_domains=(host.strip("[]"),))
@@ -325,7 +336,7 @@ def test_the_address_that_was_checked_is_the_one_that_is_asked(monkeypatch: pyte
     connected: list[str] = []
     asked = resolve_to(monkeypatch, ["8.8.8.8"])
 
-    async def open_connection(address: str, port: int, **_options: Any) -> Any:
+    async def open_connection(address: str, _port: int, **_options: Any) -> Any:
         connected.append(address)
         raise OSError
 

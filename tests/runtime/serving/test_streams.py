@@ -58,12 +58,17 @@ def test_the_bytes_of_a_stream(pruned: Pipeline):
         b'"finish_reason":null}]}\n\n'
     )
     assert reply.text_chunk('é\n"\u2028', (), USAGE) == (
-        HEAD + '"choices":[{"index":0,"delta":{"content":"é\\n\\"\u2028"},"logprobs":null,'
+        HEAD
+        + '"choices":[{"index":0,"delta":{"content":"é\\n\\"\u2028"},"logprobs":null,'
         '"finish_reason":null}]}\n\n'.encode()
     )
     assert reply.last_chunks(make_answer(finish_reason="length"), USAGE, None) == (
-        HEAD + b'"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"length","stop_reason":null}]}\n\n'
-        + HEAD + b'"choices":[],"usage":{' + DETAILS + b"}}\n\n"
+        HEAD
+        + b'"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"length","stop_reason":null}]}\n\n'
+        + HEAD
+        + b'"choices":[],"usage":{'
+        + DETAILS
+        + b"}}\n\n"
     )
 
 
