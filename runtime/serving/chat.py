@@ -14,11 +14,13 @@ from hivtp.runtime.serving.job import Finished, NewToken
 from hivtp.runtime.serving.logs import logger
 from hivtp.runtime.serving.protocol.errors import ApiError, api_error
 from hivtp.runtime.serving.protocol.reply import Reply
-from hivtp.runtime.serving.protocol.sse import DONE, HEADERS, KEEP_ALIVE, event
+from hivtp.runtime.serving.protocol.sse import DONE, HEADERS, KEEP_ALIVE, event, to_json
+from hivtp.runtime.serving.tracing import Tracing
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+    from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 
+    from hivtp.runtime.answer import Answer
     from hivtp.runtime.serving.asgi import Call
     from hivtp.runtime.serving.job import Event
     from hivtp.runtime.serving.service import Service, Visit
@@ -37,6 +39,7 @@ class ChatEndpoint:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._tracing = Tracing()
 
     async def answer(self, call: Call) -> None:
         """See Endpoint.answer."""
@@ -56,6 +59,7 @@ class ChatEndpoint:
         finally:
             visit.held.release()
             _note(call, visit)
+            self._tracing.record(visit, call.headers, service.names[0], call.notes)
 
     async def _answer(self, call: Call, visit: Visit, body: bytes) -> None:
         work = await self._service.read(visit, body)
@@ -81,8 +85,10 @@ class ChatEndpoint:
         async for item in events:
             if isinstance(item, Finished):
                 call.notes["finish"] = item.answer.finish_reason
-                body = reply.body(item.answer, visit.usage, extension(self._service.model, visit, item.answer))
-                await call.send_json(body, headers=_headers(visit))
+                told = await self._told(visit, item)
+                # Log probabilities of a long answer are megabytes.
+                body = await self._service.stages.in_text_thread(_whole, reply, item.answer, visit, told)
+                await call.send_bytes(body, 200, {"content-type": "application/json", **_headers(visit)})
 
     async def _stream(self, call: Call, visit: Visit, reply: Reply, events: AsyncIterator[Event | None]) -> None:
         has_started = has_token = False
@@ -96,20 +102,20 @@ class ChatEndpoint:
                     if item is not None and not has_token:
                         await call.send_part(reply.first_chunk(visit.usage))
                         has_token = True
-                    await call.send_part(self._part(call, visit, reply, item))
+                    if part := await self._part(call, visit, reply, item):
+                        await call.send_part(part)
         except Exception as error:
             if not has_started:
                 raise
             # The status is sent; clients take an error from the stream, and an end without one for success.
             found = self._noted(call, error)
             if found is not None:
-                call.notes["code"] = found.code
                 await _last_words(call, event(found.body) + DONE)
         else:
             await call.send_part(DONE)
             await call.finish()
 
-    def _part(self, call: Call, visit: Visit, reply: Reply, item: Event | None) -> bytes:
+    async def _part(self, call: Call, visit: Visit, reply: Reply, item: Event | None) -> bytes:
         """What is sent for an event."""
         match item:
             case None:
@@ -119,8 +125,14 @@ class ChatEndpoint:
             case Finished(answer, text):
                 call.notes["finish"] = answer.finish_reason
                 rest = reply.text_chunk(text, (), visit.usage) if text else b""
-                return rest + reply.last_chunks(answer, visit.usage, extension(self._service.model, visit, answer))
+                return rest + reply.last_chunks(answer, visit.usage, await self._told(visit, item))
         return b""
+
+    async def _told(self, visit: Visit, finished: Finished) -> dict[str, Any] | None:
+        """What the answer has beyond OpenAI's fields; with many tiles it takes a while to tell."""
+        if visit.work is None or visit.work.chat.includes is None:
+            return None
+        return await self._service.stages.in_text_thread(extension, self._service.model, visit, finished.answer)
 
     def _noted(self, call: Call, error: Exception) -> ApiError | None:
         """The error as its client is told, counted and logged; None where nobody is there to be told."""
@@ -134,6 +146,7 @@ class ChatEndpoint:
         if found.status == 500:
             logger.log(logging.ERROR, "request_failed", exc_info=error, extra={"fields": {"id": call.notes.get("id")}})
         self._service.metrics.failed(found.code, is_rejected=found.status == 429)
+        call.notes["code"] = found.code
         return found
 
 
@@ -188,6 +201,10 @@ async def _last_words(call: Call, part: bytes) -> None:
             await call.finish()
     except TimeoutError as error:
         raise ClientGoneError from error
+
+
+def _whole(reply: Reply, answer: Answer, visit: Visit, told: Mapping[str, Any] | None) -> bytes:
+    return to_json(reply.body(answer, visit.usage, told))
 
 
 def _headers(visit: Visit) -> dict[str, str]:

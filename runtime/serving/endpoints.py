@@ -14,6 +14,7 @@ from hivtp.runtime.serving.protocol.errors import ApiError, api_error, invalid
 from hivtp.runtime.serving.protocol.fields import parse_object
 from hivtp.runtime.serving.protocol.messages import ImageReference, parse_messages
 from hivtp.runtime.serving.stages import folded, read_images
+from hivtp_ops.errors import HivtpError
 
 if TYPE_CHECKING:
     from hivtp.runtime.serving.asgi import Call
@@ -69,11 +70,14 @@ class Endpoints:
     async def tokenize(self, call: Call) -> None:
         """How many positions a conversation takes, images included, and the token ids of its text."""
         service = self._service
-        body = await call.read_json(service.settings)
+        held = service.visit().held
         try:
+            body = await call.read_json(service.settings, held.add)
             found = await service.stages.in_text_thread(self._tokenize, body)
-        except Exception as error:
+        except HivtpError as error:
             raise api_error(error) from error
+        finally:
+            held.release()
         await call.send_json(found)
 
     def _tokenize(self, body: bytes) -> dict[str, Any]:

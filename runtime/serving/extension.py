@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from hivtp.runtime.vision.stage import KeptPatches
 
 
-def extension(model: Model, visit: Visit, answer: Answer) -> dict[str, Any] | None:
-    """The field `hivtp` of an answer; None where the request has none.
+def extension(model: Model, visit: Visit, answer: Answer) -> dict[str, Any]:
+    """The field `hivtp` of an answer to a request that has it.
 
     `image_tokens` and `kept_tokens` count visual tokens before and after pruning; `timings` are in milliseconds.
     With "kept_indices" in `include`, `images` has for each image of the conversation:
@@ -32,8 +32,7 @@ def extension(model: Model, visit: Visit, answer: Answer) -> dict[str, Any] | No
     work, job = visit.work, visit.job
     assert work is not None, "an answer comes of what was read"
     assert job is not None, "an answer comes of a job"
-    if work.chat.includes is None:
-        return None
+    includes = work.chat.includes or frozenset()
     usage, timings = visit.usage, answer.timings
     first, begun = job.first_token_at or 0.0, job.begun_at or 0.0
     decode_ms = timings.decode_ms_per_token
@@ -49,9 +48,9 @@ def extension(model: Model, visit: Visit, answer: Answer) -> dict[str, Any] | No
             "decode_ms_per_token": None if decode_ms is None else round(decode_ms, 3),
         },
     }
-    if work.chat.includes:
+    if includes:
         found["images"] = [
-            _image(model, image, size, has_scores="importance" in work.chat.includes)
+            _image(model, image, size, has_scores="importance" in includes)
             for image, size in zip(job.prompt.images, work.sizes, strict=True)
         ]
     return found
