@@ -6,12 +6,12 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hivtp.runtime.serving.asgi import Endpoint
 from hivtp.runtime.serving.chat import ChatEndpoint
 from hivtp.runtime.serving.endpoints import Endpoints
-from hivtp.runtime.serving.gate import Gate
+from hivtp.runtime.serving.flow.service import Service
+from hivtp.runtime.serving.http.asgi import Endpoint
+from hivtp.runtime.serving.http.gate import Gate
 from hivtp.runtime.serving.protocol.errors import ApiError, api_error
-from hivtp.runtime.serving.service import Service
 from hivtp.runtime.serving.settings import ServerSettings
 from hivtp_ops.errors import MissingExtraError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, MutableMapping
 
     from hivtp.runtime.model import Model
-    from hivtp.runtime.serving.asgi import App, Call, Receive, Scope, Send
+    from hivtp.runtime.serving.http.asgi import App, Call, Receive, Scope, Send
 
 # The page at `/` is `index.html` of this folder; what it needs beside it is served below /playground/. It is allowed
 # what stands here: its own scripts and styles, and images that it was given.

@@ -8,22 +8,23 @@ import logging
 import re
 from typing import TYPE_CHECKING, Any
 
-from hivtp.runtime.serving.asgi import ClientGoneError
 from hivtp.runtime.serving.extension import extension
-from hivtp.runtime.serving.job import Finished, NewToken
-from hivtp.runtime.serving.logs import logger
+from hivtp.runtime.serving.flow.job import Finished, NewToken
+from hivtp.runtime.serving.http.asgi import ClientGoneError
 from hivtp.runtime.serving.protocol.errors import ApiError, api_error
 from hivtp.runtime.serving.protocol.reply import Reply
 from hivtp.runtime.serving.protocol.sse import DONE, HEADERS, KEEP_ALIVE, event, to_json
+from hivtp.runtime.serving.telemetry.logs import logger
 from hivtp.runtime.serving.tracing import Tracing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 
     from hivtp.runtime.answer import Answer
-    from hivtp.runtime.serving.asgi import Call
-    from hivtp.runtime.serving.job import Event
-    from hivtp.runtime.serving.service import Service, Visit
+    from hivtp.runtime.serving.flow.job import Event
+    from hivtp.runtime.serving.flow.service import Service
+    from hivtp.runtime.serving.flow.visit import Visit
+    from hivtp.runtime.serving.http.asgi import Call
 
 # A client that does not read what it is sent gets this long for an error before its connection is closed.
 LAST_WORDS_SECONDS = 5.0

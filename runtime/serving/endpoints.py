@@ -7,18 +7,18 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from hivtp.runtime.inputs.messages import ImagePart, Message
+from hivtp.runtime.serving.flow.stages import folded, read_images
 from hivtp.runtime.serving.images.decode import read_size
-from hivtp.runtime.serving.metrics import CONTENT_TYPE
 from hivtp.runtime.serving.protocol.chat_request import check_model
 from hivtp.runtime.serving.protocol.errors import ApiError, api_error, invalid
 from hivtp.runtime.serving.protocol.fields import parse_object
 from hivtp.runtime.serving.protocol.messages import ImageReference, parse_messages
-from hivtp.runtime.serving.stages import folded, read_images
+from hivtp.runtime.serving.telemetry.metrics import CONTENT_TYPE
 from hivtp_ops.errors import HivtpError
 
 if TYPE_CHECKING:
-    from hivtp.runtime.serving.asgi import Call
-    from hivtp.runtime.serving.service import Service
+    from hivtp.runtime.serving.flow.service import Service
+    from hivtp.runtime.serving.http.asgi import Call
 
 
 class Endpoints:

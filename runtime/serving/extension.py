@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from hivtp.runtime.answer import Answer
     from hivtp.runtime.model import Model
-    from hivtp.runtime.serving.service import Visit
+    from hivtp.runtime.serving.flow.visit import Visit
     from hivtp.runtime.vision.encoder import EncodedImage
     from hivtp.runtime.vision.stage import KeptPatches
 

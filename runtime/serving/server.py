@@ -8,8 +8,8 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 from hivtp.runtime.serving.app import create_app
-from hivtp.runtime.serving.connection import connection_class
-from hivtp.runtime.serving.logs import log, log_to_stderr
+from hivtp.runtime.serving.http.connection import connection_class
+from hivtp.runtime.serving.telemetry.logs import log, log_to_stderr
 from hivtp_ops.errors import MissingExtraError, SettingsError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from hivtp.runtime.serving.service import Visit
+    from hivtp.runtime.serving.flow.visit import Visit
 
 # Fields of the log that a span has, too.
 ATTRIBUTES = {

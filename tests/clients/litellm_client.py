@@ -17,7 +17,7 @@ for provider in ("openai", "hosted_vllm"):
     whole = litellm.completion(messages=QUESTION, max_tokens=8, **common)
     assert whole.choices[0].message.content == CASE["answer"]
     chunks = list(litellm.completion(messages=QUESTION, stream=True, stream_options={"include_usage": True}, **common))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == CASE["answer"]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == CASE["answer"]
     assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
     try:
         litellm.completion(messages=[{"role": "user", "content": "what " * 2000}], **common)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hivtp.runtime.model import Model
-    from hivtp.runtime.serving.service import Service
+    from hivtp.runtime.serving.flow.service import Service
 
 CHAT = "/v1/chat/completions"
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from hivtp.runtime.serving.flow.stages import to_request
 from hivtp.runtime.serving.protocol.chat_request import ChatRequest, parse_chat
 from hivtp.runtime.serving.protocol.errors import ApiError
 from hivtp.runtime.serving.protocol.fields import parse_object
 from hivtp.runtime.serving.protocol.messages import ChatMessage, ImageReference
 from hivtp.runtime.serving.settings import ServerSettings
-from hivtp.runtime.serving.stages import to_request
 
 QUESTION = [{"role": "user", "content": "what"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aa"}}

@@ -107,15 +107,18 @@ def test_a_thread_that_dies_takes_the_server_out(pruned: Pipeline, monkeypatch: 
         return step(scheduler)
 
     monkeypatch.setattr(Scheduler, "step", dying)
-    with serving(pruned.model) as server, ThreadPoolExecutor(2) as threads:
-        answers = [
-            threads.submit(server.chat, "how many", max_tokens=400, ignore_eos=True, stream=streams)
-            for streams in (True, False)
-        ]
-        wait_for(lambda: server.service.engine.state.num_running == 2)
-        is_broken.set()
-        streamed, whole = (answer.result() for answer in answers)
-        assert json.loads(streamed.text.split("\n\n")[-3].removeprefix("data: "))["error"]["code"] == "engine_dead"
+    question = {"max_tokens": 400, "ignore_eos": True}
+    with serving(pruned.model) as server, ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(server.chat, "how many", **question)
+        with server.open_stream("how many", **question) as response:
+            lines = response.iter_lines()
+            next(lines)
+            wait_for(lambda: server.service.engine.state.num_running == 2)
+            is_broken.set()
+            *_, error, done = [line for line in lines if line]
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_dead"
+        assert done == "data: [DONE]"
+        whole = waiting.result()
         assert (whole.status_code, whole.json()["error"]["code"]) == (503, "engine_dead")
         assert server.client.get("/health").status_code == 503
         assert server.client.get("/ready").status_code == 503

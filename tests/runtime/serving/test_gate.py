@@ -156,7 +156,7 @@ def test_a_body_that_is_too_large_is_refused_while_it_is_sent(pruned: Pipeline, 
 
 
 def test_a_refused_client_that_sends_for_ever_is_cut_off(pruned: Pipeline, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("hivtp.runtime.serving.connection.LINGER_SECONDS", 0.3)
+    monkeypatch.setattr("hivtp.runtime.serving.http.connection.LINGER_SECONDS", 0.3)
     with serving(pruned.model, max_body_bytes=1000) as server, server.raw() as connection:
         head = f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
         connection.sendall(f"{head}transfer-encoding: chunked\r\n\r\n".encode())

@@ -16,7 +16,7 @@ from benchmarks.checkpoints import make_checkpoint
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
 from hivtp.runtime.inputs.image_processor import ImageProcessor
-from hivtp.runtime.serving.logs import LineFormatter, log, logger, logging_to, where
+from hivtp.runtime.serving.telemetry.logs import LineFormatter, log, logger, logging_to, where
 from hivtp_ops import select
 from tests.support.answers import load
 from tests.support.serving import CHAT, asking, body, random_image, serving

@@ -6,65 +6,25 @@ import asyncio
 import contextlib
 import hashlib
 import time
-import uuid
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hivtp.runtime.serving.admission import Admission, Held
-from hivtp.runtime.serving.engine import Engine
-from hivtp.runtime.serving.job import Begun, Failed, Finished, Job, NewToken
-from hivtp.runtime.serving.metrics import Metrics
+from hivtp.runtime.serving.flow.admission import Admission, Held
+from hivtp.runtime.serving.flow.counters import count_answer, make_metrics
+from hivtp.runtime.serving.flow.engine import Engine
+from hivtp.runtime.serving.flow.job import Begun, Failed, Finished, Job, NewToken
+from hivtp.runtime.serving.flow.stages import Stages
+from hivtp.runtime.serving.flow.visit import Visit
 from hivtp.runtime.serving.protocol.chat_request import check_model
 from hivtp.runtime.serving.protocol.errors import ApiError, invalid
 from hivtp.runtime.serving.protocol.logprobs import LogprobsWriter
-from hivtp.runtime.serving.protocol.reply import Usage
-from hivtp.runtime.serving.stages import Stages
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Sequence
 
     from hivtp.runtime.model import EncodedPrompt, Model
-    from hivtp.runtime.serving.job import Event
+    from hivtp.runtime.serving.flow.job import Event
+    from hivtp.runtime.serving.flow.stages import Work
     from hivtp.runtime.serving.settings import ServerSettings
-    from hivtp.runtime.serving.stages import Work
-
-
-@dataclass
-class Visit:
-    """One request in the house.
-
-    Attributes:
-        held: its bytes that wait.
-        deadline: when it must be answered, by the clock of the event loop.
-        id: tells answers apart.
-        arrived_at: as `time.perf_counter` reads.
-        created: the same in seconds since 1970.
-        waited_seconds: for others.
-        work: what was read and prepared; None until then.
-        job: what is decoded; None until then.
-    """
-
-    held: Held
-    deadline: float
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    arrived_at: float = field(default_factory=time.perf_counter)
-    created: int = field(default_factory=lambda: int(time.time()))
-    waited_seconds: float = 0.0
-    work: Work | None = None
-    job: Job | None = None
-
-    @property
-    def usage(self) -> Usage:
-        """What it took so far; it has a job."""
-        assert self.job is not None, "a request has counts when it is in the engine"
-        images = self.job.prompt.images
-        return Usage(
-            num_prompt_tokens=self.job.num_prompt_tokens,
-            num_cached_tokens=self.job.num_cached,
-            num_image_tokens=sum(image.num_unpruned_tokens for image in images),
-            num_kept_tokens=sum(len(image.embeds) for image in images),
-            num_new_tokens=self.job.num_new_tokens,
-        )
 
 
 class Service:
@@ -90,7 +50,7 @@ class Service:
         self.admission = Admission(settings)
         self.stages = Stages(model, settings)
         self.logprobs = LogprobsWriter(model.tokenizer)
-        self.metrics = Metrics(self.names[0], *self._live_metrics())
+        self.metrics = make_metrics(self.names[0], self.engine, self.admission, model.images.cache)
         self._prepared = asyncio.Semaphore(settings.max_prepared)
         self._events: dict[Job, asyncio.Queue[Event]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -182,7 +142,10 @@ class Service:
                         self.metrics.inter_token.observe(event.at - last_token_at)
                     last_token_at = event.at
                 if isinstance(event, Finished):
-                    self._note_answer(visit, event)
+                    assert job.begun_at is not None, "an answer has begun"
+                    assert job.ended_at is not None, "an answer has ended"
+                    self.admission.note_answer(job.ended_at - job.begun_at)
+                    count_answer(self.metrics, visit, event.answer.finish_reason)
                 yield event
                 if isinstance(event, Finished):
                     return
@@ -259,47 +222,3 @@ class Service:
         for job, event in happened:
             if job in self._events:
                 self._events[job].put_nowait(event)
-
-    def _note_answer(self, visit: Visit, finished: Finished) -> None:
-        """Count an answer."""
-        job, usage, metrics = visit.job, visit.usage, self.metrics
-        assert job is not None, "an answer comes of a job"
-        begun, first, ended = job.begun_at, job.first_token_at, job.ended_at
-        assert begun is not None, "an answer has begun"
-        assert first is not None, "an answer has a token"
-        assert ended is not None, "an answer has ended"
-        self.admission.note_answer(ended - begun)
-        metrics.prompt_tokens.inc(usage.num_prompt_tokens)
-        metrics.cached_tokens.inc(usage.num_cached_tokens)
-        metrics.generation_tokens.inc(usage.num_new_tokens)
-        metrics.image_tokens.inc(usage.num_image_tokens)
-        metrics.kept_tokens.inc(usage.num_kept_tokens)
-        metrics.tiles.inc(sum(len(image.tiles) for image in job.prompt.images))
-        metrics.ttft.observe(first - visit.arrived_at)
-        metrics.e2e.observe(ended - visit.arrived_at)
-        metrics.queue.observe(visit.waited_seconds)
-        if job.prompt.images:
-            metrics.vision.observe(job.prompt.vision_ms / 1e3)
-        metrics.prefill.observe(first - begun)
-        metrics.decode.observe(ended - first)
-        metrics.prompt_size.observe(usage.num_prompt_tokens)
-        metrics.answer_size.observe(usage.num_new_tokens)
-        metrics.succeeded(finished.answer.finish_reason)
-
-    def _live_metrics(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        cache = self.model.images.cache
-        gauges = {
-            "num_requests_running": ("requests in a slot", lambda: self.engine.state.num_running),
-            "num_requests_waiting": (
-                "requests that wait, or whose images are worked on",
-                lambda: max(0, self.admission.num_inside - self.engine.state.num_running),
-            ),
-            "kv_cache_usage_perc": ("share of the KV cache that is taken, 0 to 1", lambda: self.engine.state.kv_share),
-            "waiting_bytes": ("of requests that wait to be prepared", lambda: self.admission.num_waiting_bytes),
-            "mm_cache_bytes": ("of the embeddings of images seen before", lambda: cache.num_bytes),
-        }
-        totals = {
-            "mm_cache_queries": ("images that were looked up", lambda: cache.num_queries),
-            "mm_cache_hits": ("images that had been seen before", lambda: cache.num_hits),
-        }
-        return gauges, totals

@@ -11,15 +11,15 @@ import uuid
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from hivtp.runtime.serving.asgi import Call
-from hivtp.runtime.serving.logs import log, logger
+from hivtp.runtime.serving.http.asgi import Call
 from hivtp.runtime.serving.protocol.errors import ApiError
 from hivtp.runtime.serving.settings import LOOPBACK_HOSTS
+from hivtp.runtime.serving.telemetry.logs import log, logger
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
-    from hivtp.runtime.serving.asgi import App, Receive, Scope, Send
+    from hivtp.runtime.serving.http.asgi import App, Receive, Scope, Send
     from hivtp.runtime.serving.settings import ServerSettings
 
 # What a balancer and a browser need without a key: nothing that tells of the model or of its users.

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from hivtp.runtime.attempt import attempt
 from hivtp.runtime.language.scheduler import Scheduler, SchedulerOptions
-from hivtp.runtime.serving.job import Failed, Job
-from hivtp.runtime.serving.logs import logger
-from hivtp.runtime.serving.memory import kv_budget
+from hivtp.runtime.serving.flow.job import Failed, Job
+from hivtp.runtime.serving.flow.memory import kv_budget
 from hivtp.runtime.serving.protocol.errors import ApiError
+from hivtp.runtime.serving.telemetry.logs import logger
 from hivtp_ops.errors import HivtpError, SettingsError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     from hivtp.runtime.model import Model
-    from hivtp.runtime.serving.job import Event
+    from hivtp.runtime.serving.flow.job import Event
     from hivtp.runtime.serving.settings import ServerSettings
 
     Deliver: TypeAlias = Callable[[Sequence[tuple[Job, Event]]], None]
