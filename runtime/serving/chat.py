@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 
     from hivtp.runtime.answer import Answer
+    from hivtp.runtime.serving.flow.exchange import Exchange
     from hivtp.runtime.serving.flow.job import Event
     from hivtp.runtime.serving.flow.service import Service
-    from hivtp.runtime.serving.flow.visit import Visit
     from hivtp.runtime.serving.http.asgi import Call
 
 # A client that does not read what it is sent gets this long for an error before its connection is closed.
@@ -45,65 +45,67 @@ class ChatEndpoint:
     async def answer(self, call: Call) -> None:
         """See Endpoint.answer."""
         service = self._service
-        visit = service.visit()
+        exchange = service.exchange()
         try:
             # Before the body is read: who is refused anyway need not send it.
             service.admission.check()
-            body = await call.read_json(service.settings, visit.held.add)
+            body = await call.read_json(service.settings, exchange.held.add)
             with service.admission.enter():
-                await self._answer(call, visit, body)
+                await self._answer(call, exchange, body)
         except Exception as error:
             found = self._noted(call, error)
             if found is None:
                 raise
             raise found from error
         finally:
-            visit.held.release()
-            _note(call, visit)
-            self._tracing.record(visit, call.headers, service.names[0], call.notes)
+            exchange.held.release()
+            _note(call, exchange)
+            self._tracing.record(exchange, call.headers, service.names[0], call.notes)
 
-    async def _answer(self, call: Call, visit: Visit, body: bytes) -> None:
-        work = await self._service.read(visit, body)
+    async def _answer(self, call: Call, exchange: Exchange, body: bytes) -> None:
+        work = await self._service.read(exchange, body)
         del body
         chat = work.chat
         call.notes.update(streams=chat.streams, images=len(work.references))
         if chat.ignored:
             call.notes["ignored"] = _names(chat.ignored)
-        reply = Reply(chat, visit.id, self._service.names[0], visit.created, self._service.logprobs)
+        reply = Reply(chat, exchange.id, self._service.names[0], exchange.created, self._service.logprobs)
         gone = asyncio.ensure_future(call.wait_until_gone())
-        events = self._service.answer(visit, call.scope.get("hivtp.key", ""))
+        events = self._service.answer(exchange, call.scope.get("hivtp.key", ""))
         try:
             watched = _watched(events, gone, self._service)
             async with contextlib.aclosing(watched):
                 if chat.streams:
-                    await self._stream(call, visit, reply, watched)
+                    await self._stream(call, exchange, reply, watched)
                 else:
-                    await self._send_whole(call, visit, reply, watched)
+                    await self._send_whole(call, exchange, reply, watched)
         finally:
             gone.cancel()
 
-    async def _send_whole(self, call: Call, visit: Visit, reply: Reply, events: AsyncIterator[Event | None]) -> None:
+    async def _send_whole(
+        self, call: Call, exchange: Exchange, reply: Reply, events: AsyncIterator[Event | None]
+    ) -> None:
         async for item in events:
             if isinstance(item, Finished):
                 call.notes["finish"] = item.answer.finish_reason
-                told = await self._told(visit, item)
+                told = await self._told(exchange, item)
                 # Log probabilities of a long answer are megabytes.
-                body = await self._service.stages.in_text_thread(_whole, reply, item.answer, visit, told)
-                await call.send_bytes(body, 200, {"content-type": "application/json", **_headers(visit)})
+                body = await self._service.stages.in_text_thread(_whole, reply, item.answer, exchange, told)
+                await call.send_bytes(body, 200, {"content-type": "application/json", **_headers(exchange)})
 
-    async def _stream(self, call: Call, visit: Visit, reply: Reply, events: AsyncIterator[Event | None]) -> None:
+    async def _stream(self, call: Call, exchange: Exchange, reply: Reply, events: AsyncIterator[Event | None]) -> None:
         has_started = has_token = False
         try:
-            async with asyncio.timeout_at(visit.deadline):
+            async with asyncio.timeout_at(exchange.deadline):
                 async for item in events:
                     if not has_started:
                         # Only now, so that what is refused before the first token has the status of an error.
-                        await call.start(200, {**HEADERS, **_headers(visit)})
+                        await call.start(200, {**HEADERS, **_headers(exchange)})
                         has_started = True
                     if item is not None and not has_token:
-                        await call.send_part(reply.first_chunk(visit.usage))
+                        await call.send_part(reply.first_chunk(exchange.usage))
                         has_token = True
-                    if part := await self._part(call, visit, reply, item):
+                    if part := await self._part(call, exchange, reply, item):
                         await call.send_part(part)
         except Exception as error:
             if not has_started:
@@ -116,24 +118,24 @@ class ChatEndpoint:
             await call.send_part(DONE)
             await call.finish()
 
-    async def _part(self, call: Call, visit: Visit, reply: Reply, item: Event | None) -> bytes:
+    async def _part(self, call: Call, exchange: Exchange, reply: Reply, item: Event | None) -> bytes:
         """What is sent for an event."""
         match item:
             case None:
                 return KEEP_ALIVE
             case NewToken(text, logprobs) if text or logprobs:
-                return reply.text_chunk(text, logprobs, visit.usage)
+                return reply.text_chunk(text, logprobs, exchange.usage)
             case Finished(answer, text):
                 call.notes["finish"] = answer.finish_reason
-                rest = reply.text_chunk(text, (), visit.usage) if text else b""
-                return rest + reply.last_chunks(answer, visit.usage, await self._told(visit, item))
+                rest = reply.text_chunk(text, (), exchange.usage) if text else b""
+                return rest + reply.last_chunks(answer, exchange.usage, await self._told(exchange, item))
         return b""
 
-    async def _told(self, visit: Visit, finished: Finished) -> dict[str, Any] | None:
+    async def _told(self, exchange: Exchange, finished: Finished) -> dict[str, Any] | None:
         """What the answer has beyond OpenAI's fields; with many tiles it takes a while to tell."""
-        if visit.work is None or visit.work.chat.includes is None:
+        if exchange.work is None or exchange.work.chat.includes is None:
             return None
-        return await self._service.stages.in_text_thread(extension, self._service.model, visit, finished.answer)
+        return await self._service.stages.in_text_thread(extension, self._service.model, exchange, finished.answer)
 
     def _noted(self, call: Call, error: Exception) -> ApiError | None:
         """The error as its client is told, counted and logged; None where nobody is there to be told."""
@@ -204,14 +206,14 @@ async def _last_words(call: Call, part: bytes) -> None:
         raise ClientGoneError from error
 
 
-def _whole(reply: Reply, answer: Answer, visit: Visit, told: Mapping[str, Any] | None) -> bytes:
-    return to_json(reply.body(answer, visit.usage, told))
+def _whole(reply: Reply, answer: Answer, exchange: Exchange, told: Mapping[str, Any] | None) -> bytes:
+    return to_json(reply.body(answer, exchange.usage, told))
 
 
-def _headers(visit: Visit) -> dict[str, str]:
+def _headers(exchange: Exchange) -> dict[str, str]:
     """What the server ignored: names that a client sent go into a header only as far as they are words."""
-    assert visit.work is not None, "an answer comes of what was read"
-    names = _names(visit.work.chat.ignored)
+    assert exchange.work is not None, "an answer comes of what was read"
+    names = _names(exchange.work.chat.ignored)
     return {"hivtp-ignored": ", ".join(names)} if names else {}
 
 
@@ -219,13 +221,13 @@ def _names(fields: tuple[str, ...]) -> list[str]:
     return [name for name in fields if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)][:MAX_NAMED_FIELDS]
 
 
-def _note(call: Call, visit: Visit) -> None:
+def _note(call: Call, exchange: Exchange) -> None:
     """What the log says of a request: counts and times, no words."""
-    call.notes["queue_ms"] = round(visit.waited_seconds * 1e3, 1)
-    job = visit.job
+    call.notes["queue_ms"] = round(exchange.waited_seconds * 1e3, 1)
+    job = exchange.job
     if job is None:
         return
-    usage, prompt = visit.usage, job.prompt
+    usage, prompt = exchange.usage, job.prompt
     call.notes.update(
         prompt_tokens=usage.num_prompt_tokens,
         cached_tokens=usage.num_cached_tokens,
@@ -237,6 +239,6 @@ def _note(call: Call, visit: Visit) -> None:
     )
     if job.begun_at is not None and job.first_token_at is not None:
         call.notes["prefill_ms"] = round((job.first_token_at - job.begun_at) * 1e3, 1)
-        call.notes["ttft_ms"] = round((job.first_token_at - visit.arrived_at) * 1e3, 1)
+        call.notes["ttft_ms"] = round((job.first_token_at - exchange.arrived_at) * 1e3, 1)
     if job.ended_at is not None and job.first_token_at is not None:
         call.notes["decode_ms"] = round((job.ended_at - job.first_token_at) * 1e3, 1)

@@ -70,7 +70,7 @@ class Endpoints:
     async def tokenize(self, call: Call) -> None:
         """How many positions a conversation takes, images included, and the token ids of its text."""
         service = self._service
-        held = service.visit().held
+        held = service.exchange().held
         try:
             body = await call.read_json(service.settings, held.add)
             found = await service.stages.in_text_thread(self._tokenize, body)

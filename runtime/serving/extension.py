@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
     from hivtp.runtime.answer import Answer
     from hivtp.runtime.model import Model
-    from hivtp.runtime.serving.flow.visit import Visit
+    from hivtp.runtime.serving.flow.exchange import Exchange
     from hivtp.runtime.vision.encoder import EncodedImage
     from hivtp.runtime.vision.stage import KeptPatches
 
 
-def extension(model: Model, visit: Visit, answer: Answer) -> dict[str, Any]:
+def extension(model: Model, exchange: Exchange, answer: Answer) -> dict[str, Any]:
     """The field `hivtp` of an answer to a request that has it.
 
     `image_tokens` and `kept_tokens` count visual tokens before and after pruning; `timings` are in milliseconds.
@@ -29,22 +29,22 @@ def extension(model: Model, visit: Visit, answer: Answer) -> dict[str, Any]:
       `is_global`, for each whether the global stage kept it, null where nothing is pruned. With "importance" in
       `include` also `importance`, the score of every patch; null stands for padding.
     """
-    work, job = visit.work, visit.job
+    work, job = exchange.work, exchange.job
     assert work is not None, "an answer comes of what was read"
     assert job is not None, "an answer comes of a job"
     includes = work.chat.includes or frozenset()
-    usage, timings = visit.usage, answer.timings
+    usage, timings = exchange.usage, answer.timings
     first, begun = job.first_token_at or 0.0, job.begun_at or 0.0
     decode_ms = timings.decode_ms_per_token
     found: dict[str, Any] = {
         "image_tokens": usage.num_image_tokens,
         "kept_tokens": usage.num_kept_tokens,
         "timings": {
-            "queue_ms": round(visit.waited_seconds * 1e3, 3),
+            "queue_ms": round(exchange.waited_seconds * 1e3, 3),
             "preprocess_ms": round(timings.preprocess_ms, 3),
             "vision_ms": round(timings.vision_ms, 3),
             "prefill_ms": round((first - begun) * 1e3, 3),
-            "ttft_ms": round((first - visit.arrived_at) * 1e3, 3),
+            "ttft_ms": round((first - exchange.arrived_at) * 1e3, 3),
             "decode_ms_per_token": None if decode_ms is None else round(decode_ms, 3),
         },
     }

@@ -43,7 +43,7 @@ class ServerSettings:
         header_seconds, body_seconds: in which a client must have sent its headers, and the body.
         queue_seconds: until a request must have got a slot; then it is refused with 429.
         request_seconds: for a whole answer.
-        keep_alive_seconds: after so long without a token a stream gets a comment, so that no proxy gives it up.
+        keep_alive_seconds: after this time without a token a stream gets a comment, so that no proxy gives it up.
         drain_seconds: after SIGTERM the answers that have begun may take this long.
         log_format: "json" or "text".
         refuses_unknown: fields that the server does not know are an error, not ignored.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from hivtp.runtime.serving.flow.visit import Visit
+    from hivtp.runtime.serving.flow.exchange import Exchange
 
 # Fields of the log that a span has, too.
 ATTRIBUTES = {
@@ -40,11 +40,11 @@ class Tracing:
         self._extract = propagate.extract
         self._as_parent = trace.set_span_in_context
 
-    def record(self, visit: Visit, headers: Mapping[str, str], model: str, notes: Mapping[str, Any]) -> None:
+    def record(self, exchange: Exchange, headers: Mapping[str, str], model: str, notes: Mapping[str, Any]) -> None:
         """Write the spans of a request that has ended.
 
         Args:
-            visit: the request.
+            exchange: the request.
             headers: of the call; they may name the span that it belongs to.
             model: what the server calls the model.
             notes: what the log says of the request.
@@ -58,22 +58,22 @@ class Tracing:
         span = self._tracer.start_span(
             "chat",
             context=self._extract(headers),
-            start_time=offset + int(visit.arrived_at * 1e9),
+            start_time=offset + int(exchange.arrived_at * 1e9),
             attributes=attributes,
         )
         parent = self._as_parent(span)
-        for name, start, stop in _stages(visit):
+        for name, start, stop in _stages(exchange):
             part = self._tracer.start_span(name, context=parent, start_time=offset + int(start * 1e9))
             part.end(offset + int(stop * 1e9))
         span.end(offset + int(time.perf_counter() * 1e9))
 
 
-def _stages(visit: Visit) -> Iterator[tuple[str, float, float]]:
+def _stages(exchange: Exchange) -> Iterator[tuple[str, float, float]]:
     """The stages that a request came through: name, start and end."""
-    job = visit.job
+    job = exchange.job
     if job is None or job.begun_at is None:
         return
-    yield "prepare", visit.arrived_at, job.begun_at
+    yield "prepare", exchange.arrived_at, job.begun_at
     if job.first_token_at is None:
         return
     yield "prefill", job.begun_at, job.first_token_at

@@ -19,7 +19,7 @@ MAX_RETRY_SECONDS = 120.0
 
 
 class Admission:
-    """Counts the requests that are in the house. The event loop alone uses it.
+    """Counts the requests that the server has. The event loop alone uses it.
 
     Args:
         settings: how many, and how many bytes.
@@ -50,7 +50,7 @@ class Admission:
         """Refuse a request for which there is no room now.
 
         Raises:
-            ApiError: the house is full (429) or closed (503).
+            ApiError: the server is full (429) or closed (503).
         """
         if self.is_closed:
             left = 1.0 if self._closes_at is None else self._closes_at - asyncio.get_running_loop().time()

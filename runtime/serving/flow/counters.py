@@ -9,7 +9,7 @@ from hivtp.runtime.serving.telemetry.metrics import Metrics
 if TYPE_CHECKING:
     from hivtp.runtime.serving.flow.admission import Admission
     from hivtp.runtime.serving.flow.engine import Engine
-    from hivtp.runtime.serving.flow.visit import Visit
+    from hivtp.runtime.serving.flow.exchange import Exchange
     from hivtp.runtime.vision.cache import EmbeddingCache
 
 
@@ -39,9 +39,9 @@ def make_metrics(model: str, engine: Engine, admission: Admission, cache: Embedd
     return Metrics(model, gauges, totals)
 
 
-def count_answer(metrics: Metrics, visit: Visit, finish_reason: str) -> None:
+def count_answer(metrics: Metrics, exchange: Exchange, finish_reason: str) -> None:
     """Count an answer that has ended."""
-    job, usage = visit.job, visit.usage
+    job, usage = exchange.job, exchange.usage
     assert job is not None, "an answer comes of a job"
     begun, first, ended = job.begun_at, job.first_token_at, job.ended_at
     assert begun is not None, "an answer has begun"
@@ -53,9 +53,9 @@ def count_answer(metrics: Metrics, visit: Visit, finish_reason: str) -> None:
     metrics.image_tokens.inc(usage.num_image_tokens)
     metrics.kept_tokens.inc(usage.num_kept_tokens)
     metrics.tiles.inc(sum(len(image.tiles) for image in job.prompt.images))
-    metrics.ttft.observe(first - visit.arrived_at)
-    metrics.e2e.observe(ended - visit.arrived_at)
-    metrics.queue.observe(visit.waited_seconds)
+    metrics.ttft.observe(first - exchange.arrived_at)
+    metrics.e2e.observe(ended - exchange.arrived_at)
+    metrics.queue.observe(exchange.waited_seconds)
     if job.prompt.images:
         metrics.vision.observe(job.prompt.vision_ms / 1e3)
     metrics.prefill.observe(first - begun)

@@ -1,4 +1,4 @@
-"""The path of one request through the house: admission, images, vision stage, slot, tokens."""
+"""The path of one request through the server: admission, images, vision stage, slot, tokens."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from hivtp.runtime.serving.flow.admission import Admission, Held
 from hivtp.runtime.serving.flow.counters import count_answer, make_metrics
 from hivtp.runtime.serving.flow.engine import Engine
+from hivtp.runtime.serving.flow.exchange import Exchange
 from hivtp.runtime.serving.flow.job import Begun, Failed, Finished, Job, NewToken
 from hivtp.runtime.serving.flow.stages import Stages
-from hivtp.runtime.serving.flow.visit import Visit
 from hivtp.runtime.serving.protocol.chat_request import check_model
 from hivtp.runtime.serving.protocol.errors import ApiError, invalid
 from hivtp.runtime.serving.protocol.logprobs import LogprobsWriter
@@ -70,7 +70,7 @@ class Service:
 
     @property
     def given_up(self) -> asyncio.Future[None]:
-        """Done when the requests that are still in the house must get an error."""
+        """Done when the requests that are still answered must get an error."""
         assert self._given_up is not None, "the service was started"
         return self._given_up
 
@@ -89,52 +89,52 @@ class Service:
             return "draining"
         return "ready" if self.engine.is_ready else "loading"
 
-    def visit(self) -> Visit:
+    def exchange(self) -> Exchange:
         """A request that has just come."""
         held = Held(self.admission, self.settings.max_waiting_bytes)
-        return Visit(held, asyncio.get_running_loop().time() + self.settings.request_seconds)
+        return Exchange(held, asyncio.get_running_loop().time() + self.settings.request_seconds)
 
-    async def read(self, visit: Visit, body: bytes) -> Work:
+    async def read(self, exchange: Exchange, body: bytes) -> Work:
         """Check a request.
 
         Raises:
             ApiError: it is wrong.
         """
-        visit.work = work = await self.stages.parse(body)
-        visit.held.release()
-        visit.held.add(sum(map(len, work.contents.values())))
+        exchange.work = work = await self.stages.parse(body)
+        exchange.held.release()
+        exchange.held.add(sum(map(len, work.contents.values())))
         check_model(work.chat.model, self.names)
         return work
 
-    async def answer(self, visit: Visit, salt: str) -> AsyncGenerator[Event]:
+    async def answer(self, exchange: Exchange, salt: str) -> AsyncGenerator[Event]:
         """Answer a request that was read; the events end with Finished.
 
         Closing the iterator gives the request up, wherever it is.
 
         Args:
-            visit: the request.
+            exchange: the request.
             salt: whose it is; the KV cache of one never serves another.
 
         Raises:
             ApiError: the request cannot be answered, now or at all.
             HivtpError: what it failed with.
         """
-        assert visit.work is not None, "a request is read before it is answered"
+        assert exchange.work is not None, "a request is read before it is answered"
         async with contextlib.AsyncExitStack() as stack:
-            stack.callback(visit.held.release)
-            stack.callback(setattr, visit.work, "is_given_up", True)
+            stack.callback(exchange.held.release)
+            stack.callback(setattr, exchange.work, "is_given_up", True)
             place = stack.enter_context(contextlib.ExitStack())
-            prompt = await self._within(visit, self._prepare(visit, place))
-            visit.job = job = await self.stages.in_text_thread(self._job, prompt, salt)
+            prompt = await self._within(exchange, self._prepare(exchange, place))
+            exchange.job = job = await self.stages.in_text_thread(self._job, prompt, salt)
             events: asyncio.Queue[Event] = asyncio.Queue()
             self._events[job] = events
             stack.callback(self._leave, job)
             self.engine.submit(job)
-            await self._wait_for_slot(visit, events)
+            await self._wait_for_slot(exchange, events)
             place.close()
             last_token_at: float | None = None
             while True:
-                event = await self._within(visit, events.get())
+                event = await self._within(exchange, events.get())
                 if isinstance(event, Failed):
                     raise event.error
                 if isinstance(event, NewToken):
@@ -145,23 +145,23 @@ class Service:
                     assert job.begun_at is not None, "an answer has begun"
                     assert job.ended_at is not None, "an answer has ended"
                     self.admission.note_answer(job.ended_at - job.begun_at)
-                    count_answer(self.metrics, visit, event.answer.finish_reason)
+                    count_answer(self.metrics, exchange, event.answer.finish_reason)
                 yield event
                 if isinstance(event, Finished):
                     return
 
-    async def _prepare(self, visit: Visit, place: contextlib.ExitStack) -> EncodedPrompt:
+    async def _prepare(self, exchange: Exchange, place: contextlib.ExitStack) -> EncodedPrompt:
         """Get a request ready for the decoder; one with images takes a place until it has a slot."""
-        work = visit.work
+        work = exchange.work
         assert work is not None, "a request is read before it is answered"
         if work.chat.has_images:
             await self.stages.fetch(work)
-            visit.held.release()
-            visit.held.add(sum(map(len, work.contents.values())))
-            await self._wait(visit, self._prepared.acquire())
+            exchange.held.release()
+            exchange.held.add(sum(map(len, work.contents.values())))
+            await self._wait(exchange, self._prepared.acquire())
             place.callback(self._prepared.release)
             await self.stages.prepare(work)
-            visit.held.release()
+            exchange.held.release()
         prompt = await self.stages.encode(work, self.max_tokens)
         length = len(prompt.token_ids) + sum(len(image.embeds) - 1 for image in prompt.images)
         if length >= self.engine.max_positions:
@@ -178,28 +178,28 @@ class Service:
         digest = hashlib.sha256(salt.encode()).digest()
         return Job(self.model, prompt, digest, self.engine.max_positions, self.engine.emit)
 
-    async def _wait_for_slot(self, visit: Visit, events: asyncio.Queue[Event]) -> None:
-        event = await self._wait(visit, self._within(visit, events.get()))
+    async def _wait_for_slot(self, exchange: Exchange, events: asyncio.Queue[Event]) -> None:
+        event = await self._wait(exchange, self._within(exchange, events.get()))
         if isinstance(event, Failed):
             raise event.error
         assert isinstance(event, Begun), "a job begins before it goes on"
 
-    async def _wait(self, visit: Visit, waiting: Awaitable[Any]) -> Any:
+    async def _wait(self, exchange: Exchange, waiting: Awaitable[Any]) -> Any:
         """Wait for others, as long as a request may."""
         started = time.perf_counter()
         try:
-            async with asyncio.timeout(max(0.0, self.settings.queue_seconds - visit.waited_seconds)):
+            async with asyncio.timeout(max(0.0, self.settings.queue_seconds - exchange.waited_seconds)):
                 return await waiting
         except TimeoutError as error:
             message = f"there was no room within {self.settings.queue_seconds:g} seconds; ask again later"
             raise self.admission.busy(message, "queue_timeout") from error
         finally:
-            visit.waited_seconds += time.perf_counter() - started
+            exchange.waited_seconds += time.perf_counter() - started
 
-    async def _within(self, visit: Visit, work: Awaitable[Any]) -> Any:
+    async def _within(self, exchange: Exchange, work: Awaitable[Any]) -> Any:
         """Do something before the request's time is over."""
         try:
-            async with asyncio.timeout_at(visit.deadline):
+            async with asyncio.timeout_at(exchange.deadline):
                 return await work
         except TimeoutError as error:
             seconds = self.settings.request_seconds

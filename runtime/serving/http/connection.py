@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from hivtp.runtime.serving.settings import ServerSettings
 
-# A client that was refused while it still sends may read the answer for so long.
+# A client that was refused while it still sends may read the answer for this long.
 LINGER_SECONDS = 5.0
 
 

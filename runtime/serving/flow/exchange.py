@@ -1,4 +1,4 @@
-"""One request in the house, and how far it has come."""
+"""One request to the server and its answer, and how far they have come."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Visit:
-    """One request in the house.
+class Exchange:
+    """One request and its answer.
 
     Attributes:
         held: its bytes that wait.
