@@ -14,7 +14,7 @@ from hivtp.runtime.serving.http.asgi import ClientGoneError
 from hivtp.runtime.serving.protocol.errors import ApiError, api_error
 from hivtp.runtime.serving.protocol.reply import Reply
 from hivtp.runtime.serving.protocol.sse import DONE, HEADERS, KEEP_ALIVE, event, to_json
-from hivtp.runtime.serving.telemetry.logs import logger
+from hivtp.runtime.serving.telemetry.logs import log, where
 from hivtp.runtime.serving.tracing import Tracing
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class ChatEndpoint:
             error = ApiError(504, "the answer was not read in time", "request_timeout")
         found = api_error(error)
         if found.status == 500:
-            logger.log(logging.ERROR, "request_failed", exc_info=error, extra={"fields": {"id": call.notes.get("id")}})
+            log(logging.ERROR, "request_failed", id=call.notes.get("id"), error=where(error))
         self._service.metrics.failed(found.code, is_rejected=found.status == 429)
         call.notes["code"] = found.code
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
@@ -13,7 +14,7 @@ from hivtp.runtime.language.scheduler import Scheduler, SchedulerOptions
 from hivtp.runtime.serving.flow.job import Failed, Job
 from hivtp.runtime.serving.flow.memory import kv_budget
 from hivtp.runtime.serving.protocol.errors import ApiError
-from hivtp.runtime.serving.telemetry.logs import logger
+from hivtp.runtime.serving.telemetry.logs import log, where
 from hivtp_ops.errors import HivtpError, SettingsError
 
 if TYPE_CHECKING:
@@ -150,8 +151,8 @@ class Engine:
                 is_busy = self._scheduler.step()
                 self._report()
             self._die(ApiError(503, "the server is shutting down", "shutting_down", retry_after=1))
-        except BaseException:  # noqa: BLE001  nothing that a request does comes here: this is a fault of the server
-            logger.critical("engine_died", exc_info=True)
+        except BaseException as error:  # noqa: BLE001  no request does this: it is a fault of the server
+            log(logging.CRITICAL, "engine_died", error=where(error))
             self._die(dead_error())
 
     def _obey(self, is_busy: bool) -> bool:

@@ -155,9 +155,7 @@ class Service:
         work = exchange.work
         assert work is not None, "a request is read before it is answered"
         if work.chat.has_images:
-            await self.stages.fetch(work)
-            exchange.held.release()
-            exchange.held.add(sum(map(len, work.contents.values())))
+            await self.stages.fetch(work, exchange.held.add)
             await self._wait(exchange, self._prepared.acquire())
             place.callback(self._prepared.release)
             await self.stages.prepare(work)

@@ -95,11 +95,21 @@ class Stages:
         """
         return await self.in_text_thread(self._parse, body)
 
-    async def fetch(self, work: Work) -> None:
-        """Download the images that do not stand in the request; see `fetch` for the errors."""
+    async def fetch(self, work: Work, hold: Callable[[int], None]) -> None:
+        """Download the images that do not stand in the request.
+
+        Args:
+            work: the request.
+            hold: called with the size of each image; what it raises ends the downloads.
+
+        Raises:
+            ApiError: see `fetch`.
+        """
         for image in work.references:
             if image.param not in work.contents:
-                work.contents[image.param] = await fetch(image.url, image.param, self._settings)
+                content = await fetch(image.url, image.param, self._settings)
+                hold(len(content))
+                work.contents[image.param] = content
 
     async def prepare(self, work: Work) -> None:
         """Decode and resize the images.

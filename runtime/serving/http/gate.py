@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from hivtp.runtime.serving.http.asgi import Call
 from hivtp.runtime.serving.protocol.errors import ApiError
 from hivtp.runtime.serving.settings import LOOPBACK_HOSTS
-from hivtp.runtime.serving.telemetry.logs import log, logger
+from hivtp.runtime.serving.telemetry.logs import log, where
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -80,7 +80,7 @@ class Gate:
         except ApiError as error:
             await call.send_error(error)
         except Exception as error:
-            logger.error("call_failed", exc_info=error, extra={"fields": {"id": notes["id"]}})
+            log(logging.ERROR, "call_failed", id=notes["id"], error=where(error))
             # Whoever runs this app breaks an answer off that was only begun; its client must not take it for whole.
             if not is_complete:
                 raise

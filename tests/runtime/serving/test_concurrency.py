@@ -16,6 +16,8 @@ from tests.support.answers import load
 from tests.support.serving import CHAT, asking, body, random_image, serving, wait_for
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from hivtp import Pipeline
     from tests.support.serving import Server
 
@@ -161,4 +163,14 @@ def test_a_bundle_with_a_prefill_decoder_keeps_no_slots(prefill_bundle: Any):
         for _ in range(2):
             usage = server.chat("how many dogs are there in the picture").json()["usage"]
             assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+    pipeline.close()
+
+
+def test_a_checkpoint_in_transformers_is_served_as_well(pruned_bundle: Path, tiny_checkpoint: Path):
+    pipeline = load(pruned_bundle, backend="transformers", checkpoint=tiny_checkpoint)
+    questions = [make_question(number) for number in range(12)]
+    expected = [alone(pipeline, text, images, **fields).text for text, images, fields in questions]
+    with serving(pipeline.model, chunk_size=16) as server, ThreadPoolExecutor(6) as threads:
+        answers = [threads.submit(server.answer, asking(text, *images), **fields) for text, images, fields in questions]
+        assert [answer.result() for answer in answers] == expected
     pipeline.close()
