@@ -9,7 +9,8 @@ import numpy as np
 from hivtp.runtime.answer import Answer, Timings
 from hivtp.runtime.attempt import attempt, request_errors
 from hivtp.runtime.inputs.stop_strings import StopStrings
-from hivtp.runtime.language.sampling import Sampler, TokenLogprobs, token_logprobs
+from hivtp.runtime.language.sampler import Sampler
+from hivtp.runtime.language.sampling import TokenLogprobs, token_logprobs
 from hivtp.runtime.language.scheduler import Scheduler, SchedulerOptions
 from hivtp_ops.errors import HivtpError
 

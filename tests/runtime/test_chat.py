@@ -205,6 +205,16 @@ def test_an_abandoned_turn_leaves_the_chat_without_it(unpruned, photos, num_piec
     assert chat.ask("why", (), at_most(NUM_TOKENS)).token_ids == expected
 
 
+def test_a_turn_that_begins_too_late_leaves_no_trace_even_where_it_has_no_text(unpruned, monkeypatch) -> None:
+    chat = unpruned.chat()
+    stream = chat.stream("or rather", (), at_most(4))
+    chat.ask("how many", (), at_most(4))
+    write(unpruned, "", monkeypatch)
+    with pytest.raises(RuntimeError, match="a newer turn of this chat has begun"):
+        list(stream)
+    assert [message.text for message in chat.history[::2]] == ["how many"]
+
+
 @pytest.mark.parametrize("failing_run", [0, 1, 4])
 def test_a_turn_that_fails_leaves_the_chat_without_it(unpruned, photos, monkeypatch, failing_run) -> None:
     file = photos / "astronaut.png"

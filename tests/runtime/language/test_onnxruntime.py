@@ -168,7 +168,8 @@ def test_a_cache_that_grows_keeps_what_it_holds(either):
     small, large = language.open_slots(2, 20), language.open_slots(2, 64)
     for slots in (small, large):
         for slot in (0, 1):
-            slots.prefill(slot, embeddings(19, slot), 19)
+            slots.prefill(slot, embeddings(18, slot), 18)
+        slots.step([0, 1], embeddings(2, 7))
     small.reserve(10)
     assert small.capacity == 20
     small.reserve(50)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hivtp.engines.bundle import Bundle
+from hivtp.engines.onnxruntime import open_session
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
 from hivtp.runtime.language import LanguageOptions, create_language, onnxruntime
@@ -110,9 +111,9 @@ def test_answers_together_are_those_alone(prefill_bundle, photo, photos):
 def test_the_threads_of_the_decoder_for_prompts_rest_after_it(bundle, monkeypatch):
     rests = {}
 
-    def record(file: Path, _settings: EngineSettings, *, stops_spinning: bool = False) -> object:
+    def record(file: Path, settings: EngineSettings, *, stops_spinning: bool = False) -> object:
         rests[file.name] = stops_spinning
-        return object()
+        return open_session(file, settings, stops_spinning=stops_spinning)
 
     monkeypatch.setattr(onnxruntime, "open_session", record)
     create_language(bundle, OPTIONS)

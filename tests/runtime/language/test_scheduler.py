@@ -10,7 +10,8 @@ import pytest
 
 from hivtp.engines.bundle import Bundle, SamplingDefaults
 from hivtp.runtime.language import LanguageOptions, create_language
-from hivtp.runtime.language.sampling import Sampler, SamplingParams
+from hivtp.runtime.language.sampler import Sampler
+from hivtp.runtime.language.sampling import SamplingParams
 from hivtp.runtime.language.scheduler import Scheduler, SchedulerOptions
 from hivtp_ops.errors import EngineError, HivtpError, OutOfMemoryError, PromptError, RequestError, SettingsError
 from tests.support.decoding import Decoded, decode, decode_all, embeddings, greedy, make_scheduler
@@ -409,6 +410,21 @@ def test_a_kept_slot_survives_what_its_sequence_raised(language, monkeypatch) ->
     scheduler.run()
     assert runs[:2] == [(0, 20), (0, 1)]
     assert again.tokens == decode(language, again.embeds, 3)
+
+
+def test_a_prompt_that_was_given_up_half_way_is_continued(language, monkeypatch) -> None:
+    scheduler = make_scheduler(language, 2, chunk_size=8, keeps_slots=True)
+    runs = runs_of(scheduler, monkeypatch)
+    other, half, again = Decoded(embeddings(5), 30), turn(language, list(range(40))), turn(language, list(range(40)))
+    for sequence in (other, half):
+        scheduler.add(sequence)
+        scheduler.step()
+    scheduler.cancel(half)
+    scheduler.add(again)
+    scheduler.run()
+    assert runs[:6] == [(0, 5)] + [(1, 8)] * 5
+    assert again.tokens == decode(language, again.embeds, 3)
+    assert other.tokens == decode(language, other.embeds, 30)
 
 
 @pytest.mark.parametrize("name", ["fp32", "transformers"])

@@ -217,8 +217,11 @@ def test_the_memory_of_a_slot_is_that_of_its_positions(llava: Both) -> None:
     for slot, length in enumerate((20, 50, 10)):
         slots.prefill(slot, embeddings(length), length)
     assert num_bytes() == 80 * language.kv_bytes_per_position
-    for running in ([0, 1, 2], [0, 2], [0]):
-        slots.step(running, embeddings(len(running)))
+    slots.step([0, 1, 2], embeddings(3))
+    assert num_bytes() == 3 * 51 * language.kv_bytes_per_position
+    slots.step([0, 2], embeddings(2))
+    assert num_bytes() == (2 * 22 + 51) * language.kv_bytes_per_position
+    slots.step([0], embeddings(1))
     assert num_bytes() == (23 + 51 + 12) * language.kv_bytes_per_position
     for slot in range(3):
         slots.truncate(slot, 0)
