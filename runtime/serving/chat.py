@@ -18,12 +18,13 @@ from hivtp.runtime.serving.telemetry.logs import log, where
 from hivtp.runtime.serving.tracing import Tracing
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
     from hivtp.runtime.answer import Answer
     from hivtp.runtime.serving.flow.exchange import Exchange
     from hivtp.runtime.serving.flow.job import Event
     from hivtp.runtime.serving.flow.service import Service
+    from hivtp.runtime.serving.flow.stages import Work
     from hivtp.runtime.serving.http.asgi import Call
 
 # A client that does not read what it is sent gets this long for an error before its connection is closed.
@@ -51,7 +52,10 @@ class ChatEndpoint:
             service.admission.check()
             body = await call.read_json(service.settings, exchange.held.add)
             with service.admission.enter():
-                await self._answer(call, exchange, body)
+                work = await service.read(exchange, body)
+                # Many megabytes, which must not wait with the request.
+                del body
+                await self._answer(call, exchange, work)
         except Exception as error:
             found = self._noted(call, error)
             if found is None:
@@ -62,9 +66,7 @@ class ChatEndpoint:
             _note(call, exchange)
             self._tracing.record(exchange, call.headers, service.names[0], call.notes)
 
-    async def _answer(self, call: Call, exchange: Exchange, body: bytes) -> None:
-        work = await self._service.read(exchange, body)
-        del body
+    async def _answer(self, call: Call, exchange: Exchange, work: Work) -> None:
         chat = work.chat
         call.notes.update(streams=chat.streams, images=len(work.references))
         if chat.ignored:
@@ -166,7 +168,7 @@ async def _watched(
     try:
         while True:
             if pending is None:
-                pending = asyncio.ensure_future(_next(events))
+                pending = asyncio.ensure_future(anext(events))
             waiting = {pending, gone, service.given_up}
             await asyncio.wait(waiting, timeout=service.settings.keep_alive_seconds, return_when="FIRST_COMPLETED")
             if gone.done():
@@ -187,13 +189,6 @@ async def _watched(
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await pending
         await events.aclose()
-
-
-def _next(events: AsyncGenerator[Event]) -> Coroutine[Any, Any, Event]:
-    async def take() -> Event:
-        return await anext(events)
-
-    return take()
 
 
 async def _last_words(call: Call, part: bytes) -> None:
