@@ -31,7 +31,7 @@ class Generation:
 
     Attributes:
         prompt: as given.
-        embeds: see DecodeRequest; released when the answer ends.
+        embeds: see DecodeRequest; released at the first token.
         error: what the request failed with; None while it did not.
         num_cached: positions of the prompt that another request had left in the KV cache.
     """
@@ -83,6 +83,8 @@ class Generation:
 
     def push(self, token_id: int, milliseconds: float) -> bool:
         """See DecodeRequest.push."""
+        if not self._token_ids:
+            self._release()
         self._token_ids.append(token_id)
         self._step_ms.append(milliseconds)
         self._pieces.append(self._stops.push(self._text.push(token_id)))
@@ -109,7 +111,6 @@ class Generation:
             raise self.error
         if not self._is_finished:
             self._is_finished = True
-            self._release()
             if self._stops.found is None:
                 with request_errors():
                     self._pieces.append(self._stops.push(self._text.finish()) + self._stops.finish())
@@ -140,8 +141,8 @@ class Generation:
         )
 
     def _release(self) -> None:
-        # The prompt's embeddings have done their part, and those of a large batch are many.
-        self.embeds = self.embeds[:0]
+        # The KV cache holds the prompt by now, and the embeddings of a large batch are many.
+        self.embeds = np.empty((0, 0), np.float32)
 
 
 def steps_of(scheduler: Scheduler, generation: Generation) -> Iterator[None]:

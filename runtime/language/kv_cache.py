@@ -131,7 +131,8 @@ class BoundSlots:
         mask = (self._positions[: max(lengths)] < np.array(lengths)[:, None]).astype(np.int64)
         embeds = np.ascontiguousarray(embeds, self._cache.dtype)
         with run_errors("running the decoder"):
-            self._binding.bind_cpu_input("inputs_embeds", embeds)
-            self._binding.bind_cpu_input("attention_mask", mask)
+            for name, array in (("inputs_embeds", embeds), ("attention_mask", mask)):
+                # By address: a binding that held the array would keep a long prompt in memory until its next run.
+                self._binding.bind_input(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
             self.session.run_with_iobinding(self._binding)
         return self._logits[:, 0].astype(np.float32, copy=False)

@@ -174,7 +174,7 @@ class OnnxRuntimeSlots:
             self._ranges.clear()
 
     def _bound(self, start: int, stop: int, *, is_long: bool) -> BoundSlots:
-        key = (start, stop, is_long)
+        key = (start, stop, is_long and self._prefill is not self._decode)
         if key not in self._ranges:
             if len(self._ranges) == NUM_BOUND_RANGES:
                 del self._ranges[next(iter(self._ranges))]

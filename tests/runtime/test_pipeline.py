@@ -130,6 +130,31 @@ def test_a_closed_stream_has_no_answer(pruned, photo):
         _ = stream.answer
 
 
+def test_pixels_and_embeddings_are_held_no_longer_than_they_are_needed(pruned_bundle, photo, monkeypatch):
+    """Once they have gone through the vision stage, and into the KV cache."""
+    pipeline = load(pruned_bundle, cache_bytes=0)
+    model = pipeline.model
+    held: list[weakref.ref[Any]] = []
+    prepare, embed = model.images.prepare, model.embed
+
+    def noted_prepare(image: Any) -> Any:
+        prepared = prepare(image)
+        held.append(weakref.ref(prepared.pixel_values))
+        return prepared
+
+    def noted_embed(prompt: Any) -> Any:
+        embeds = embed(prompt)
+        held.append(weakref.ref(embeds))
+        return embeds
+
+    monkeypatch.setattr(model.images, "prepare", noted_prepare)
+    monkeypatch.setattr(model, "embed", noted_embed)
+    stream = pipeline.stream(PROMPT, [photo], at_most(NUM_TOKENS))
+    assert [reference() is None for reference in held] == [False]
+    next(stream)
+    assert [reference() is None for reference in held] == [True, True]
+
+
 def test_an_exhausted_stream_that_is_closed_keeps_its_answer(pruned, photo):
     stream = pruned.stream(PROMPT, [photo], at_most(3))
     text = "".join(stream)
