@@ -35,6 +35,10 @@ class PromptError(HivtpError, ValueError):
     """A prompt that cannot be turned into a model input."""
 
 
+class ContextLengthError(PromptError):
+    """A prompt that is longer than the context of the model."""
+
+
 class SettingsError(HivtpError, ValueError):
     """A setting of the wrong type or out of its range."""
 

@@ -33,12 +33,14 @@ class Generation:
         prompt: as given.
         embeds: see DecodeRequest; released at the first token.
         error: what the request failed with; None while it did not.
+        num_cached: positions of the prompt that another request had left in the KV cache.
     """
 
     def __init__(self, model: Model, prompt: EncodedPrompt) -> None:
         self.prompt = prompt
         self.embeds: NDArray[np.float32] = model.embed(prompt)
         self.error: HivtpError | None = None
+        self.num_cached = 0
         self._keys = model.keys(prompt)
         self._num_prompt_tokens = len(self.embeds)
         self._sampling = prompt.sampling
@@ -67,6 +69,10 @@ class Generation:
     def has_begun(self) -> bool:
         """Whether there is a first token."""
         return bool(self._token_ids)
+
+    def begin(self, num_cached: int) -> None:
+        """See DecodeRequest.begin."""
+        self.num_cached = num_cached
 
     def choose(self, logits: NDArray[np.float32]) -> int:
         """See DecodeRequest.choose."""

@@ -14,13 +14,14 @@ from hivtp.engines import open_vision_engine
 from hivtp.engines.bundle import Bundle
 from hivtp.runtime.attempt import request_errors
 from hivtp.runtime.inputs.images import image_name, load_image
+from hivtp.runtime.inputs.prepared_image import PreparedImage
 from hivtp.runtime.inputs.prompt import PromptTemplate
 from hivtp.runtime.inputs.tokenizer import Tokenizer
 from hivtp.runtime.language import LanguageOptions, create_language
 from hivtp.runtime.language.base import closed_error
 from hivtp.runtime.vision import VisionOptions, create_image_encoder
 from hivtp.runtime.vision.encoder import EncodedImage
-from hivtp_ops.errors import BundleError, EngineError, EngineWarning, HivtpError, ImageError, PromptError
+from hivtp_ops.errors import BundleError, ContextLengthError, EngineError, EngineWarning, HivtpError, ImageError
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from hivtp.engines.base import Engine
     from hivtp.engines.manifest import LanguageManifest
-    from hivtp.runtime.inputs.prepared_image import PreparedImage
     from hivtp.runtime.language.base import LanguageBackend
     from hivtp.runtime.language.sampling import SamplingParams
     from hivtp.runtime.request import Request
@@ -155,11 +155,12 @@ class Model:
         """Check and tokenise a request, and read and resize its images.
 
         Raises:
+            ContextLengthError: the prompt is longer than the context.
             EngineError: the model is closed.
             ImageError: an image cannot be read or is refused, and which.
             BundleError: the tokenizer makes tokens that the model does not have.
             OutOfMemoryError: memory ran out.
-            PromptError: the template loses words or an image, or the prompt is longer than the context.
+            PromptError: the template loses words or an image.
             RequestError: a library failed in a way that nobody foresaw.
         """
         with self._request_errors():
@@ -205,7 +206,7 @@ class Model:
         Raises:
             EngineError: the model is closed.
             OutOfMemoryError: memory ran out.
-            PromptError: they are longer than the context.
+            ContextLengthError: they are longer than the context.
         """
         with self._request_errors():
             token_ids = prompt.token_ids
@@ -255,7 +256,7 @@ class Model:
             raise closed_error()
 
     def _prepare_image(self, source: Any, number: int, num_images: int) -> PreparedImage | EncodedImage:
-        if isinstance(source, EncodedImage):
+        if isinstance(source, EncodedImage | PreparedImage):
             return source
         place = f"image {number} of {num_images}: " if num_images > 1 else ""
         try:
@@ -279,14 +280,14 @@ class Model:
         """Refuse text that cannot fit before all of it is tokenised."""
         most = self.language.context_length * MAX_CHARACTERS_PER_TOKEN
         if num_characters > most:
-            raise PromptError(
+            raise ContextLengthError(
                 f"the prompt has {num_characters} characters, and no more than {most} can fit the context of "
                 f"{self.language.context_length} tokens; shorten it"
             )
 
     def _check_length(self, length: int) -> None:
         if length >= self.language.context_length:
-            raise PromptError(
+            raise ContextLengthError(
                 f"the prompt takes {length} tokens, images and earlier turns included; the context of this model holds "
                 f"{self.language.context_length}, answer included: shorten the prompt, give fewer images, or start a "
                 "new chat"

@@ -161,6 +161,33 @@ class ImageProcessor:
             image = image.crop((left, top, left + width, top + height))
         return image
 
+    def region(self, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Tell which part of an image the output shows.
+
+        Args:
+            image_size: (height, width) in pixels.
+
+        Returns:
+            (left, top, right, bottom) in pixels of the image; where the output shows padding it lies outside.
+        """
+        height, width = image_size
+        left, top = 0, 0
+        if self.do_pad:
+            side = max(image_size)
+            left, top, height, width = -((side - width) // 2), -((side - height) // 2), side, side
+        rows, cols = _scaled((height, width), self.size) if self.do_resize else (height, width)
+        first_row, first_col, num_rows, num_cols = 0, 0, rows, cols
+        if self.do_center_crop:
+            num_rows, num_cols = self.crop_size
+            first_row, first_col = (rows - num_rows) // 2, (cols - num_cols) // 2
+        down, across = height / rows, width / cols
+        return (
+            left + first_col * across,
+            top + first_row * down,
+            left + (first_col + num_cols) * across,
+            top + (first_row + num_rows) * down,
+        )
+
     def _pad(self, image: Image.Image) -> Image.Image:
         side = max(image.size)
         _check_num_pixels(image, side, side)
@@ -191,13 +218,20 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 def _resized_size(image: Image.Image, size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = _scaled((image.height, image.width), size)
+    if not isinstance(size, tuple):
+        _check_num_pixels(image, height, width)
+    return height, width
+
+
+def _scaled(image_size: tuple[int, int], size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) after resizing; see ImageProcessor.size."""
     if isinstance(size, tuple):
         return size
-    short, long = sorted(image.size)
+    short, long = sorted(image_size)
     long = int(size * long / short)
-    height, width = (long, size) if image.width <= image.height else (size, long)
-    _check_num_pixels(image, height, width)
-    return height, width
+    height, width = image_size
+    return (long, size) if width <= height else (size, long)
 
 
 def _check_num_pixels(image: Image.Image, height: int, width: int) -> None:

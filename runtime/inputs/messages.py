@@ -19,7 +19,8 @@ class ImagePart:
     """An image in a message.
 
     Args:
-        source: what `load_image` takes; or an EncodedImage, for one that an earlier turn has encoded.
+        source: what `load_image` takes; or a PreparedImage; or an EncodedImage, for one that an earlier turn has
+            encoded.
     """
 
     source: Any

@@ -141,6 +141,15 @@ class Tiler:
         canvas.paste(view, ((width - view.width) // 2, (height - view.height) // 2))
         return self._resize(image, self.image_processor.size), canvas
 
+    def region(self, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Tell where the tile grid lies on an image of this (height, width); see `ImageProcessor.region`."""
+        layout = self.layout(image_size)
+        height, width = layout.tile_rows * self.tile_size, layout.tile_cols * self.tile_size
+        rows, cols = _fitted_size(image_size, (height, width))
+        down, across = image_size[0] / rows, image_size[1] / cols
+        left, top = -((width - cols) // 2) * across, -((height - rows) // 2) * down
+        return left, top, left + width * across, top + height * down
+
     def _best_pinpoint(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """The pinpoint that shows most of the picture's pixels, then wastes least; of equals the first."""
         image_height, image_width = image_size

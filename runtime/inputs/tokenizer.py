@@ -91,6 +91,11 @@ class Tokenizer:
             text: str = self._backend.decode(list(ids), skip_special_tokens=True)
             return text
 
+    def token(self, token_id: int) -> str | None:
+        """How the vocabulary spells a token; None where there is none of that id."""
+        token: str | None = self._backend.id_to_token(token_id)
+        return token
+
     def stream(self) -> TextStream:
         """Start to decode one answer token by token."""
         return TextStream(self)

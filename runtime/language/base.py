@@ -97,6 +97,9 @@ class DecodeRequest(Protocol):
         The tokens of the answer count as keys, too. None where the KV cache of this sequence must never serve another.
         """
 
+    def begin(self, num_cached: int) -> None:
+        """Take note that the sequence has a slot, which holds its first `num_cached` positions already."""
+
     def choose(self, logits: NDArray[np.float32]) -> int:
         """Choose the next token from the logits [vocab]; what this raises ends this sequence alone."""
 

@@ -202,8 +202,10 @@ class Scheduler:
                 attempt(sequence.request.fail, result)
                 return
         sequence.slot = self._pool.take(sequence.keys, sequence.length)
-        sequence.num_computed = sequence.length - self._slots.length(sequence.slot)
+        num_cached = self._slots.length(sequence.slot)
+        sequence.num_computed = sequence.length - num_cached
         self._prefilling.append(sequence)
+        attempt(sequence.request.begin, num_cached)
         while self._is_over_budget(self._num_running_positions + self._pool.num_kept_positions):
             self._pool.forget_oldest()
 

@@ -43,7 +43,8 @@ def create_image_encoder(bundle: Bundle, engine: Engine, options: VisionOptions)
         if manifest.tiling is None:
             processor = ImageProcessor.from_config(bundle.read_json("image_processor.json"))
             _check_size(processor.output_size, manifest.vision.image_size)
-            encoder = SingleTileEncoder(processor, stage)
+            has_exact_count = manifest.pruning is not None and manifest.pruning.keep is not None
+            encoder = SingleTileEncoder(processor, stage, has_exact_count=has_exact_count)
         else:
             encoder = _open_tiled(bundle, manifest.tiling, stage, options.max_tiles)
     except (CheckpointError, OSError, ValueError) as error:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from hivtp.runtime.inputs.prepared_image import PreparedImage
-    from hivtp.runtime.vision.encoder import EncodedImage, ImageEncoder, TileFrame
+    from hivtp.runtime.vision.encoder import EncodedImage, ImageEncoder, TileFrame, TokenCount, View
 
 
 class EmbeddingCache:
@@ -98,6 +98,14 @@ class CachedEncoder:
     def frames(self, image: Image.Image) -> list[TileFrame]:
         """See ImageEncoder.frames."""
         return self._encoder.frames(image)
+
+    def views(self, image_size: tuple[int, int]) -> list[View]:
+        """See ImageEncoder.views."""
+        return self._encoder.views(image_size)
+
+    def count_tokens(self, image_size: tuple[int, int]) -> TokenCount:
+        """See ImageEncoder.count_tokens."""
+        return self._encoder.count_tokens(image_size)
 
     def close(self) -> None:
         """Release the encoder's engine and drop all entries."""

@@ -59,6 +59,34 @@ class TileFrame:
     tile_cols: int = 1
 
 
+@dataclass(frozen=True)
+class View:
+    """How some tiles that lie together show an image.
+
+    Attributes:
+        tile_rows: rows of tiles.
+        tile_cols: columns of tiles.
+        region: (left, top, right, bottom) of what they show, in pixels of the image; padding lies outside of it.
+    """
+
+    tile_rows: int
+    tile_cols: int
+    region: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """How many tokens of an image the language model will see.
+
+    Attributes:
+        num_tokens: this many, or at most this many.
+        is_exact: whether the number does not depend on what the image shows.
+    """
+
+    num_tokens: int
+    is_exact: bool
+
+
 class ImageEncoder(Protocol):
     """Prepares images and encodes them; each image is encoded as it would be alone."""
 
@@ -79,3 +107,13 @@ class ImageEncoder(Protocol):
 
     def frames(self, image: Image.Image) -> list[TileFrame]:
         """The image as the model sees it, for people: its tiles in order, before normalising."""
+
+    def views(self, image_size: tuple[int, int]) -> list[View]:
+        """Where the tiles of an image of this (height, width) lie on it, in the order of the tiles.
+
+        Raises:
+            ImageError: it becomes too many tiles.
+        """
+
+    def count_tokens(self, image_size: tuple[int, int]) -> TokenCount:
+        """How many tokens an image of this (height, width) becomes; see `views` for the errors."""

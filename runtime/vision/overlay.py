@@ -102,7 +102,7 @@ def draw_tiles(
         part = tiles[start : start + frame.tile_rows * frame.tile_cols]
         start += len(part)
         indices = np.concatenate([_on_frame(tile.kept_indices, place, frame, grid) for place, tile in enumerate(part)])
-        flags = [flag for tile in part if (flag := _is_global(tile, grid, spec)) is not None]
+        flags = [flag for tile in part if (flag := is_of_global_stage(tile, grid, spec)) is not None]
         is_global = np.concatenate(flags) if flags else None
         overlays.append(
             draw_overlay(frame.image, (frame.tile_rows * grid[0], frame.tile_cols * grid[1]), indices, is_global)
@@ -125,7 +125,10 @@ def _on_frame(
     return (tile_row * grid[0] + rows) * (frame.tile_cols * grid[1]) + tile_col * grid[1] + cols
 
 
-def _is_global(tile: KeptPatches, grid: tuple[int, int], spec: PruningSpec | None) -> npt.NDArray[np.bool_] | None:
+def is_of_global_stage(
+    tile: KeptPatches, grid: tuple[int, int], spec: PruningSpec | None
+) -> npt.NDArray[np.bool_] | None:
+    """Which patches of a tile the global stage kept, [num_kept_patches] bool; None where nothing is pruned."""
     if spec is None or tile.importance is None:
         return None
     selection = select(tile.importance[None], grid, spec)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hivtp.runtime.inputs.prepared_image import PreparedImage
-from hivtp.runtime.vision.encoder import EncodedImage, TileFrame
+from hivtp.runtime.vision.encoder import EncodedImage, TileFrame, TokenCount, View
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,11 +24,13 @@ class SingleTileEncoder:
     Args:
         processor: images to pixels.
         vision: pixels to the embeddings of the kept tokens.
+        has_exact_count: whether pruning keeps the same number of patches of every image.
     """
 
-    def __init__(self, processor: ImageProcessor, vision: VisionStage) -> None:
+    def __init__(self, processor: ImageProcessor, vision: VisionStage, *, has_exact_count: bool = False) -> None:
         self._processor = processor
         self._vision = vision
+        self._has_exact_count = has_exact_count
 
     def prepare(self, image: Image.Image) -> PreparedImage:
         """See ImageEncoder.prepare."""
@@ -48,3 +50,13 @@ class SingleTileEncoder:
     def frames(self, image: Image.Image) -> list[TileFrame]:
         """See ImageEncoder.frames."""
         return [TileFrame(self._processor.frame(image))]
+
+    def views(self, image_size: tuple[int, int]) -> list[View]:
+        """See ImageEncoder.views."""
+        return [View(1, 1, self._processor.region(image_size))]
+
+    def count_tokens(self, image_size: tuple[int, int]) -> TokenCount:  # noqa: ARG002  every image is one tile
+        """See ImageEncoder.count_tokens."""
+        manifest = self._vision.manifest
+        is_exact = not self._vision.is_pruned or self._has_exact_count
+        return TokenCount(manifest.num_prefix_tokens + manifest.capacity, is_exact)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hivtp.runtime.vision.encoder import EncodedImage, TileFrame
+from hivtp.runtime.vision.encoder import EncodedImage, TileFrame, TokenCount, View
 from hivtp.runtime.vision.packing import newline_rule, pack_tiles, tile_budgets, trim_tile
 
 if TYPE_CHECKING:
@@ -75,6 +75,29 @@ class TiledEncoder:
         layout = self._tiler.layout((image.height, image.width))
         base, grid = self._tiler.frames(image)
         return [TileFrame(base), TileFrame(grid, layout.tile_rows, layout.tile_cols)]
+
+    def views(self, image_size: tuple[int, int]) -> list[View]:
+        """See ImageEncoder.views."""
+        layout = self._tiler.layout(image_size)
+        height, width = image_size
+        return [
+            View(1, 1, (0.0, 0.0, float(width), float(height))),
+            View(layout.tile_rows, layout.tile_cols, self._tiler.region(image_size)),
+        ]
+
+    def count_tokens(self, image_size: tuple[int, int]) -> TokenCount:
+        """See ImageEncoder.count_tokens."""
+        layout = self._tiler.layout(image_size)
+        if self._spec is None:
+            return TokenCount(self._num_unpruned_tokens(layout), is_exact=True)
+        capacity = self._vision.manifest.capacity
+        num_kept = int(np.minimum(layout.patch_mask(self._grid).sum(axis=1), capacity).sum())
+        if self._manifest.keep_total is not None:
+            num_kept = min(num_kept, self._manifest.keep_total)
+        rows = layout.patch_rows(self._grid)
+        num_newlines = 0 if self._newline_rule == "none" else len(range(rows.start, rows.stop))
+        has_exact_count = self._spec.keep is not None or self._manifest.keep_total is not None
+        return TokenCount(num_kept + num_newlines, is_exact=has_exact_count and self._newline_rule != "kept-rows")
 
     def _pack(self, layout: TileLayout, tiles: list[EncodedTile], digest: bytes) -> EncodedImage:
         total = self._manifest.keep_total

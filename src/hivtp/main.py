@@ -1,4 +1,4 @@
-"""The front door: `hivtp export | plan | layers | run | chat`, one module per command, loaded when it is called."""
+"""The front door: `hivtp export | plan | layers | run | chat | serve`, one module for each, loaded when called."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "layers": ("hivtp.export.cli.layers", "rank the layers that could score the patches, on your own images"),
     "run": ("hivtp.runtime.cli.run", "ask a bundle about images"),
     "chat": ("hivtp.runtime.cli.chat", "talk with a bundle about images, in the terminal"),
+    "serve": ("hivtp.runtime.cli.serve", "serve a bundle as OpenAI's chat completions"),
 }
 
 

@@ -49,8 +49,14 @@ class Decoded:
         self.tokens: list[int] = []
         self.step_ms: list[float] = []
         self.error: HivtpError | None = None
+        self.num_cached: int | None = None
+
+    def begin(self, num_cached: int) -> None:
+        assert self.num_cached is None
+        self.num_cached = num_cached
 
     def push(self, token_id: int, milliseconds: float) -> bool:
+        assert self.num_cached is not None
         assert self.error is None
         self.tokens.append(token_id)
         self.step_ms.append(milliseconds)

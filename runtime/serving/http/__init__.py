@@ -1,0 +1,1 @@
+"""HTTP below the endpoints: calls, who may make them, and connections."""
