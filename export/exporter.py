@@ -20,8 +20,10 @@ from hivtp.engines.bundle import (
     sha256_of,
 )
 from hivtp.export.checkpoint.folder import Checkpoint
+from hivtp.export.checkpoint.generation import GenerationDefaults
 from hivtp.export.checkpoint.processor import Processor
 from hivtp.export.decoder.reuse import open_source
+from hivtp.export.decoder.support import check_decoder
 from hivtp.export.graph.builder import save_model
 from hivtp.export.graph.calibration import activation_ranges
 from hivtp.export.graph.clip import VisionShape
@@ -82,8 +84,13 @@ def export_bundle(
         shape = VisionShape.of(checkpoint.config)
         settings.check_family(checkpoint, shape)
         spec = settings.resolved_spec(shape)
-        processor = None if settings.graph == "encoder" else Processor.open(checkpoint)
-        source = None
+        processor = generation = source = None
+        if settings.graph != "encoder":
+            processor = Processor.open(checkpoint, settings.chat_template)
+            generation = GenerationDefaults.of(checkpoint, processor.tokenizer)
+            generation.warn_of_ignored(checkpoint.folder)
+        if kind is not None:
+            check_decoder(checkpoint)
         if kind is not None and settings.decoder_from is not None:
             source = open_source(settings.decoder_from, checkpoint, kind)
     with staged(destination) as folder:
@@ -108,10 +115,11 @@ def export_bundle(
             verification |= found
         with progress.step("Manifest and hashes"):
             tiling = language = None
-            if processor is not None:
+            if processor is not None and generation is not None:
                 processor.write(folder / PROCESSOR_FOLDER)
                 tiling = _export_tiling(checkpoint, shape, settings, folder)
-                language = language_manifest(checkpoint, processor, decoder)
+                language = language_manifest(checkpoint, generation, decoder)
+            checkpoint.check_unchanged()
             manifest = Manifest(
                 family=checkpoint.family,
                 source=_source(checkpoint, settings),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from hivtp.engines.bundle import DecoderManifest, LanguageManifest, SamplingDefaults
-from hivtp.export.checkpoint.processor import eos_token_ids
+from hivtp.engines.bundle import DecoderManifest, LanguageManifest
 from hivtp.export.decoder.build import (
     DECODER_NAME,
     EMBEDDINGS_NAME,
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from hivtp.engines.bundle import Bundle
     from hivtp.export.checkpoint.folder import Checkpoint
-    from hivtp.export.checkpoint.processor import Processor
+    from hivtp.export.checkpoint.generation import GenerationDefaults
     from hivtp.export.progress import Progress
 
 LANGUAGE_FOLDER = "language"
@@ -96,7 +95,7 @@ def export_decoder(
 
 
 def language_manifest(
-    checkpoint: Checkpoint, processor: Processor, decoder: DecoderManifest | None
+    checkpoint: Checkpoint, generation: GenerationDefaults, decoder: DecoderManifest | None
 ) -> LanguageManifest:
     """What a bundle says of a checkpoint's language model."""
     config = checkpoint.config.text_config
@@ -109,6 +108,6 @@ def language_manifest(
         vocab_size=config.vocab_size,
         context_length=config.max_position_embeddings,
         image_token_id=checkpoint.config.image_token_id,
-        eos_token_ids=eos_token_ids(checkpoint, processor.tokenizer),
-        sampling=SamplingDefaults(),
+        eos_token_ids=generation.eos_token_ids,
+        sampling=generation.sampling,
     )

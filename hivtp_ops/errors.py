@@ -1,4 +1,4 @@
-"""The exceptions that hivtp raises on bad input, which all derive from HivtpError, and its one warning."""
+"""The exceptions that hivtp raises on bad input, which all derive from HivtpError, and its warnings."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ class ScoreError(HivtpError, ValueError):
 
 class CheckpointError(HivtpError):
     """A folder that is not a supported checkpoint, or that is incomplete or damaged."""
+
+
+class CheckpointWarning(UserWarning):
+    """Something that a checkpoint asks for and a bundle does not do."""
 
 
 class VerificationError(HivtpError):

@@ -129,6 +129,9 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         "attention (default: %(default)s)",
     )
     parser.add_argument(
+        "--chat-template", metavar="NAME", help="which of the checkpoint's chat templates, where it has several"
+    )
+    parser.add_argument(
         "--engine",
         choices=get_args(LibraryName),
         help="also build a TensorRT plan of the vision graph: tensorrt on and for this GPU, tensorrt-rtx for any RTX "
@@ -215,6 +218,7 @@ def settings_from(options: argparse.Namespace) -> ExportSettings:
         keep_total=options.keep_total,
         graph=options.graph,
         decoder_from=options.decoder_from,
+        chat_template=options.chat_template,
         overwrite=options.overwrite,
     )
 

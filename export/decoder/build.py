@@ -7,11 +7,12 @@ import io
 import logging
 import tempfile
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from hivtp.export.checkpoint.config import sliding_window
 from hivtp.export.decoder.last_position import cut_to_last_position
 from hivtp.export.decoder.w8a8 import quantize_products
 from hivtp.export.decoder.weight_only import WeightOnlySettings, quantize_weights
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+    import torch
     from transformers import PreTrainedModel
 
     from hivtp.export.checkpoint.folder import Checkpoint
@@ -189,14 +191,43 @@ def _builder_class(model_type: str) -> Any:
         def load_weights(self, input_path: str) -> PreTrainedModel:  # noqa: ARG002  the builder's signature
             return self.loaded_model
 
+        def has_lm_head(self, module: Any) -> bool:
+            # The builder takes any layer with as many outputs as the vocabulary has tokens.
+            return module is self.loaded_model.lm_head
+
+        def make_rope_init(self, config: Any) -> None:
+            """Leave the rotations to `make_rotary_embedding_caches_from_scratch`."""
+
+        def make_rotary_embedding_caches_from_scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
+            return rotations(self.loaded_model, self.context_length)
+
     return Decoder
 
 
+def rotations(model: PreTrainedModel, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [positions, head size / 2] float32 of RoPE, as transformers computes them.
+
+    Args:
+        model: a causal language model whose RoPE depends on the position alone, see ROPE_TYPES.
+        num_positions: from the first.
+    """
+    import torch
+
+    # Its frequencies are not weights, so it is made anew off the meta device.
+    rotary = type(model.model.rotary_emb)(model.config)
+    cosines, sines = rotary(torch.empty(0, dtype=torch.float32), torch.arange(num_positions)[None])
+    half = cosines.shape[-1] // 2
+    return cosines[0, :, :half], sines[0, :, :half]
+
+
 def _builder_config(checkpoint: Checkpoint) -> Any:
-    # The builder writes into its config.
-    config = deepcopy(checkpoint.config.text_config)
+    """What transformers reads of the config: the builder also takes notice of keys that other models have."""
+    theirs = checkpoint.config.text_config
+    # Copied, since the builder writes into it.
+    values = {field.name: deepcopy(getattr(theirs, field.name)) for field in fields(theirs) if field.init}
+    config = type(theirs)(**values)
     config.architectures = [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[config.model_type]]
-    if getattr(config, "sliding_window", None) is not None:
+    if sliding_window(config) is not None:
         # Mistral's config names no layers: its window holds in all of them.
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers
     return config

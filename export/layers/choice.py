@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hivtp.export.checkpoint.folder import Checkpoint
-from hivtp.export.checkpoint.processor import Processor, eos_token_ids
+from hivtp.export.checkpoint.generation import GenerationDefaults
+from hivtp.export.checkpoint.processor import Processor
 from hivtp.export.graph.clip import VisionShape
 from hivtp.export.layers.criteria import AnswerJudge, Cost, feature_costs
 from hivtp.export.layers.ranking import ChoiceSettings, Judgement, LayerRange, LayerRanking
@@ -158,7 +159,8 @@ def _judge_answers(
     progress: Progress,
 ) -> list[list[Cost]]:
     """For each picture and set of kept tokens the mean cost over the questions."""
-    judge = AnswerJudge(checkpoint, eos_token_ids(checkpoint, processor.tokenizer), settings.max_answer_tokens)
+    eos_token_ids = GenerationDefaults.of(checkpoint, processor.tokenizer).eos_token_ids
+    judge = AnswerJudge(checkpoint, eos_token_ids, settings.max_answer_tokens)
     token_ids = [processor.question_ids(question) for question in settings.questions]
     num_prefix_tokens = VisionShape.of(checkpoint.config).num_prefix_tokens
     prompts = [judge.prompt(ids, image, num_prefix_tokens) for image in tower.embeds for ids in token_ids]
