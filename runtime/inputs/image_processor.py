@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from hivtp.runtime.inputs.images import MAX_IMAGE_PIXELS
+from hivtp.runtime.inputs.resizing import Box, Edges, read_size
 from hivtp_ops.errors import CheckpointError, ImageError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class ImageProcessor:
     Args:
         do_pad: pad to a square with the mean colour, the image in the middle (LlavaImageProcessor only).
         do_resize: whether to resize.
-        size: what to resize to, in pixels: the length of the shorter side, or (height, width).
+        size: what to resize to, in pixels: the length of the shorter side, or (height, width), or bounds.
         resample: the filter, a number of `PIL.Image.Resampling`.
         do_center_crop: whether to cut out the middle; where the image is smaller, black surrounds it.
         crop_size: (height, width) of the crop in pixels.
@@ -49,7 +50,7 @@ class ImageProcessor:
 
     do_pad: bool = False
     do_resize: bool = True
-    size: int | tuple[int, int] = 224
+    size: int | tuple[int, int] | Edges | Box = 224
     resample: int = Image.Resampling.BICUBIC.value
     do_center_crop: bool = True
     crop_size: tuple[int, int] = (224, 224)
@@ -62,15 +63,17 @@ class ImageProcessor:
     def __post_init__(self) -> None:
         for name in ("do_pad", "do_resize", "do_center_crop", "do_rescale", "do_normalize"):
             self._expect(name, "true or false", isinstance(getattr(self, name), bool))
-        is_size = _is_length(self.size) or _is_height_width(self.size)
-        self._expect("size", "the shorter side or (height, width) in pixels", is_size)
+        is_size = _is_length(self.size) or _is_height_width(self.size) or _are_bounds(self.size)
+        expected = "the shorter side, (height, width), shortest_edge with longest_edge, or max_height with max_width"
+        self._expect("size", f"{expected}, in pixels", is_size)
         self._expect("crop_size", "(height, width) in pixels", _is_height_width(self.crop_size))
         filters = [resample.value for resample in Image.Resampling]
         self._expect("resample", f"one of Pillow's filters {filters}", self.resample in filters)
         self._expect("rescale_factor", "a number", _is_number(self.rescale_factor))
         self._expect("image_mean", "three numbers", _is_rgb(self.image_mean))
         self._expect("image_std", "three numbers, none 0", _is_rgb(self.image_std) and all(self.image_std))
-        if not (self.do_center_crop or (self.do_resize and (self.do_pad or isinstance(self.size, tuple)))):
+        has_one_size = isinstance(self.size, tuple) or (self.do_pad and isinstance(self.size, int))
+        if not (self.do_center_crop or (self.do_resize and has_one_size)):
             raise CheckpointError(
                 "image preprocessing: the output would vary in size, and a vision graph takes one size; "
                 "expected do_center_crop, or do_resize with do_pad or with a size of height and width"
@@ -86,8 +89,8 @@ class ImageProcessor:
 
         In a checkpoint of transformers 5 it is the "image_processor" of `processor_config.json`. What is
         absent takes its default and a null step is off, as in transformers; keys that do not bear on the
-        pixels are ignored. `size` may be an int, [height, width], {"shortest_edge"} or
-        {"height", "width"}; `crop_size` the same without "shortest_edge".
+        pixels are ignored. `size` may be an int, [height, width], {"shortest_edge"}, {"height", "width"},
+        {"shortest_edge", "longest_edge"} or {"max_height", "max_width"}; `crop_size` the first, second or fourth.
 
         Raises:
             CheckpointError: if the type of processor is not supported, or a value is not.
@@ -108,8 +111,8 @@ class ImageProcessor:
         if kind in CLIP_TYPES:
             # CLIP's do_pad evens out a batch, and one size leaves nothing to even out.
             settings["do_pad"] = False
-        settings["size"] = _read_size(settings["size"], is_square=bool(config.get("default_to_square")))
-        settings["crop_size"] = _read_size(settings["crop_size"], is_square=True)
+        settings["size"] = read_size(settings["size"], is_square=bool(config.get("default_to_square")))
+        settings["crop_size"] = read_size(settings["crop_size"], is_square=True)
         for name in ("image_mean", "image_std"):
             value = settings[name]
             settings[name] = (value,) * 3 if _is_number(value) else _as_tuple(value)
@@ -120,7 +123,10 @@ class ImageProcessor:
         """(height, width) in pixels of what comes out, whatever goes in."""
         if self.do_center_crop:
             return self.crop_size
-        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
+        if isinstance(self.size, tuple):
+            return self.size
+        assert isinstance(self.size, int), "bounds are followed by a crop"
+        return self.size, self.size
 
     def __call__(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
         """Turn pictures into the vision graph's input.
@@ -187,9 +193,17 @@ def _flatten(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _resized_size(image: Image.Image, size: int | tuple[int, int]) -> tuple[int, int]:
+def _resized_size(image: Image.Image, size: int | tuple[int, int] | Edges | Box) -> tuple[int, int]:
     if isinstance(size, tuple):
         return size
+    if isinstance(size, Edges | Box):
+        height, width = size.size_of(image.height, image.width)
+        if min(height, width) < 1:
+            raise ImageError(
+                f"an image of {image.width} x {image.height} pixels is too long and thin: resizing it for the model "
+                "would leave nothing of its shorter side; crop it first"
+            )
+        return height, width
     short, long = sorted(image.size)
     long = int(size * long / short)
     height, width = (long, size) if image.width <= image.height else (size, long)
@@ -203,18 +217,6 @@ def _check_num_pixels(image: Image.Image, height: int, width: int) -> None:
             f"an image of {image.width} x {image.height} pixels is too long and thin: resizing or padding it "
             f"for the model would make {width} x {height} pixels; crop it first"
         )
-
-
-def _read_size(size: Any, is_square: bool) -> Any:
-    """Bring the forms that a size has on the hub to an int (the shorter side) or (height, width)."""
-    match size:
-        case {"shortest_edge": length, **rest} if not rest and not is_square:
-            return length
-        case {"height": height, "width": width, **rest} if not rest:
-            return height, width
-        case int() if is_square:
-            return size, size
-    return _as_tuple(size)
 
 
 def _as_tuple(value: Any) -> Any:
@@ -231,6 +233,10 @@ def _is_length(value: object) -> bool:
 
 def _is_height_width(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(map(_is_length, value))
+
+
+def _are_bounds(value: object) -> bool:
+    return isinstance(value, Edges | Box) and all(map(_is_length, dataclasses.astuple(value)))
 
 
 def _is_rgb(value: object) -> bool:

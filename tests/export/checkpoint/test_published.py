@@ -1,0 +1,53 @@
+"""The layouts of published checkpoints, scaled down: a bundle of each answers as transformers does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from benchmarks.published import PUBLISHED, make_published
+from hivtp import Pipeline, Request, SamplingParams
+from hivtp.export.exporter import export_bundle
+from hivtp.export.settings import ExportSettings
+from hivtp.runtime.inputs.images import load_image
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+QUESTION = "What is in the picture? Is it red, or black & white?"
+
+
+@torch.inference_mode()
+def answer_of_transformers(folder: Path, photo: Path, num_tokens: int) -> list[int]:
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    # Of those that have no processor_config.json.
+    processor.patch_size = model.config.vision_config.patch_size
+    processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
+    processor.num_additional_image_tokens = 1
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    template = processor.chat_template
+    if template is None:
+        content, template = f"<image>\n{QUESTION}", processor.tokenizer.chat_template
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    has_bos = text.startswith(processor.tokenizer.bos_token)
+    inputs = processor(text=text, images=load_image(photo), add_special_tokens=not has_bos, return_tensors="pt")
+    outputs = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
+    return outputs[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_bundle_answers_as_transformers_does_with_the_same_folder(name: str, tmp_path: Path, photo: Path) -> None:
+    folder = make_published(tmp_path / "checkpoint", name)
+    export_bundle(folder, tmp_path / "bundle", ExportSettings(is_pruned=False), is_quiet=True)
+    with Pipeline.load(tmp_path / "bundle") as pipeline:
+        sampling = SamplingParams(max_new_tokens=12, temperature=0)
+        answer = pipeline.generate(Request(QUESTION, [photo], sampling))
+    expected = answer_of_transformers(folder, photo, 12)
+    assert len(set(expected)) > 3
+    assert answer.token_ids == expected
