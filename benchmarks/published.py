@@ -252,9 +252,7 @@ def _write_tokenizer(folder: Path, published: Published) -> dict[str, int]:
     )
     bos = published.named_tokens["bos_token"]
     if published.adds_bos:
-        processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
-        )
+        processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
     else:
         processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     backend.post_processor = processor
@@ -310,7 +308,9 @@ def _write_configs(folder: Path, published: Published, ids: dict[str, int]) -> N
         "torch_dtype": "float16",
     }
     text |= published.text
-    vision = {name: sizes["vision_config"][name] for name in (*scaled[:3], "num_hidden_layers", "image_size", "patch_size")}
+    vision = {
+        name: sizes["vision_config"][name] for name in (*scaled[:3], "num_hidden_layers", "image_size", "patch_size")
+    }
     vision |= {"model_type": "clip_vision_model", "projection_dim": 768, "vocab_size": 32000}
     is_next = published.family == "llava_next"
     config = {
@@ -331,7 +331,11 @@ def _write_configs(folder: Path, published: Published, ids: dict[str, int]) -> N
     if is_next:
         config |= {"image_grid_pinpoints": sizes["image_grid_pinpoints"], "use_image_newline_parameter": True}
     _write(folder / "config.json", config)
-    generation: dict[str, Any] = {"_from_model_config": True, "pad_token_id": ids["<pad>"], "transformers_version": "4.36.0"}
+    generation: dict[str, Any] = {
+        "_from_model_config": True,
+        "pad_token_id": ids["<pad>"],
+        "transformers_version": "4.36.0",
+    }
     for name, value in published.generation.items():
         tokens = value if isinstance(value, list) else [value]
         found = [ids[token] if isinstance(token, str) else token for token in tokens]

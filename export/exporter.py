@@ -58,13 +58,14 @@ def export_bundle(
     """Export a LLaVA checkpoint; each graph is compared with PyTorch before the bundle appears.
 
     Args:
-        checkpoint_folder: a Hugging Face folder.
+        checkpoint_folder: a Hugging Face folder, or the id of a repository on the hub, which is downloaded.
         destination: where the bundle will lie; whole when it appears.
         settings: what to export.
         is_quiet: print no progress.
 
     Raises:
         CheckpointError: the checkpoint is not supported or incomplete.
+        HubError: a checkpoint of the hub cannot be downloaded.
         SpecError: the pruning spec does not fit the model.
         ImageError: a picture for the calibration cannot be read.
         VerificationError: a graph differs from PyTorch by more than its tolerance.
@@ -80,7 +81,7 @@ def export_bundle(
     num_steps += num_decoder_steps(kind, is_taken_over=settings.decoder_from is not None)
     progress = Progress(num_steps, is_quiet=is_quiet)
     with progress.step(f"Checkpoint {checkpoint_folder}"):
-        checkpoint = Checkpoint.open(checkpoint_folder)
+        checkpoint = Checkpoint.open(checkpoint_folder, settings.revision, is_quiet=is_quiet)
         shape = VisionShape.of(checkpoint.config)
         settings.check_family(checkpoint, shape)
         spec = settings.resolved_spec(shape)
@@ -146,7 +147,8 @@ def _calibration_runs(
 
 def _source(checkpoint: Checkpoint, settings: ExportSettings) -> SourceManifest:
     language = None if settings.decoder is None else checkpoint.language_fingerprint
-    return SourceManifest(checkpoint.folder.resolve().name, checkpoint.fingerprint, language)
+    source = checkpoint.source
+    return SourceManifest(source.name, source.revision, checkpoint.fingerprint, language)
 
 
 def _export_tiling(

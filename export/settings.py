@@ -51,6 +51,7 @@ class ExportSettings:
             attention of the scoring layers, without a language model.
         decoder_from: a bundle of the same language model whose decoder is taken over instead of written again.
         chat_template: the name of the checkpoint's chat template, where it has several; None takes the default.
+        revision: of a checkpoint that is named by its id on the hub: a branch, tag or commit; None is the main branch.
         overwrite: replace an existing bundle.
     """
 
@@ -69,6 +70,7 @@ class ExportSettings:
     graph: GraphKind = "vision"
     decoder_from: Path | None = None
     chat_template: str | None = None
+    revision: str | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:

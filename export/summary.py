@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from hivtp.engines.bundle import Bundle, Manifest
+    from hivtp.engines.bundle import Bundle, Manifest, SourceManifest
 
 
-def summary(bundle: Bundle, checkpoint: Path) -> str:
+def summary(bundle: Bundle, checkpoint: str | Path) -> str:
     """What was written from a checkpoint, how large it is, how close to PyTorch, and how to run it."""
     manifest = bundle.manifest
     vision, language = manifest.vision, manifest.language
-    lines = [f"wrote {bundle.folder}"]
+    lines = [f"wrote {bundle.folder} from {_source(manifest.source)}"]
     found = manifest.verification["vision"]
     checks = [_relative_error(found)]
     if found["importance_error"] is not None:
@@ -49,6 +49,10 @@ def summary(bundle: Bundle, checkpoint: Path) -> str:
         backend = f"--language transformers --checkpoint {checkpoint} " if decoder is None else ""
         lines.append(f"\nask it: hivtp-run {bundle.folder} {backend}--image PHOTO 'What is in the picture?'")
     return "\n".join(lines)
+
+
+def _source(source: SourceManifest) -> str:
+    return source.name if source.revision is None else f"{source.name} of the hub, commit {source.revision[:12]}"
 
 
 def _part(manifest: Manifest, name: str, precision: str, paths: Sequence[str], checks: Sequence[str]) -> str:

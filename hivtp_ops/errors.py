@@ -31,6 +31,10 @@ class BundleError(HivtpError):
     """A bundle that is missing, incomplete, altered, or of another schema."""
 
 
+class HubError(HivtpError):
+    """A repository of the Hugging Face hub that is not there, or cannot be reached or downloaded."""
+
+
 class ImageError(HivtpError, ValueError):
     """An image that cannot be read or is refused."""
 

@@ -34,7 +34,10 @@ _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpo
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # transformers' `variant`, such as fp16, of either.
-_VARIANTS = (re.compile(r"^model\.([A-Za-z0-9_]+)\.safetensors$"), re.compile(r"^model\.safetensors\.index\.(\w+)\.json$"))
+_VARIANTS = (
+    re.compile(r"^model\.([A-Za-z0-9_]+)\.safetensors$"),
+    re.compile(r"^model\.safetensors\.index\.(\w+)\.json$"),
+)
 # How a file begins that `git clone` left without Git LFS.
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -162,10 +165,15 @@ def shard_names(index_file: Path) -> list[str]:
     """
     try:
         names = set(read_json(index_file)["weight_map"].values())
-        if not names or not all(map(_is_plain_name, names)):
-            raise ValueError("a file is not named by a relative path inside the folder")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index_file} is not a valid index of shards: {_reason(error)}") from error
+    for name in names:
+        if not _is_plain_name(name):
+            raise CheckpointError(
+                f"{index_file} is not a valid index of shards: it names {name!r}, expected files inside the folder"
+            )
+    if not names:
+        raise CheckpointError(f"{index_file} is not a valid index of shards: it names none")
     return sorted(names)
 
 
@@ -197,7 +205,9 @@ def _read_header(file: Path) -> list[Location]:
         stamp = FileStamp.of(file)
         with safe_open(file, framework="np") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118  not a mapping
-            return [Location(file, name, tuple(item.get_shape()), item.get_dtype(), stamp) for name, item in slices.items()]
+            return [
+                Location(file, name, tuple(item.get_shape()), item.get_dtype(), stamp) for name, item in slices.items()
+            ]
     except SafetensorError as error:
         raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}); download it again") from error
     except OSError as error:

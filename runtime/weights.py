@@ -6,14 +6,15 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hivtp.runtime.hub.checkpoint import checkpoint_folder
 from hivtp.runtime.weight_files import locate_weights
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     import torch
 
@@ -97,12 +98,14 @@ class CheckpointWeights:
 
 
 def open_source(folder: str | Path, manifest: Manifest) -> CheckpointWeights:
-    """The weights of the checkpoint that a bundle was exported from.
+    """The weights of the checkpoint that a bundle was exported from: a folder, or an id on the hub.
 
     Raises:
         CheckpointError: it is incomplete or damaged, or another one.
+        HubError: it cannot be downloaded, and what to do.
     """
-    folder, name = Path(folder), manifest.source.name
+    name = manifest.source.name
+    folder = checkpoint_folder(folder, manifest.source.revision)
     if not (folder / "config.json").is_file():
         found = "has no config.json" if folder.is_dir() else "is not a folder"
         raise CheckpointError(

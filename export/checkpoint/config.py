@@ -12,10 +12,12 @@ from hivtp.export.checkpoint.llava_next import LLAVA_NEXT
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from hivtp.export.checkpoint.family import Family
 
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAVA, LLAVA_NEXT)}
 LANGUAGE_MODELS = ("llama", "mistral")
 SUPPORTED = (
@@ -24,45 +26,56 @@ SUPPORTED = (
 )
 # As the builder of the vision graph writes them.
 VISION_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
-_VISION_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "image_size", "patch_size")
-_TEXT_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_hidden_layers",
-    "vocab_size",
-    "max_position_embeddings",
-)
+_SIZES = {
+    "vision_config": (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "image_size",
+        "patch_size",
+    ),
+    "text_config": (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "num_hidden_layers",
+        "vocab_size",
+        "max_position_embeddings",
+    ),
+}
 
 
-def read_config(folder: Path, place: object = None) -> Any:
+def read_config(folder: Path) -> Any:
     """Read config.json into its class of transformers, after checking that its model can be exported.
 
     Args:
         folder: of the checkpoint.
-        place: how messages call it; None for the folder.
 
     Raises:
         CheckpointError: what was found, and what is supported.
     """
-    place = place or folder
-    raw = read_object(folder / "config.json")
-    refuse_config(place, raw)
+    raw = read_object(folder / CONFIG_FILE)
+    refuse_config(folder, raw)
     kind = raw.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
-        raise CheckpointError(f"{place} holds a model of type {kind!r}; supported is {SUPPORTED}")
+        raise CheckpointError(f"{folder} holds a model of type {kind!r}; supported is {SUPPORTED}")
+    problem = _sizes_problem({part: raw[part] for part in _SIZES if isinstance(raw.get(part), dict)})
+    if problem is not None:
+        raise CheckpointError(f"{folder}: {problem}")
     import transformers
 
     try:
         config = getattr(transformers, family.config_class).from_dict(raw)
-        problem = _sizes_problem(config) or _architecture_problem(config, family) or family.config_problem(config)
+        sizes = {part: vars(getattr(config, part)) for part in _SIZES}
+        problem = _sizes_problem(sizes) or _architecture_problem(config, family) or family.config_problem(config)
     except Exception as error:
-        raise CheckpointError(f"{folder / 'config.json'} is not a valid LLaVA config: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder / CONFIG_FILE} is not a valid LLaVA config: {_shortened(error)}") from error
     if problem is not None:
-        raise CheckpointError(f"{place}: {problem}")
+        raise CheckpointError(f"{folder}: {problem}")
     return config
 
 
@@ -88,15 +101,13 @@ def sliding_window(text_config: Any) -> int | None:
     return window
 
 
-def _sizes_problem(config: Any) -> str | None:
+def _sizes_problem(parts: Mapping[str, Mapping[str, Any]]) -> str | None:
     """A size that no model has; transformers takes any integer, and fails later or never ends."""
-    for part, names in (("vision_config", _VISION_SIZES), ("text_config", _TEXT_SIZES)):
-        for name in names:
-            size = getattr(getattr(config, part), name, None)
-            if type(size) is not int or not 1 <= size <= MAX_SIZE:
-                # Other kinds of models have other sizes, and are refused by their type.
-                if size is None and getattr(config, part).model_type not in (*LANGUAGE_MODELS, "clip_vision_model"):
-                    continue
+    for part, values in parts.items():
+        for name in _SIZES[part]:
+            size = values.get(name)
+            # None stands for a default, or belongs to another kind of model, which is refused by its type.
+            if size is not None and (type(size) is not int or not 1 <= size <= MAX_SIZE):
                 return f"{name} of its {part} is {size!r}; expected 1 to {MAX_SIZE}"
     return None
 
@@ -139,6 +150,6 @@ def _architecture_problem(config: Any, family: Family) -> str | None:
     return None
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300] if text else 'without a message'}"
+def _shortened(error: Exception) -> str:
+    text = " ".join(f"{error}".split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."

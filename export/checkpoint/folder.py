@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hivtp.export.checkpoint.config import SUPPORTED, read_config
 from hivtp.export.checkpoint.foreign import file_names, refuse_formats, refuse_kind, refuse_weights
 from hivtp.export.checkpoint.shapes import check_shapes
+from hivtp.export.checkpoint.source import CheckpointSource, find_checkpoint
 from hivtp.runtime.weight_files import by_canonical_name, read_headers
 from hivtp.runtime.weights import CheckpointWeights
 from hivtp_ops.errors import CheckpointError, MissingExtraError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -20,24 +23,31 @@ class Checkpoint(CheckpointWeights):
     """A complete, supported LLaVA checkpoint; the weights stay on disk until they are asked for.
 
     Attributes:
+        source: how it is called, and where it comes from.
         config: its `transformers.LlavaConfig` or `LlavaNextConfig`.
     """
 
+    source: CheckpointSource
     config: Any
 
     @classmethod
-    def open(cls, folder: str | Path) -> Checkpoint:
-        """Open a folder after checking that it is complete: the config, each shard, each weight and its shape.
+    def open(cls, name: str | Path, revision: str | None = None, *, is_quiet: bool = False) -> Checkpoint:
+        """Open a checkpoint after checking that it is complete: the config, each shard, each weight and its shape.
+
+        Args:
+            name: its folder, or its id on the hub, from where it is downloaded.
+            revision: a branch, tag or commit on the hub.
+            is_quiet: show no progress bars of a download.
 
         Raises:
             CheckpointError: what was found, and what is supported.
+            HubError: it cannot be downloaded.
             MissingExtraError: a package of the export extra is not installed.
         """
         for package in ("torch", "transformers", "safetensors", "onnx", "onnx_ir"):
             _require(package)
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder} is not a folder; give the folder of a {SUPPORTED} checkpoint")
+        source = find_checkpoint(name, revision, is_quiet=is_quiet)
+        folder = source.folder
         names = file_names(folder)
         refuse_kind(folder, names)
         if "config.json" not in names:
@@ -48,7 +58,7 @@ class Checkpoint(CheckpointWeights):
         refuse_weights(folder, headers)
         locations = by_canonical_name(headers)
         check_shapes(folder, config, locations)
-        return cls(folder, locations, config)
+        return cls(folder, locations, source, config)
 
     @property
     def family(self) -> str:

@@ -131,7 +131,9 @@ def refuse_config(place: object, raw: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{place} {_ORIGINAL}")
     for part in ("", "text_config", "vision_config"):
         config = raw.get(part) if part else raw
-        for key in _QUANTISATION_KEYS if isinstance(config, dict) else ():
+        if not isinstance(config, dict):
+            continue
+        for key in _QUANTISATION_KEYS:
             if config.get(key):
                 raise CheckpointError(f"{place} is quantised ({_method(config[key])}, {key} in its config); {TO_FLOAT}")
     if raw.get("transformers_weights") is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hivtp.engines.bundle import SamplingDefaults
-from hivtp.export.checkpoint.config import read_object
+from hivtp.export.checkpoint.config import CONFIG_FILE, GENERATION_FILE, read_object
 from hivtp_ops.errors import CheckpointError, CheckpointWarning
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from hivtp.export.checkpoint.folder import Checkpoint
 
-FILE = "generation_config.json"
 # What changes which tokens are chosen, and a bundle knows nothing of: the value that changes nothing, for each.
 _OTHERS: dict[str, Any] = {
     "num_beams": 1,
@@ -74,11 +73,11 @@ class GenerationDefaults:
         """
         from transformers import GenerationConfig
 
-        folder, has_file = checkpoint.folder, (checkpoint.folder / FILE).exists()
-        name = FILE if has_file else "config.json"
+        folder, has_file = checkpoint.folder, (checkpoint.folder / GENERATION_FILE).exists()
+        name = GENERATION_FILE if has_file else CONFIG_FILE
         try:
             if has_file:
-                found = GenerationConfig.from_dict(read_object(folder / FILE))
+                found = GenerationConfig.from_dict(read_object(folder / GENERATION_FILE))
             else:
                 found = GenerationConfig.from_model_config(checkpoint.config)
             values = found._get_default_generation_params()
@@ -87,16 +86,16 @@ class GenerationDefaults:
         except CheckpointError:
             raise
         except Exception as error:
-            raise CheckpointError(f"{folder / name} is not a valid generation config: {error}") from error
+            raise CheckpointError(f"{folder / name}: {error}") from error
         return cls(_eos_token_ids(checkpoint, tokenizer, values.get("eos_token_id")), sampling, ignored)
 
     def warn_of_ignored(self, folder: Path) -> None:
         """Name the settings of a checkpoint that its bundle will not follow, in a CheckpointWarning."""
         if self.ignored:
             warnings.warn(
-                f"{folder}: {', '.join(self.ignored)} of its {FILE} will not be followed, so that answers may differ "
-                "from those of transformers; hivtp has temperature, top_p, top_k and repetition_penalty, and requests "
-                "have stop strings",
+                f"{folder}: {', '.join(self.ignored)} of its {GENERATION_FILE} will not be followed, so answers may "
+                "differ from those of transformers; followed are do_sample, temperature, top_p, top_k and "
+                "repetition_penalty",
                 CheckpointWarning,
                 stacklevel=3,
             )
@@ -113,8 +112,8 @@ def _sampling(values: dict[str, Any]) -> SamplingDefaults:
     temperature, top_p, top_k = _number(values, "temperature"), _number(values, "top_p"), values["top_k"]
     if temperature < 0 or not 0 < top_p <= 1 or type(top_k) is not int or top_k < 0:
         raise ValueError(
-            f"temperature {temperature}, top_p {top_p}, top_k {top_k!r}; expected 0 or more, above 0 and at most 1, and "
-            "a whole number, 0 or more"
+            f"temperature is {temperature}, top_p {top_p}, top_k {top_k!r}; expected 0 or more, above 0 and at most 1, "
+            "and a whole number, 0 or more"
         )
     return SamplingDefaults(temperature, top_p, top_k, penalty)
 
@@ -144,9 +143,9 @@ def _eos_token_ids(checkpoint: Checkpoint, tokenizer: Any, found: Any) -> tuple[
             if type(token_id) is not int or not 0 <= token_id < num_tokens:
                 raise CheckpointError(
                     f"{checkpoint.folder} names {token_id!r} as eos_token_id, and its vocabulary has the tokens 0 to "
-                    f"{num_tokens - 1}; correct it in {FILE} or config.json"
+                    f"{num_tokens - 1}; correct it in {GENERATION_FILE} or config.json"
                 )
         return tuple(ids)
     raise CheckpointError(
-        f"{checkpoint.folder} names no end-of-sequence token; add eos_token_id to its {FILE} or config.json"
+        f"{checkpoint.folder} names no end-of-sequence token; add eos_token_id to its {GENERATION_FILE} or config.json"
     )

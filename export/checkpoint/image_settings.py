@@ -36,7 +36,9 @@ def image_settings(checkpoint: Checkpoint, image_processor: Any) -> dict[str, An
         )
     settings: dict[str, Any] = json.loads(image_processor.to_json_string()) | {"image_processor_type": name}
     try:
-        problem = family.processor_problem(checkpoint.config, settings) or _difference(family, image_processor, settings)
+        problem = family.processor_problem(checkpoint.config, settings) or _difference(
+            family, image_processor, settings
+        )
     except HivtpError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     if problem is not None:
@@ -51,7 +53,7 @@ def _difference(family: Any, image_processor: Any, settings: dict[str, Any]) -> 
         image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
         try:
             expected = image_processor(image, return_tensors="np")["pixel_values"]
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever the library raises on odd settings
             return f"transformers cannot preprocess an image as its preprocessor_config.json says: {error}"
         found = family.preprocess(settings, image)
         if not np.array_equal(found, np.asarray(expected).reshape(-1, *expected.shape[-3:])):

@@ -21,7 +21,9 @@ def _processor_problem(config: Any, settings: dict[str, Any]) -> str | None:
     side = config.vision_config.image_size
     height, width = ImageProcessor.from_config(settings).output_size
     if (height, width) != (side, side):
-        return f"the image processor makes {height} x {width} pixels of an image, the vision tower takes {side} x {side}"
+        return (
+            f"the image processor makes {height} x {width} pixels of an image, the vision tower takes {side} x {side}"
+        )
     return None
 
 

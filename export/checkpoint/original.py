@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hivtp.engines.files import read_json, read_regular
-from hivtp.export.checkpoint.tokenizer import check_tokenizer_files
+from hivtp.export.checkpoint.tokenizer import FAST_FILE, SAVE_FAST, check_tokenizer_files
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -38,21 +38,23 @@ def open_original(folder: Path) -> Any:
     _check_files(folder)
     check_tokenizer_files(folder)
     try:
-        processor = AutoProcessor.from_pretrained(
-            folder, local_files_only=True, backend="pil", trust_remote_code=False
-        )
-        if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
-            raise TypeError(f"it is a {type(processor).__name__} alone")
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil", trust_remote_code=False)
+        parts = processor.tokenizer, processor.image_processor
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise CheckpointError(
-                f"the processor of {folder} is Python code of the checkpoint, which is never run; save it as a processor "
-                "of transformers first"
+                f"the processor of {folder} is Python code of the checkpoint, which is never run; save it as a "
+                "processor of transformers first"
+            ) from error
+        if not (folder / FAST_FILE).exists():
+            raise CheckpointError(
+                f"{folder} has no {FAST_FILE}, and transformers cannot make a tokenizer of its other files; {SAVE_FAST}"
             ) from error
         raise CheckpointError(
             f"{folder} has no usable processor ({_shortened(error)}); "
             "it needs tokenizer.json, tokenizer_config.json and preprocessor_config.json"
         ) from error
+    assert all(part is not None for part in parts), "a processor has its parts"
     return processor
 
 
@@ -62,13 +64,12 @@ def _check_files(folder: Path) -> None:
     others = [file for form in OTHER_FILES for file in sorted(folder.glob(form))]
     for file in (*filter(lambda file: file.exists(), files), *others):
         try:
-            if file.suffix == ".json":
-                read_json(file)
-            else:
-                read_regular(file, MAX_OTHER_BYTES)
+            content = read_json(file) if file.suffix == ".json" else {"": read_regular(file, MAX_OTHER_BYTES)}
         except (OSError, ValueError) as error:
             reason = (error.strerror or error) if isinstance(error, OSError) else f"it is not valid JSON: {error}"
             raise CheckpointError(f"{file} cannot be read: {reason}") from error
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{file} holds a JSON {type(content).__name__}, expected an object")
 
 
 def _shortened(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: whether transformers can make a fast one of its files, and whether it fits the model."""
+"""The tokenizer of a checkpoint: whether transformers can make a fast one of its files, and it fits the model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MAX_VOCABULARY_BYTES = 64 * 2**20
 # A token in base 64 and its rank, on each line.
 _TIKTOKEN_LINE = re.compile(rb"^[A-Za-z0-9+/]+=* \d+\r?\n")
 SAVE_FAST = (
-    "write its fast tokenizer beside it: AutoTokenizer.from_pretrained(folder).save_pretrained(folder) makes "
-    "tokenizer.json"
+    "take that file from where the model was published, or write it where the checkpoint was made: "
+    "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
 )
 
 
@@ -38,9 +38,8 @@ def check_tokenizer_files(folder: Path) -> None:
         raise CheckpointError(f"{vocabulary} cannot be read: {error.strerror or error}") from error
     if _TIKTOKEN_LINE.match(content):
         raise CheckpointError(
-            f"{folder} has no {FAST_FILE}, and its {SENTENCEPIECE_FILE} is a vocabulary of tiktoken, which does not say "
-            f"how text is split; {SAVE_FAST} where tiktoken and blobfile are installed, or take that file from where "
-            "the model was published"
+            f"{folder} has no {FAST_FILE}, and its {SENTENCEPIECE_FILE} is a vocabulary of tiktoken, which does not "
+            f"say how text is split; {SAVE_FAST} with tiktoken and blobfile installed"
         )
     if importlib.util.find_spec("sentencepiece") is None:
         raise MissingExtraError("sentencepiece", "export")
@@ -60,7 +59,9 @@ def check_tokenizer(folder: Path, tokenizer: Any, image_token: str, config: Any)
             embeddings have no vector for.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise CheckpointError(f"{folder} has no {FAST_FILE}, and transformers cannot make one of its files; {SAVE_FAST}")
+        raise CheckpointError(
+            f"{folder} has no {FAST_FILE}, and transformers cannot make one of its files; {SAVE_FAST}"
+        )
     num_rows = config.text_config.vocab_size
     # The image token comes first, so that the message speaks of it.
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -74,6 +75,6 @@ def check_tokenizer(folder: Path, tokenizer: Any, image_token: str, config: Any)
         if not 0 <= token_id < num_rows:
             raise CheckpointError(
                 f"{folder}: the tokenizer has {token!r} as token {token_id}, and the embeddings end with token "
-                f"{num_rows - 1}; make them longer with transformers (model.resize_token_embeddings) and save the model "
-                "again, or take the token out of the tokenizer's files"
+                f"{num_rows - 1}; make them longer with transformers (model.resize_token_embeddings) and save the "
+                "model again, or take the token out of the tokenizer's files"
             )

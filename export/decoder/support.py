@@ -41,6 +41,4 @@ def check_decoder(checkpoint: Checkpoint) -> None:
         works = f"a decoder can be written for up to {MAX_CONTEXT_LENGTH}; lower max_position_embeddings in config.json"
     else:
         return
-    raise CheckpointError(
-        f"the language model of {checkpoint.folder} has {found}, and {works}. Or {LEAVE_IT_OUT}"
-    )
+    raise CheckpointError(f"the language model of {checkpoint.folder} has {found}, and {works}. Or {LEAVE_IT_OUT}")

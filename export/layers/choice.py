@@ -48,7 +48,7 @@ def choose_layers(
     LLaVA-NeXT the base tile is judged, the picture as a whole.
 
     Args:
-        checkpoint_folder: a Hugging Face folder.
+        checkpoint_folder: a Hugging Face folder, or the id of a repository on the hub, which is downloaded.
         images: files of pictures like those that the model is meant for.
         export: the export that the layers are for; a `first_layer` or `num_layers` in it limits what is ranked.
         settings: how to judge.
@@ -63,11 +63,11 @@ def choose_layers(
     uses_answers = settings.criterion == "answers"
     progress = Progress(num_steps=4 if uses_answers else 3, is_quiet=is_quiet)
     with progress.step(f"Checkpoint {checkpoint_folder}"):
-        checkpoint = Checkpoint.open(checkpoint_folder)
+        checkpoint = Checkpoint.open(checkpoint_folder, export.revision, is_quiet=is_quiet)
         shape = VisionShape.of(checkpoint.config)
         spec = _spec_to_judge(export, shape)
         ranges = layer_ranges(shape.num_feature_layers, spec)
-        processor = Processor.open(checkpoint)
+        processor = Processor.open(checkpoint, export.chat_template)
         if not images:
             raise ImageError("no images were given; give files of images like those that the model is meant for")
         pictures = [load_image(image) for image in images]

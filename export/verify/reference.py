@@ -60,9 +60,7 @@ def vision_reference(
     # transformers writes into the config.
     config = deepcopy(checkpoint.config)
     # In float32 whatever the config says: checkpoints in half precision say so for each of their parts.
-    tower = CLIPVisionModel._from_config(
-        config.vision_config, attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    tower = CLIPVisionModel._from_config(config.vision_config, attn_implementation="eager", dtype=torch.float32).eval()
     weights = {name: tensor.float() for name, tensor in checkpoint.part("vision.").items()}
     tower.load_state_dict(weights, strict=False)
     projector = LlavaMultiModalProjector(config).eval()

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from hivtp.runtime.inputs.images import MAX_IMAGE_PIXELS
-from hivtp.runtime.inputs.resizing import Box, Edges, read_size
+from hivtp.runtime.inputs.resizing import Box, Edges, Size, read_size
 from hivtp_ops.errors import CheckpointError, ImageError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class ImageProcessor:
 
     do_pad: bool = False
     do_resize: bool = True
-    size: int | tuple[int, int] | Edges | Box = 224
+    size: Size = 224
     resample: int = Image.Resampling.BICUBIC.value
     do_center_crop: bool = True
     crop_size: tuple[int, int] = (224, 224)
@@ -64,8 +64,7 @@ class ImageProcessor:
         for name in ("do_pad", "do_resize", "do_center_crop", "do_rescale", "do_normalize"):
             self._expect(name, "true or false", isinstance(getattr(self, name), bool))
         is_size = _is_length(self.size) or _is_height_width(self.size) or _are_bounds(self.size)
-        expected = "the shorter side, (height, width), shortest_edge with longest_edge, or max_height with max_width"
-        self._expect("size", f"{expected}, in pixels", is_size)
+        self._expect("size", "the shorter side or (height, width) in pixels, or bounds of both", is_size)
         self._expect("crop_size", "(height, width) in pixels", _is_height_width(self.crop_size))
         filters = [resample.value for resample in Image.Resampling]
         self._expect("resample", f"one of Pillow's filters {filters}", self.resample in filters)
@@ -193,7 +192,7 @@ def _flatten(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _resized_size(image: Image.Image, size: int | tuple[int, int] | Edges | Box) -> tuple[int, int]:
+def _resized_size(image: Image.Image, size: Size) -> tuple[int, int]:
     if isinstance(size, tuple):
         return size
     if isinstance(size, Edges | Box):

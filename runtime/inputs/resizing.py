@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class Box:
         """(height, width) after resizing, as transformers rounds it."""
         scale = min(self.max_height / height, self.max_width / width)
         return int(height * scale), int(width * scale)
+
+
+# An int is the length of the shorter side, a tuple is (height, width).
+Size: TypeAlias = int | tuple[int, int] | Edges | Box
 
 
 def read_size(size: Any, *, is_square: bool) -> Any:

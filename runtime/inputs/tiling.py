@@ -18,6 +18,8 @@ from hivtp_ops.errors import CheckpointError, ImageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from hivtp.runtime.inputs.resizing import Size
+
 
 PROCESSOR_TYPE = "LlavaNextImageProcessor"
 
@@ -153,7 +155,7 @@ class Tiler:
 
         return max(self.pinpoints, key=goodness)
 
-    def _resize(self, image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    def _resize(self, image: Image.Image, size: Size) -> Image.Image:
         resizer = dataclasses.replace(
             self.image_processor, do_pad=False, do_resize=True, size=size, do_center_crop=False
         )
