@@ -224,7 +224,9 @@ def _builder_config(checkpoint: Checkpoint) -> Any:
     """What transformers reads of the config: the builder also takes notice of keys that other models have."""
     theirs = checkpoint.config.text_config
     # Copied, since the builder writes into it.
-    values = {field.name: deepcopy(getattr(theirs, field.name)) for field in fields(theirs) if field.init}
+    values: dict[str, Any] = {field.name: deepcopy(getattr(theirs, field.name)) for field in fields(theirs) if field.init}
+    # The rotations are made without it; it takes notice of some of these keys.
+    values["rope_parameters"] = {"rope_type": "default", "rope_theta": theirs.rope_parameters["rope_theta"]}
     config = type(theirs)(**values)
     config.architectures = [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[config.model_type]]
     if sliding_window(config) is not None:

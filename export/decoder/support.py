@@ -29,13 +29,17 @@ def check_decoder(checkpoint: Checkpoint) -> None:
         CheckpointError: what it has, what works, and the way out.
     """
     config = checkpoint.config.text_config
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    rope = config.rope_parameters
+    rope_type = rope["rope_type"]
     if config.head_dim % HEAD_SIZE_STEP != 0:
         found = f"heads of size {config.head_dim}"
         works = f"ONNX Runtime's attention takes multiples of {HEAD_SIZE_STEP}"
     elif rope_type not in ROPE_TYPES:
         found = f"rotary position embeddings (RoPE) of type {rope_type!r}"
         works = f"a decoder can be written for {', '.join(ROPE_TYPES)}"
+    elif rope_type != "default" and rope.get("partial_rotary_factor", 1) != 1:
+        found = f"rotary position embeddings (RoPE) of type {rope_type!r} for a part of each head"
+        works = "a decoder can be written where they turn the whole head"
     elif config.max_position_embeddings > MAX_CONTEXT_LENGTH:
         found = f"a context of {config.max_position_embeddings} positions"
         works = f"a decoder can be written for up to {MAX_CONTEXT_LENGTH}; lower max_position_embeddings in config.json"

@@ -12,6 +12,8 @@ from urllib.parse import unquote, urlsplit
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import pytest
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -26,6 +28,8 @@ class FakeHub:
     def __init__(self, repositories: dict[str, Path], gated: tuple[str, ...] = ()) -> None:
         self.repositories = repositories
         self.gated = gated
+        # What every request is answered with, where it is set.
+        self.status: int | None = None
         # Paths of the files whose content was sent.
         self.sent: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -38,6 +42,16 @@ class FakeHub:
     def environment(self, home: Path) -> dict[str, str]:
         """What makes huggingface_hub use it, with a cache of its own."""
         return {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+
+    def use(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+        """Make huggingface_hub use it in this process, with a cache of its own."""
+        from huggingface_hub import constants
+
+        template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", self.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -69,7 +83,9 @@ class FakeHub:
                 name = "/".join(parts[2:4] if is_api else parts[:2])
                 rest = parts[4:] if is_api else parts[2:]
                 folder = hub.repositories.get(name)
-                if folder is None:
+                if hub.status is not None:
+                    self._refuse(hub.status, "Trouble")
+                elif folder is None:
                     self._refuse(404, "RepoNotFound")
                 elif len(rest) >= 2 and rest[1] not in ("main", COMMIT):
                     self._refuse(404, "RevisionNotFound")
