@@ -46,8 +46,9 @@ def summary(bundle: Bundle, checkpoint: str | Path) -> str:
             f"{vision.num_layers}; others may see better: rank them with --choose-layers (docs/choosing-layers.md)"
         )
     if language is not None:
-        backend = f"--language transformers --checkpoint {checkpoint} " if decoder is None else ""
-        lines.append(f"\nask it: hivtp-run {bundle.folder} {backend}--image PHOTO 'What is in the picture?'")
+        options = f"--language-backend transformers --language-checkpoint {checkpoint} "
+        backend = options if decoder is None else ""
+        lines.append(f"\nask it: hivtp run {bundle.folder} {backend}--image PHOTO 'What is in the picture?'")
     return "\n".join(lines)
 
 
