@@ -120,10 +120,12 @@ def export_bundle(
                 processor.write(folder / PROCESSOR_FOLDER)
                 tiling = _export_tiling(checkpoint, shape, settings, folder)
                 language = language_manifest(checkpoint, generation, decoder)
+            origin = _source(checkpoint, settings)
+            # After the last weight was read.
             checkpoint.check_unchanged()
             manifest = Manifest(
                 family=checkpoint.family,
-                source=_source(checkpoint, settings),
+                source=origin,
                 pruning=spec,
                 vision=_vision_manifest(shape, spec, settings),
                 tiling=tiling,

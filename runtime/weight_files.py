@@ -1,4 +1,4 @@
-"""Where the weights of a Hugging Face folder lie: which files count, and one name for a weight in every layout."""
+"""Where the weights of a Hugging Face folder lie: which of its files count, and what each of them holds."""
 
 from __future__ import annotations
 
@@ -9,28 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from hivtp.engines.files import read_json
+from hivtp.runtime.weight_names import canonical_name
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
     from pathlib import Path
 
-# Weight names, from any layout, to `part.name`: the hub's (transformers 4), those of a live model, and
-# those that transformers 5 saves, which drop the tower's `vision_model.`.
-_CANONICAL_NAMES = (
-    (re.compile(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)$"), r"vision.\1"),
-    (re.compile(r"^(?:model\.)?multi_modal_projector\.(.+)$"), r"projector.\1"),
-    (re.compile(r"^language_model\.(model\..+|lm_head\..+)$"), r"language.\1"),
-    (re.compile(r"^model\.language_model\.(?:model\.)?(.+)$"), r"language.model.\1"),
-    (re.compile(r"^(lm_head\..+)$"), r"language.\1"),
-    (re.compile(r"^(?:model\.)?(image_newline)$"), r"\1"),
-)
-# Buffers that old versions of transformers saved; they follow from the config.
-_BUFFERS = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
-# What training wraps around a model: in front of a name DataParallel and PEFT (with the adapter merged), at any module
-# torch.compile, FSDP and activation checkpointing.
-_OUTER_WRAPPERS = re.compile(r"^(?:(?:module|base_model\.model)\.)+")
-_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # transformers' `variant`, such as fp16, of either.
@@ -96,17 +81,6 @@ class Location:
                 f"{self.file} was changed since the checkpoint was opened, so weights of two states would be mixed; "
                 "start again when nothing else writes to that folder"
             )
-
-
-def canonical_name(name: str) -> str | None:
-    """The canonical name of a weight in any published layout; None for what is not a weight of the model."""
-    name = _OUTER_WRAPPERS.sub("", _WRAPPERS.sub("", name))
-    if _BUFFERS.search(name):
-        return None
-    for pattern, replacement in _CANONICAL_NAMES:
-        if pattern.match(name):
-            return pattern.sub(replacement, name)
-    return None
 
 
 def locate_weights(folder: Path) -> dict[str, Location]:
@@ -189,7 +163,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if entry.endswith(".safetensors"):
         return [folder / entry]
     names = shard_names(folder / entry)
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name[:200] for name in names if not os.path.isfile(folder / name)]
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of its {len(names)} shards: {', '.join(missing)}; download them again"

@@ -6,24 +6,22 @@ import contextlib
 import io
 import logging
 import tempfile
-from copy import deepcopy
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from hivtp.export.checkpoint.config import sliding_window
 from hivtp.export.decoder.last_position import cut_to_last_position
+from hivtp.export.decoder.model_builder import BUILDER_OPTIONS, builder_class, builder_config
 from hivtp.export.decoder.w8a8 import quantize_products
 from hivtp.export.decoder.weight_only import WeightOnlySettings, quantize_weights
 from hivtp.export.graph.builder import save_model
-from hivtp_ops.errors import CheckpointError, MissingExtraError
+from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    import torch
     from transformers import PreTrainedModel
 
     from hivtp.export.checkpoint.folder import Checkpoint
@@ -41,13 +39,6 @@ DEFAULT_BLOCK_SIZE = 32
 DECODER_NAME = "decoder.onnx"
 PREFILL_NAME = "prefill.onnx"
 EMBEDDINGS_NAME = "embeddings.npy"
-# The KV cache holds the whole context, in which a chat can go back, even where attention sees a window of it.
-BUILDER_OPTIONS: Mapping[str, Any] = {
-    "exclude_embeds": True,
-    "prune_lm_head": True,
-    "windowed_kv_cache": False,
-    "filename": DECODER_NAME,
-}
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ class DecoderKind:
 
     Attributes:
         precision: see write_decoder.
-        block_size: likewise; None where weights are not rounded in blocks.
+        block_size: of write_decoder; None where weights are not rounded in blocks.
         prefill_precision: of a second decoder, which runs the prompts; None where one decoder runs all.
     """
 
@@ -92,17 +83,17 @@ def write_decoder(
         MissingExtraError: onnxruntime-genai is not installed.
         CheckpointError: the builder refuses the language model.
     """
-    builder = _builder_class(checkpoint.config.text_config.model_type)
+    builder = builder_class(checkpoint.config.text_config.model_type)
     import onnx_ir as ir
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = _builder_config(checkpoint)
+    config = builder_config(checkpoint)
     is_half = precision in HALF_PRECISIONS
     dtype, provider = (ir.DataType.FLOAT16, "cuda") if is_half else (ir.DataType.FLOAT, "cpu")
     try:
         with tempfile.TemporaryDirectory() as cache, _silenced():
             # Built without rounding and quantised by us afterwards: the builder would hold all weights in memory.
-            decoder = builder(config, dtype, dtype, provider, cache, dict(BUILDER_OPTIONS))
+            decoder = builder(config, dtype, dtype, provider, cache, {**BUILDER_OPTIONS, "filename": DECODER_NAME})
             decoder.loaded_model = load_language_model(checkpoint)
             decoder.make_model("")
             del decoder.loaded_model
@@ -173,66 +164,6 @@ def load_language_model(checkpoint: Checkpoint) -> PreTrainedModel:
     weights = {name: checkpoint.language_tensor(name) for name in model.state_dict()}
     model.load_state_dict(weights, assign=True)
     return model.eval()
-
-
-def _builder_class(model_type: str) -> Any:
-    try:
-        import onnxruntime_genai.models  # noqa: F401  it puts the builder's folder on the path
-        from onnxruntime_genai.models.builders import llama, mistral
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime-genai", "export") from error
-    base = {"llama": llama.LlamaModel, "mistral": mistral.MistralModel}[model_type]
-
-    class Decoder(base):  # type: ignore[misc, valid-type]  # the builder ships no types
-        """The builder's model, fed with an already opened one instead of a folder."""
-
-        loaded_model: PreTrainedModel
-
-        def load_weights(self, input_path: str) -> PreTrainedModel:  # noqa: ARG002  the builder's signature
-            return self.loaded_model
-
-        def has_lm_head(self, module: Any) -> bool:
-            # The builder takes any layer with as many outputs as the vocabulary has tokens.
-            return module is self.loaded_model.lm_head
-
-        def make_rope_init(self, config: Any) -> None:
-            """Leave the rotations to `make_rotary_embedding_caches_from_scratch`."""
-
-        def make_rotary_embedding_caches_from_scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
-            return rotations(self.loaded_model, self.context_length)
-
-    return Decoder
-
-
-def rotations(model: PreTrainedModel, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [positions, head size / 2] float32 of RoPE, as transformers computes them.
-
-    Args:
-        model: a causal language model whose RoPE depends on the position alone, see ROPE_TYPES.
-        num_positions: from the first.
-    """
-    import torch
-
-    # Its frequencies are not weights, so it is made anew off the meta device.
-    rotary = type(model.model.rotary_emb)(model.config)
-    cosines, sines = rotary(torch.empty(0, dtype=torch.float32), torch.arange(num_positions)[None])
-    half = cosines.shape[-1] // 2
-    return cosines[0, :, :half], sines[0, :, :half]
-
-
-def _builder_config(checkpoint: Checkpoint) -> Any:
-    """What transformers reads of the config: the builder also takes notice of keys that other models have."""
-    theirs = checkpoint.config.text_config
-    # Copied, since the builder writes into it.
-    values: dict[str, Any] = {field.name: deepcopy(getattr(theirs, field.name)) for field in fields(theirs) if field.init}
-    # The rotations are made without it; it takes notice of some of these keys.
-    values["rope_parameters"] = {"rope_type": "default", "rope_theta": theirs.rope_parameters["rope_theta"]}
-    config = type(theirs)(**values)
-    config.architectures = [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[config.model_type]]
-    if sliding_window(config) is not None:
-        # Mistral's config names no layers: its window holds in all of them.
-        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
-    return config
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 CLIP_TYPES = ("CLIPImageProcessor", "CLIPFeatureExtractor")
 LLAVA_TYPES = ("LlavaImageProcessor",)
+# Of a side in pixels; far more than any vision tower takes.
+MAX_LENGTH = 2**14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +67,14 @@ class ImageProcessor:
         for name in ("do_pad", "do_resize", "do_center_crop", "do_rescale", "do_normalize"):
             self._expect(name, "true or false", isinstance(getattr(self, name), bool))
         is_size = _is_length(self.size) or _is_height_width(self.size) or _are_bounds(self.size)
-        self._expect("size", "the shorter side or (height, width) in pixels, or bounds of both", is_size)
-        self._expect("crop_size", "(height, width) in pixels", _is_height_width(self.crop_size))
+        self._expect(
+            "size", "the shorter side or (height, width) in pixels or bounds of both, of no huge image", is_size
+        )
+        self._expect("crop_size", "(height, width) in pixels, of no huge image", _is_height_width(self.crop_size))
         filters = [resample.value for resample in Image.Resampling]
-        self._expect("resample", f"one of Pillow's filters {filters}", self.resample in filters)
+        self._expect(
+            "resample", f"one of Pillow's filters {filters}", type(self.resample) is int and self.resample in filters
+        )
         self._expect("rescale_factor", "a number", _is_number(self.rescale_factor))
         self._expect("image_mean", "three numbers", _is_rgb(self.image_mean))
         self._expect("image_std", "three numbers, none 0", _is_rgb(self.image_std) and all(self.image_std))
@@ -223,15 +230,18 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # An integer may be larger than any float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_length(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_LENGTH
 
 
 def _is_height_width(value: object) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_length, value))
+    if not isinstance(value, tuple) or len(value) != 2 or not all(map(_is_length, value)):
+        return False
+    return math.prod(value) <= MAX_IMAGE_PIXELS
 
 
 def _are_bounds(value: object) -> bool:

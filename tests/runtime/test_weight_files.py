@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benchmarks.checkpoints import make_checkpoint
-from hivtp.runtime.weight_files import canonical_name, entry_file, locate_weights, shard_names
+from hivtp.runtime.weight_files import entry_file, locate_weights, shard_names
+from hivtp.runtime.weight_names import canonical_name
 from hivtp.runtime.weights import CheckpointWeights
 from hivtp_ops.errors import CheckpointError
 from tests.support.folders import edit_json, rename_weights
@@ -74,7 +75,7 @@ def test_weights_are_looked_for_in_the_order_of_transformers(names: list[str], e
 
 
 def test_several_variants_are_refused_by_name() -> None:
-    with pytest.raises(CheckpointError, match="as the variants bf16, fp16 .*rename the files of one"):
+    with pytest.raises(CheckpointError, match=r"as the variants bf16, fp16 .*rename the files of one"):
         entry_file(["model.fp16.safetensors", "model.safetensors.index.bf16.json"])
 
 
@@ -130,7 +131,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path, index: str, message: str) ->
 def test_a_pipe_in_place_of_a_shard_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "shard.safetensors")
     edit_json(tmp_path / "model.safetensors.index.json", weight_map={"a": "shard.safetensors"})
-    with pytest.raises(CheckpointError, match="lacks 1 of its 1 shards: shard.safetensors"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 of its 1 shards: shard.safetensors"):
         locate_weights(tmp_path)
 
 
@@ -173,7 +174,7 @@ def test_weights_that_change_after_they_were_opened_are_refused(broken: Path) ->
     weights = opened()
     (broken / "other").write_bytes(content)
     (broken / "other").replace(file)
-    with pytest.raises(CheckpointError, match="was changed since the checkpoint was opened.*start again"):
+    with pytest.raises(CheckpointError, match=r"was changed since the checkpoint was opened.*start again"):
         weights.tensor(name)
     weights = opened()
     os.truncate(file, len(content) // 2)
@@ -183,7 +184,7 @@ def test_weights_that_change_after_they_were_opened_are_refused(broken: Path) ->
     weights = opened()
     weights.check_unchanged()
     file.unlink()
-    with pytest.raises(CheckpointError, match="cannot be read any more .*it was there when"):
+    with pytest.raises(CheckpointError, match=r"cannot be read any more .*it was there when"):
         weights.check_unchanged()
 
 

@@ -47,7 +47,9 @@ def test_of_several_templates_the_default_is_taken(broken: Path) -> None:
 
 def test_without_a_default_a_choice_is_asked_for(broken: Path) -> None:
     named(broken, ("short", "SHORT"), ("long", "LONG"))
-    with pytest.raises(CheckpointError, match="has the chat templates long, short, and none of them is the default; ch"):
+    with pytest.raises(
+        CheckpointError, match="has the chat templates long, short, and none of them is the default; ch"
+    ):
         template_of(broken)
     with pytest.raises(CheckpointError, match="none is named 'other'; choose one with --chat-template NAME"):
         template_of(broken, "other")

@@ -13,6 +13,7 @@ from hivtp_ops.errors import CheckpointError
 from tests.support.folders import edit_json, rename_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor
@@ -70,7 +71,7 @@ def test_an_adapter_is_to_be_merged(broken: Path, has_weights: bool) -> None:
         lambda name: name.replace("lm_head.weight", "lm_head.modules_to_save.default.weight"),
     ],
 )
-def test_an_adapter_that_is_not_merged_is_named(broken: Path, rename) -> None:  # noqa: ANN001
+def test_an_adapter_that_is_not_merged_is_named(broken: Path, rename: Callable[[str], str]) -> None:
     rename_weights(broken, lambda name: f"base_model.model.{rename(name)}")
     message = refusal_of(broken)
     assert "an adapter that is not merged" in message
@@ -111,7 +112,7 @@ def test_other_formats_beside_safetensors_are_no_matter(broken: Path) -> None:
 def test_a_folder_without_weights_is_called_that(broken: Path) -> None:
     (broken / "model.safetensors").unlink()
     (broken / "training_args.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="holds no weights: it has neither model.safetensors nor"):
+    with pytest.raises(CheckpointError, match=r"holds no weights: it has neither model.safetensors nor"):
         Checkpoint.open(broken)
 
 

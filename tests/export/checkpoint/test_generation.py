@@ -55,7 +55,11 @@ def test_sampling_is_resolved_as_transformers_does(broken: Path, values: dict, e
     model = LlavaForConditionalGeneration.from_pretrained(broken)
     theirs, _ = model._prepare_generation_config(None)
     if theirs.do_sample:
-        assert (theirs.temperature, theirs.top_p, theirs.top_k) == (expected.temperature, expected.top_p, expected.top_k)
+        assert (theirs.temperature, theirs.top_p, theirs.top_k) == (
+            expected.temperature,
+            expected.top_p,
+            expected.top_k,
+        )
     else:
         assert expected.temperature == 0
     assert theirs.repetition_penalty == expected.repetition_penalty
@@ -142,5 +146,7 @@ def test_the_end_of_an_answer_is_found_where_the_file_says_nothing(broken: Path)
     edit_json(broken / "config.json", lambda config: config["text_config"].update(eos_token_id=None))
     assert defaults_of(broken).eos_token_ids == (2,)
     edit_json(broken / "tokenizer_config.json", lambda config: config.pop("eos_token"))
-    with pytest.raises(CheckpointError, match="names no end-of-sequence token; add eos_token_id to its generation_conf"):
+    with pytest.raises(
+        CheckpointError, match="names no end-of-sequence token; add eos_token_id to its generation_conf"
+    ):
         defaults_of(broken)

@@ -25,7 +25,9 @@ def open_processor(folder: Path) -> Processor:
 @pytest.mark.parametrize("name", JSON_FILES)
 def test_json_that_is_no_object_is_refused(broken: Path, name: str, content: str) -> None:
     (broken / name).write_text(content)
-    with pytest.raises(CheckpointError, match=rf"{name} (cannot be read: it is not valid JSON|holds a JSON \w+, expected an obj)"):
+    with pytest.raises(
+        CheckpointError, match=rf"{name} (cannot be read: it is not valid JSON|holds a JSON \w+, expected an obj)"
+    ):
         open_processor(broken)
 
 
@@ -68,7 +70,12 @@ def test_code_of_a_checkpoint_is_never_run_and_nothing_is_asked(
     )
     # Whoever is asked says yes.
     process = subprocess.run(
-        [sys.executable, "-c", script, str(broken)], input="y\n" * 5, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", script, str(broken)],
+        input="y\n" * 5,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     assert not flag.exists()
     assert "[y/N]" not in process.stdout + process.stderr

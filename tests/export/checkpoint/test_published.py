@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from benchmarks.published import PUBLISHED, make_published
-from hivtp import Pipeline, Request, SamplingParams
+from benchmarks.published.checkpoints import PUBLISHED
+from benchmarks.published.writer import make_published
+from hivtp import LanguageOptions, Pipeline, Request, SamplingParams
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
 from hivtp.runtime.inputs.images import load_image
+from tests.support.folders import edit_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +23,7 @@ QUESTION = "What is in the picture? Is it red, or black & white?"
 
 
 @torch.inference_mode()
-def answer_of_transformers(folder: Path, photo: Path, num_tokens: int) -> list[int]:
+def answer_of_transformers(folder: Path, photo: Path, num_tokens: int, *, use_cache: bool = True) -> list[int]:
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     # Of those that have no processor_config.json.
@@ -37,7 +39,7 @@ def answer_of_transformers(folder: Path, photo: Path, num_tokens: int) -> list[i
     )
     has_bos = text.startswith(processor.tokenizer.bos_token)
     inputs = processor(text=text, images=load_image(photo), add_special_tokens=not has_bos, return_tensors="pt")
-    outputs = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
+    outputs = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False, use_cache=use_cache)
     return outputs[0, inputs["input_ids"].shape[1] :].tolist()
 
 
@@ -51,3 +53,20 @@ def test_a_bundle_answers_as_transformers_does_with_the_same_folder(name: str, t
     expected = answer_of_transformers(folder, photo, 12)
     assert len(set(expected)) > 3
     assert answer.token_ids == expected
+
+
+@torch.inference_mode()
+def test_a_window_that_a_llama_does_not_have_is_of_no_matter(tmp_path: Path, photo: Path) -> None:
+    """xtuner's Phi-3 is a Llama whose config names one.
+
+    The attention of transformers' Llama looks at all positions. Its cache drops what lies before such a window, so the
+    answer is compared with the one that it gives without a cache.
+    """
+    folder = make_published(tmp_path / "checkpoint", "xtuner/llava-phi-3-mini-hf")
+    edit_json(folder / "config.json", lambda config: config["text_config"].update(sliding_window=20))
+    export_bundle(folder, tmp_path / "bundle", ExportSettings(is_pruned=False), is_quiet=True)
+    sampling = SamplingParams(max_new_tokens=6, temperature=0)
+    expected = answer_of_transformers(folder, photo, 6, use_cache=False)
+    for language in (None, LanguageOptions("transformers", checkpoint=folder)):
+        with Pipeline.load(tmp_path / "bundle", language=language) as pipeline:
+            assert pipeline.generate(Request(QUESTION, [photo], sampling)).token_ids == expected

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from huggingface_hub import constants
 
-from benchmarks.published import make_published
+from benchmarks.published.writer import make_published
 from hivtp import LanguageOptions, Pipeline, Request, SamplingParams
 from hivtp.engines.bundle import Bundle
 from hivtp.export.checkpoint.folder import Checkpoint
@@ -38,7 +38,14 @@ NEEDED = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-OTHERS = ("pytorch_model.bin", "model.gguf", "consolidated.safetensors", "model.fp16.safetensors", "README.md", "x.json")
+OTHERS = (
+    "pytorch_model.bin",
+    "model.gguf",
+    "consolidated.safetensors",
+    "model.fp16.safetensors",
+    "README.md",
+    "x.json",
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +80,7 @@ def test_what_is_needed_is_downloaded_once_and_nothing_else(
     assert hub.sent == []
 
 
-def test_a_bundle_of_it_says_where_it_is_from(
-    hub: FakeHub, published: Path, tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_of_it_says_where_it_is_from(hub: FakeHub, published: Path, tmp_path: Path, photo: Path) -> None:
     settings = ExportSettings(is_pruned=False, revision="main")
     bundle = export_bundle(NAME, tmp_path / "bundle", settings, is_quiet=True)
     assert (bundle.manifest.source.name, bundle.manifest.source.revision) == (NAME, COMMIT)

@@ -140,7 +140,9 @@ def test_a_vocabulary_of_tiktoken_is_called_that(broken: Path) -> None:
     (broken / "tokenizer.json").unlink()
     lines = (f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
     (broken / "tokenizer.model").write_text("".join(lines))
-    with pytest.raises(CheckpointError, match=r"is a vocabulary of tiktoken.*where the model was published.*with tiktoken and"):
+    with pytest.raises(
+        CheckpointError, match=r"is a vocabulary of tiktoken.*where the model was published.*with tiktoken and"
+    ):
         open_processor(broken)
 
 

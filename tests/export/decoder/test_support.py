@@ -13,7 +13,8 @@ from hivtp import Pipeline, Request, SamplingParams
 from hivtp.engines.onnxruntime import open_session
 from hivtp.export import exporter
 from hivtp.export.checkpoint.folder import Checkpoint
-from hivtp.export.decoder.build import rotations, write_decoder
+from hivtp.export.decoder.build import load_language_model, write_decoder
+from hivtp.export.decoder.model_builder import rotations
 from hivtp.export.decoder.support import ROPE_TYPES, check_decoder
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
@@ -107,8 +108,6 @@ def test_the_old_key_of_rope_counts_as_the_new_one(tmp_path: Path) -> None:
 
 
 def rotations_of(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    from hivtp.export.decoder.build import load_language_model
-
     return rotations(load_language_model(Checkpoint.open(folder)), 100)
 
 
@@ -127,9 +126,9 @@ def test_a_rope_that_no_table_can_hold_is_refused_by_name(
         export_bundle(folder, tmp_path / "bundle", ExportSettings(), is_quiet=True)
 
 
-def test_a_rope_that_nobody_knows_is_refused(tmp_path: Path, broken_rope: str = "spiral") -> None:
+def test_a_rope_that_nobody_knows_is_refused(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint")
-    rope = {"rope_type": broken_rope, "rope_theta": 10000.0, "factor": 2.0}
+    rope = {"rope_type": "spiral", "rope_theta": 10000.0, "factor": 2.0}
     edit_json(folder / "config.json", lambda config: config["text_config"].update(rope_parameters=rope))
     with pytest.raises(CheckpointError, match="spiral"):
         check_decoder(Checkpoint.open(folder))
@@ -167,7 +166,7 @@ def test_what_a_decoder_cannot_do_transformers_may(tmp_path: Path) -> None:
 def test_a_context_whose_table_would_fill_the_memory_is_refused_at_once(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint", text={"max_position_embeddings": 2_000_000})
     started = time.perf_counter()
-    with pytest.raises(CheckpointError, match="a context of 2000000 positions, .*lower max_position_embeddings"):
+    with pytest.raises(CheckpointError, match=r"a context of 2000000 positions, .*lower max_position_embeddings"):
         check_decoder(Checkpoint.open(folder))
     assert time.perf_counter() - started < 10
 

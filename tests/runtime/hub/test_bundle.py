@@ -59,7 +59,7 @@ def test_a_folder_of_that_name_comes_first(hub: FakeHub, unpruned_bundle: Path, 
 
 def test_a_repository_that_is_no_bundle_is_refused(hub: FakeHub, tiny_checkpoint: Path) -> None:
     hub.repositories["llava-hf/tiny"] = tiny_checkpoint
-    with pytest.raises(BundleError, match="llava-hf/tiny of the hub has no manifest.json, .*hivtp export"):
+    with pytest.raises(BundleError, match=r"llava-hf/tiny of the hub has no manifest.json, .*hivtp export"):
         bundle_folder("llava-hf/tiny")
     assert hub.sent == []
 
@@ -79,7 +79,7 @@ def test_a_manifest_that_leads_elsewhere_brings_nothing(hub: FakeHub) -> None:
 
 def test_a_bundle_that_is_not_whole_is_refused_before_the_rest_is_downloaded(hub: FakeHub) -> None:
     (hub.repositories[NAME] / "vision" / "model.onnx.data").unlink()
-    with pytest.raises(HubError, match="is not whole in the hub: it lacks vision/model.onnx.data"):
+    with pytest.raises(HubError, match=r"is not whole in the hub: it lacks vision/model.onnx.data"):
         bundle_folder(NAME)
     assert hub.sent == ["manifest.json"]
 

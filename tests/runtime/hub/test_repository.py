@@ -103,39 +103,41 @@ def test_a_hub_in_trouble_leaves_the_cache(hub: FakeHub) -> None:
 
 
 def test_what_is_not_there_is_explained(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(HubError, match="there is no folder llava-hf/none, and the repository .* does not exist, or is pr"):
+    with pytest.raises(
+        HubError, match=r"there is no folder llava-hf/none, and the repository .* does not exist, or is pr"
+    ):
         find_repository("llava-hf/none")
     with pytest.raises(HubError, match=r"llava-hf/tiny of the hub has no revision 'v2'; check --revision"):
         find_repository(NAME, "v2")
     gated = find_repository("meta/gated")
     assert gated is not None
-    with pytest.raises(HubError, match=r"is gated: accept its conditions at http.*/meta/gated, and log in with hf auth"):
+    with pytest.raises(
+        HubError, match=r"is gated: accept its conditions at http.*/meta/gated, and log in with hf auth"
+    ):
         gated.download(["config.json"], is_quiet=True)
     hub.status = 500
-    with pytest.raises(HubError, match="cannot be reached at http.*check the network or HF_ENDPOINT, or bring it here"):
+    with pytest.raises(HubError, match=r"cannot be reached at http.*check the network or HF_ENDPOINT, or bring"):
         find_repository(NAME)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="cannot be had offline .*HF_HUB_OFFLINE is set.* hf download llava-hf/tiny"):
+    with pytest.raises(HubError, match=r"cannot be had offline .*HF_HUB_OFFLINE is set.* hf download llava-hf/tiny"):
         find_repository(NAME)
 
 
-def test_a_hub_that_nobody_runs_is_explained(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("hub")
+def test_a_hub_that_nobody_runs_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(HubError, match="cannot be reached at http://127.0.0.1:9 "):
+    with pytest.raises(HubError, match=r"cannot be reached at http://127.0.0.1:9 "):
         find_repository(NAME)
     assert not (tmp_path / "home").exists() or not list((tmp_path / "home").rglob("config.json"))
 
 
-def test_a_cache_that_cannot_be_written_is_explained(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("hub")
+def test_a_cache_that_cannot_be_written_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
     repository = find_repository(NAME)
     assert repository is not None
-    with pytest.raises(HubError, match="cannot be written to the cache of the hub, .*set HF_HOME to another folder"):
+    with pytest.raises(HubError, match=r"cannot be written to the cache of the hub, .*set HF_HOME to another folder"):
         repository.download(["config.json"], is_quiet=True)
 
 
