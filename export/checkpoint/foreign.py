@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from hivtp.runtime.weight_files import entry_file
+from hivtp.runtime.weight_names import canonical_name
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -70,8 +72,10 @@ def file_names(folder: Path) -> list[str]:
     try:
         for item in islice(folder.iterdir(), MAX_NAMES):
             names.append(item.name)
-            if item.is_dir():
-                names.extend(f"{item.name}/{inner.name}" for inner in islice(item.iterdir(), MAX_NAMES))
+            # A folder that may not be read, as lost+found, is of no matter.
+            with contextlib.suppress(PermissionError):
+                if item.is_dir():
+                    names.extend(f"{item.name}/{inner.name}" for inner in islice(item.iterdir(), MAX_NAMES))
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
     return names
@@ -88,7 +92,7 @@ def refuse_kind(place: object, names: Collection[str]) -> None:
         CheckpointError: what it is, and the way out.
     """
     if "manifest.json" in names and "config.json" not in names:
-        raise CheckpointError(f"{place} is no checkpoint; it looks like a bundle, which hivtp run takes as it is")
+        raise CheckpointError(f"{place} is not a checkpoint; it looks like a bundle, which hivtp run takes as it is")
     if "adapter_config.json" in names:
         raise CheckpointError(f"{place} holds an adapter (LoRA or another of PEFT), not a whole model; {_MERGE}")
     for name in _QUANTISATION_FILES:
@@ -162,7 +166,7 @@ def refuse_weights(place: object, weights: Iterable[Location]) -> None:
             )
         if ".mm_projector." in name:
             raise CheckpointError(f"{place} {_ORIGINAL}")
-        if weight.dtype not in _FLOAT_DTYPES and not re.search(r"position_ids$", weight.name):
+        if weight.dtype not in _FLOAT_DTYPES and canonical_name(weight.name) is not None:
             raise CheckpointError(f"{place} is quantised: its weight {shown} is {weight.dtype}; {TO_FLOAT}")
 
 

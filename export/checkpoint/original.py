@@ -39,7 +39,7 @@ def open_original(folder: Path) -> Any:
     check_tokenizer_files(folder)
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil", trust_remote_code=False)
-        parts = processor.tokenizer, processor.image_processor
+        is_whole = processor.tokenizer is not None and processor.image_processor is not None
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise CheckpointError(
@@ -54,7 +54,8 @@ def open_original(folder: Path) -> Any:
             f"{folder} has no usable processor ({_shortened(error)}); "
             "it needs tokenizer.json, tokenizer_config.json and preprocessor_config.json"
         ) from error
-    assert all(part is not None for part in parts), "a processor has its parts"
+    if not is_whole:
+        raise CheckpointError(f"{folder} has a processor without a tokenizer or without an image processor")
     return processor
 
 

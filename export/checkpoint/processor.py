@@ -81,12 +81,12 @@ class Processor:
         (folder / "image_processor.json").write_text(json.dumps(self.image_processor, indent=2) + "\n")
         (folder / "prompt.json").write_text(json.dumps(self.prompt, indent=2) + "\n")
 
-    def pixel_values(self, pictures: Sequence[Image.Image]) -> NDArray[np.float32]:
+    def pixel_values(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         """What the vision tower takes of each image as a whole: [images, 3, H, W] float32.
 
         For LLaVA-NeXT that is the base tile.
         """
-        pixels: NDArray[np.float32] = self.original.image_processor(list(pictures), return_tensors="np")["pixel_values"]
+        pixels: NDArray[np.float32] = self.original.image_processor(list(images), return_tensors="np")["pixel_values"]
         return pixels if pixels.ndim == 4 else np.ascontiguousarray(pixels[:, 0])
 
     def question_ids(self, question: str) -> list[int]:

@@ -44,15 +44,26 @@ def explained(name: str, revision: str | None) -> Iterator[None]:
             f"{here} cannot be had offline (HF_HUB_OFFLINE is set), since the cache does not hold it whole; unset "
             f"that, or bring it here with hf download {name} where there is a network"
         ) from error
+    except errors.HFValidationError as error:
+        raise HubError(f"there is no folder {name}, and the hub allows no such id: {_first_line(error)}") from error
     except network_errors() as error:
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            raise HubError(f"{here} may not be read by you ({_first_line(error)}); {login}") from error
         raise HubError(
             f"{here} cannot be reached at {constants.ENDPOINT} ({_first_line(error)}); check the network or "
             f"HF_ENDPOINT, or bring it here with hf download {name} and give that folder"
         ) from error
     except OSError as error:
+        if error.errno is None:
+            raise HubError(f"{name} cannot be downloaded from the hub: {_first_line(error)}; try again") from error
         raise HubError(
-            f"{name} cannot be written to the cache of the hub, {constants.HF_HUB_CACHE}: {error.strerror or error}; "
+            f"{name} cannot be written to the cache of the hub, {constants.HF_HUB_CACHE}: {error.strerror}; "
             "free some space, or set HF_HOME to another folder"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise HubError(
+            f"{constants.ENDPOINT} does not answer as a hub does ({_first_line(error)}); check HF_ENDPOINT and the "
+            "network"
         ) from error
 
 

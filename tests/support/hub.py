@@ -30,6 +30,9 @@ class FakeHub:
         self.gated = gated
         # What every request is answered with, where it is set.
         self.status: int | None = None
+        self.page: bytes | None = None
+        # Whether files end before they should.
+        self.cuts = False
         # Paths of the files whose content was sent.
         self.sent: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -85,6 +88,8 @@ class FakeHub:
                 folder = hub.repositories.get(name)
                 if hub.status is not None:
                     self._refuse(hub.status, "Trouble")
+                elif hub.page is not None:
+                    self._send(hub.page, with_body, {"Content-Type": "text/html"})
                 elif folder is None:
                     self._refuse(404, "RepoNotFound")
                 elif len(rest) >= 2 and rest[1] not in ("main", COMMIT):
@@ -117,7 +122,10 @@ class FakeHub:
                 for name, value in {**headers, "X-Repo-Commit": COMMIT, "Content-Length": str(len(content))}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                if with_body:
+                if with_body and hub.cuts and "ETag" in headers:
+                    self.wfile.write(content[: len(content) // 2])
+                    self.close_connection = True
+                elif with_body:
                     self.wfile.write(content)
 
             def _refuse(self, status: int, code: str) -> None:

@@ -188,6 +188,19 @@ def test_flattened_weights_of_fsdp_are_named(broken: Path) -> None:
     assert "flattened weights of FSDP" in refusal_of(broken)
 
 
+def test_a_folder_inside_that_may_not_be_read_is_of_no_matter(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (broken / "lost+found").mkdir()
+    iterdir = type(broken).iterdir
+
+    def refuse(folder: Path) -> object:
+        if folder.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return iterdir(folder)
+
+    monkeypatch.setattr(type(broken), "iterdir", refuse)
+    assert Checkpoint.open(broken).locations
+
+
 def test_a_config_that_names_its_weights_is_refused(broken: Path) -> None:
     edit_json(broken / "config.json", transformers_weights="other.safetensors")
     assert "names its weights in config.json" in refusal_of(broken)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +15,6 @@ from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
 from hivtp.runtime.inputs.images import load_image
 from tests.support.folders import edit_json
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 QUESTION = "What is in the picture? Is it red, or black & white?"
 
@@ -70,3 +67,9 @@ def test_a_window_that_a_llama_does_not_have_is_of_no_matter(tmp_path: Path, pho
     for language in (None, LanguageOptions("transformers", checkpoint=folder)):
         with Pipeline.load(tmp_path / "bundle", language=language) as pipeline:
             assert pipeline.generate(Request(QUESTION, [photo], sampling)).token_ids == expected
+
+
+def test_the_documentation_names_those_that_were_checked() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "checkpoints.md").read_text()
+    assert all(f"| `{name}` |" in page for name in PUBLISHED)
+    assert page.count("| `llava-hf/") + page.count("| `xtuner/") == len(PUBLISHED)

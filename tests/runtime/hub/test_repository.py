@@ -123,6 +123,37 @@ def test_what_is_not_there_is_explained(hub: FakeHub, monkeypatch: pytest.Monkey
         find_repository(NAME)
 
 
+def test_an_id_that_the_hub_does_not_allow_is_explained(hub: FakeHub) -> None:
+    for name in ("a--b/c", "a/b..c", "a/b.git"):
+        with pytest.raises(HubError, match=r"there is no folder .*, and the hub allows no such id"):
+            find_repository(name)
+    assert hub.sent == []
+
+
+def test_a_login_that_may_not_read_is_explained(hub: FakeHub) -> None:
+    hub.status = 403
+    with pytest.raises(HubError, match=r"may not be read by you \(.*403.*\); log in with hf auth login"):
+        find_repository(NAME)
+
+
+def test_something_else_than_a_hub_is_explained(hub: FakeHub) -> None:
+    """As the page of a hotel's network, which answers to every address."""
+    hub.page = b"<html>Please log in</html>"
+    with pytest.raises(HubError, match=r"does not answer as a hub does"):
+        find_repository(NAME)
+
+
+def test_a_download_that_is_cut_short_is_explained(hub: FakeHub) -> None:
+    repository = find_repository(NAME)
+    assert repository is not None
+    hub.cuts = True
+    with pytest.raises(HubError, match=r"cannot be downloaded from the hub: .*try again|cannot be reached at"):
+        repository.download(["large.bin"], is_quiet=True)
+    hub.cuts = False
+    folder = repository.download(["large.bin"], is_quiet=True)
+    assert (folder / "large.bin").read_text() == "content of large.bin"
+
+
 @pytest.mark.usefixtures("hub")
 def test_a_hub_that_nobody_runs_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
