@@ -129,10 +129,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         help="vision: a bundle that answers; encoder: only the graph that emits features and middle-layer "
         "attention (default: %(default)s)",
     )
-    parser.add_argument(
-        "--chat-template", metavar="NAME", help="which of the checkpoint's chat templates, where it has several"
-    )
-    add_revision(parser)
+    add_checkpoint_options(parser)
     parser.add_argument(
         "--engine",
         choices=get_args(LibraryName),
@@ -158,9 +155,12 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_revision(parser: argparse.ArgumentParser) -> None:
-    """Add which state of a repository on the hub."""
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Add what is taken of a checkpoint where there is a choice."""
     parser.add_argument("--revision", metavar="REV", help="of owner/name: a branch, tag or commit (default: main)")
+    parser.add_argument(
+        "--chat-template", metavar="NAME", help="which of the checkpoint's chat templates, where it has several"
+    )
 
 
 def add_pruning_options(parser: argparse.ArgumentParser) -> None:

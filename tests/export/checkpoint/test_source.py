@@ -17,6 +17,7 @@ from hivtp.engines.bundle import Bundle
 from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
+from hivtp.main import main
 from hivtp_ops.errors import CheckpointError, HubError
 from tests.support.folders import edit_json
 from tests.support.hub import COMMIT, FakeHub
@@ -94,6 +95,12 @@ def test_a_bundle_of_it_says_where_it_is_from(hub: FakeHub, published: Path, tmp
     with Pipeline.load(bundle.folder, language=LanguageOptions("transformers", checkpoint=NAME)) as pipeline:
         assert pipeline.generate(Request("What is red?", [photo], sampling)).token_ids == expected
     assert hub.sent == []
+
+
+def test_layers_are_ranked_of_it(hub: FakeHub, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layers", NAME, str(photo), "--criterion", "features", "--quiet", "--revision", "main"]) == 0
+    assert "layers" in capsys.readouterr().out
+    assert "model.safetensors.index.json" in hub.sent
 
 
 def test_the_folder_of_the_cache_has_the_name_of_its_repository(hub: FakeHub, tmp_path: Path) -> None:
