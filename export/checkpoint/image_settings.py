@@ -34,7 +34,9 @@ def image_settings(checkpoint: Checkpoint, image_processor: Any) -> dict[str, An
         raise CheckpointError(
             f"{folder} has the image processor {name!r}; supported are {', '.join(family.image_processors)}"
         )
-    settings: dict[str, Any] = json.loads(image_processor.to_json_string()) | {"image_processor_type": name}
+    # transformers has written a bare number out by now, and this says how.
+    written_out = {"image_processor_type": name, "default_to_square": False}
+    settings: dict[str, Any] = json.loads(image_processor.to_json_string()) | written_out
     try:
         problem = family.processor_problem(checkpoint.config, settings) or _difference(
             family, image_processor, settings

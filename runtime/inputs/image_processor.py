@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import sys
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from hivtp.runtime.inputs.images import MAX_IMAGE_PIXELS
-from hivtp.runtime.inputs.resizing import Box, Edges, Size, read_size
+from hivtp.runtime.inputs.resizing import MAX_SIDE, Size, is_height_width, is_size, read_size, resized_size
 from hivtp_ops.errors import CheckpointError, ImageError
 
 if TYPE_CHECKING:
@@ -22,8 +20,8 @@ if TYPE_CHECKING:
 
 CLIP_TYPES = ("CLIPImageProcessor", "CLIPFeatureExtractor")
 LLAVA_TYPES = ("LlavaImageProcessor",)
-# Of a side in pixels; far more than any vision tower takes.
-MAX_LENGTH = 2**14
+# Of what pixels are computed with, so that float32 holds them.
+MAX_VALUE = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +34,7 @@ class ImageProcessor:
     Args:
         do_pad: pad to a square with the mean colour, the image in the middle (LlavaImageProcessor only).
         do_resize: whether to resize.
-        size: what to resize to, in pixels: the length of the shorter side, or (height, width), or bounds.
+        size: what to resize to; see Size.
         resample: the filter, a number of `PIL.Image.Resampling`.
         do_center_crop: whether to cut out the middle; where the image is smaller, black surrounds it.
         crop_size: (height, width) of the crop in pixels.
@@ -66,20 +64,17 @@ class ImageProcessor:
     def __post_init__(self) -> None:
         for name in ("do_pad", "do_resize", "do_center_crop", "do_rescale", "do_normalize"):
             self._expect(name, "true or false", isinstance(getattr(self, name), bool))
-        is_size = _is_length(self.size) or _is_height_width(self.size) or _are_bounds(self.size)
-        self._expect(
-            "size", "the shorter side or (height, width) in pixels or bounds of both, of no huge image", is_size
-        )
-        self._expect("crop_size", "(height, width) in pixels, of no huge image", _is_height_width(self.crop_size))
+        sides = f"the shorter side or (height, width) in pixels, up to {MAX_SIDE}"
+        self._expect("size", sides, is_size(self.size))
+        self._expect("crop_size", f"(height, width) in pixels, up to {MAX_SIDE}", is_height_width(self.crop_size))
         filters = [resample.value for resample in Image.Resampling]
-        self._expect(
-            "resample", f"one of Pillow's filters {filters}", type(self.resample) is int and self.resample in filters
-        )
+        self._expect("resample", f"one of Pillow's filters {filters}", self.resample in filters)
         self._expect("rescale_factor", "a number", _is_number(self.rescale_factor))
         self._expect("image_mean", "three numbers", _is_rgb(self.image_mean))
-        self._expect("image_std", "three numbers, none 0", _is_rgb(self.image_std) and all(self.image_std))
-        has_one_size = isinstance(self.size, tuple) or (self.do_pad and isinstance(self.size, int))
-        if not (self.do_center_crop or (self.do_resize and has_one_size)):
+        has_std = _is_rgb(self.image_std) and min(map(abs, self.image_std)) >= 1 / MAX_VALUE
+        self._expect("image_std", "three numbers, none 0", has_std)
+        is_fixed = isinstance(self.size, tuple) or (self.do_pad and isinstance(self.size, int))
+        if not (self.do_center_crop or (self.do_resize and is_fixed)):
             raise CheckpointError(
                 "image preprocessing: the output would vary in size, and a vision graph takes one size; "
                 "expected do_center_crop, or do_resize with do_pad or with a size of height and width"
@@ -95,8 +90,8 @@ class ImageProcessor:
 
         In a checkpoint of transformers 5 it is the "image_processor" of `processor_config.json`. What is
         absent takes its default and a null step is off, as in transformers; keys that do not bear on the
-        pixels are ignored. `size` may be an int, [height, width], {"shortest_edge"}, {"height", "width"},
-        {"shortest_edge", "longest_edge"} or {"max_height", "max_width"}; `crop_size` the first, second or fourth.
+        pixels are ignored. `size` may be an int, [height, width], {"height", "width"}, {"shortest_edge"} with or
+        without "longest_edge", or {"max_height", "max_width"}; `crop_size` one of the first three.
 
         Raises:
             CheckpointError: if the type of processor is not supported, or a value is not.
@@ -121,7 +116,7 @@ class ImageProcessor:
         settings["crop_size"] = read_size(settings["crop_size"], is_square=True)
         for name in ("image_mean", "image_std"):
             value = settings[name]
-            settings[name] = (value,) * 3 if _is_number(value) else _as_tuple(value)
+            settings[name] = (value,) * 3 if _is_number(value) else tuple(value) if isinstance(value, list) else value
         return cls(**settings)
 
     @property
@@ -129,10 +124,8 @@ class ImageProcessor:
         """(height, width) in pixels of what comes out, whatever goes in."""
         if self.do_center_crop:
             return self.crop_size
-        if isinstance(self.size, tuple):
-            return self.size
-        assert isinstance(self.size, int), "bounds are followed by a crop"
-        return self.size, self.size
+        assert isinstance(self.size, int | tuple), "others come out in a size that varies"
+        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
 
     def __call__(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
         """Turn pictures into the vision graph's input.
@@ -161,7 +154,9 @@ class ImageProcessor:
         if self.do_pad:
             image = self._pad(image)
         if self.do_resize:
-            height, width = _resized_size(image, self.size)
+            height, width = resized_size((image.height, image.width), self.size)
+            if not isinstance(self.size, tuple):
+                _check_num_pixels(image, height, width)
             image = image.resize((width, height), self.resample)
         if self.do_center_crop:
             height, width = self.crop_size
@@ -199,53 +194,16 @@ def _flatten(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _resized_size(image: Image.Image, size: Size) -> tuple[int, int]:
-    if isinstance(size, tuple):
-        return size
-    if isinstance(size, Edges | Box):
-        height, width = size.size_of(image.height, image.width)
-        if min(height, width) < 1:
-            raise ImageError(
-                f"an image of {image.width} x {image.height} pixels is too long and thin: resizing it for the model "
-                "would leave nothing of its shorter side; crop it first"
-            )
-        return height, width
-    short, long = sorted(image.size)
-    long = int(size * long / short)
-    height, width = (long, size) if image.width <= image.height else (size, long)
-    _check_num_pixels(image, height, width)
-    return height, width
-
-
 def _check_num_pixels(image: Image.Image, height: int, width: int) -> None:
-    if height * width > MAX_IMAGE_PIXELS:
+    if not 0 < height * width <= MAX_IMAGE_PIXELS:
         raise ImageError(
             f"an image of {image.width} x {image.height} pixels is too long and thin: resizing or padding it "
             f"for the model would make {width} x {height} pixels; crop it first"
         )
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _is_number(value: object) -> bool:
-    # An integer may be larger than any float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _is_length(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_LENGTH
-
-
-def _is_height_width(value: object) -> bool:
-    if not isinstance(value, tuple) or len(value) != 2 or not all(map(_is_length, value)):
-        return False
-    return math.prod(value) <= MAX_IMAGE_PIXELS
-
-
-def _are_bounds(value: object) -> bool:
-    return isinstance(value, Edges | Box) and all(map(_is_length, dataclasses.astuple(value)))
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_VALUE
 
 
 def _is_rgb(value: object) -> bool:

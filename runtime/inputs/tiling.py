@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 PROCESSOR_TYPE = "LlavaNextImageProcessor"
 
+# In pixels; more than any grid of tiles that `max_tiles` lets through.
+MAX_PINPOINT = 10**6
+
 # What transformers' class has where a config names none; llava-v1.6 has the same five.
 DEFAULT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
@@ -184,4 +187,4 @@ def _is_pinpoint(value: object, tile_size: int) -> bool:
 
 
 def _is_length(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_PINPOINT
