@@ -146,11 +146,13 @@ class SourceManifest:
 
     Attributes:
         name: of its folder, or its id on the hub.
+        revision: the commit on the hub; None where it came from a folder.
         fingerprint: tells checkpoints apart; see CheckpointWeights.fingerprint.
         language_fingerprint: the same for the language model alone; None where the bundle holds no decoder.
     """
 
     name: str
+    revision: str | None
     fingerprint: str
     language_fingerprint: str | None
 

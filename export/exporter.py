@@ -18,8 +18,10 @@ from hivtp.engines.manifest import (
     VisionManifest,
 )
 from hivtp.export.checkpoint.folder import Checkpoint
+from hivtp.export.checkpoint.generation import GenerationDefaults
 from hivtp.export.checkpoint.processor import Processor
 from hivtp.export.decoder.reuse import open_source
+from hivtp.export.decoder.support import check_decoder
 from hivtp.export.graph.builder import save_model
 from hivtp.export.graph.calibration import activation_ranges
 from hivtp.export.graph.clip import VisionShape
@@ -54,13 +56,14 @@ def export_bundle(
     """Export a LLaVA checkpoint; each graph is compared with PyTorch before the bundle appears.
 
     Args:
-        checkpoint_folder: a Hugging Face folder.
+        checkpoint_folder: a Hugging Face folder, or the id of a repository on the hub, which is downloaded.
         destination: where the bundle will lie; whole when it appears.
         settings: what to export.
         is_quiet: print no progress.
 
     Raises:
         CheckpointError: the checkpoint is not supported or incomplete.
+        HubError: a checkpoint of the hub cannot be downloaded.
         SpecError: the pruning spec does not fit the model.
         ImageError: a picture for the calibration cannot be read.
         VerificationError: a graph differs from PyTorch by more than its tolerance.
@@ -76,12 +79,17 @@ def export_bundle(
     num_steps += num_decoder_steps(kind, is_taken_over=settings.decoder_from is not None)
     progress = Progress(num_steps, is_quiet=is_quiet)
     with progress.step(f"Checkpoint {checkpoint_folder}"):
-        checkpoint = Checkpoint.open(checkpoint_folder)
+        checkpoint = Checkpoint.open(checkpoint_folder, settings.revision, is_quiet=is_quiet)
         shape = VisionShape.of(checkpoint.config)
         settings.check_family(checkpoint, shape)
         spec = settings.resolved_spec(shape)
-        processor = None if settings.graph == "encoder" else Processor.open(checkpoint)
-        source = None
+        processor = generation = source = None
+        if settings.graph != "encoder":
+            processor = Processor.open(checkpoint, settings.chat_template)
+            generation = GenerationDefaults.of(checkpoint, processor.tokenizer)
+            generation.warn_of_ignored(checkpoint.folder)
+        if kind is not None:
+            check_decoder(checkpoint)
         if kind is not None and settings.decoder_from is not None:
             source = open_source(settings.decoder_from, checkpoint, kind)
     with staged(destination) as folder:
@@ -106,13 +114,16 @@ def export_bundle(
             verification |= found
         with progress.step("Manifest and hashes"):
             tiling = language = None
-            if processor is not None:
+            if processor is not None and generation is not None:
                 processor.write(folder / PROCESSOR_FOLDER)
                 tiling = _export_tiling(checkpoint, shape, settings, folder)
-                language = language_manifest(checkpoint, processor, decoder)
+                language = language_manifest(checkpoint, generation, decoder)
+            origin = _source(checkpoint, settings)
+            # After the last weight was read.
+            checkpoint.check_unchanged()
             manifest = Manifest(
                 family=checkpoint.family,
-                source=_source(checkpoint, settings),
+                source=origin,
                 pruning=spec,
                 vision=_vision_manifest(shape, spec, settings),
                 tiling=tiling,
@@ -136,7 +147,8 @@ def _calibration_runs(
 
 def _source(checkpoint: Checkpoint, settings: ExportSettings) -> SourceManifest:
     language = None if settings.decoder is None else checkpoint.language_fingerprint
-    return SourceManifest(checkpoint.folder.resolve().name, checkpoint.fingerprint, language)
+    source = checkpoint.source
+    return SourceManifest(source.name, source.revision, checkpoint.fingerprint, language)
 
 
 def _export_tiling(

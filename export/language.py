@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from hivtp.engines.manifest import DecoderManifest, LanguageManifest, SamplingDefaults
+from hivtp.engines.manifest import DecoderManifest, LanguageManifest
 from hivtp.engines.record import read_record
-from hivtp.export.checkpoint.processor import eos_token_ids
 from hivtp.export.decoder.build import (
     PREFILL_NAME,
     DecoderKind,
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from hivtp.engines.bundle import Bundle
     from hivtp.export.checkpoint.folder import Checkpoint
-    from hivtp.export.checkpoint.processor import Processor
+    from hivtp.export.checkpoint.generation import GenerationDefaults
     from hivtp.export.progress import Progress
 
 # "none" leaves the language model to the checkpoint.
@@ -103,7 +102,7 @@ def _check_reports(verification: Mapping[str, Any], kind: DecoderKind, source: B
 
 
 def language_manifest(
-    checkpoint: Checkpoint, processor: Processor, decoder: DecoderManifest | None
+    checkpoint: Checkpoint, generation: GenerationDefaults, decoder: DecoderManifest | None
 ) -> LanguageManifest:
     """What a bundle says of a checkpoint's language model."""
     config = checkpoint.config.text_config
@@ -116,6 +115,6 @@ def language_manifest(
         vocab_size=config.vocab_size,
         context_length=config.max_position_embeddings,
         image_token_id=checkpoint.config.image_token_id,
-        eos_token_ids=eos_token_ids(checkpoint, processor.tokenizer),
-        sampling=SamplingDefaults(),
+        eos_token_ids=generation.eos_token_ids,
+        sampling=generation.sampling,
     )

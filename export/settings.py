@@ -50,6 +50,8 @@ class ExportSettings:
         graph: "vision" for a bundle that answers; "encoder" for the graph that emits the features and the
             attention of the scoring layers, without a language model.
         decoder_from: a bundle of the same language model whose decoder is taken over instead of written again.
+        chat_template: the name of the checkpoint's chat template, where it has several; None takes the default.
+        revision: of a checkpoint that is named by its id on the hub: a branch, tag or commit; None is the main branch.
         overwrite: replace an existing bundle.
     """
 
@@ -67,6 +69,8 @@ class ExportSettings:
     keep_total: int | None = None
     graph: GraphKind = "vision"
     decoder_from: Path | None = None
+    chat_template: str | None = None
+    revision: str | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -89,6 +93,8 @@ class ExportSettings:
             raise SpecError("first_layer and num_layers say what scores the patches, and without pruning nothing does")
         if self.graph == "encoder" and not self.is_pruned:
             raise SpecError("the encoder graph emits the scoring layers' attention, so it needs a spec for them")
+        if self.graph == "encoder" and self.chat_template is not None:
+            raise SpecError("an encoder bundle is asked nothing; drop chat_template")
         for name in ("decoder_from", "block_size", "prefill_precision") if self.graph == "encoder" else ():
             if getattr(self, name) is not None:
                 raise SpecError(f"an encoder bundle has no decoder; drop {name}")

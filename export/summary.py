@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hivtp.engines.bundle import Bundle
-    from hivtp.engines.manifest import Manifest
+    from hivtp.engines.manifest import Manifest, SourceManifest
 
 
-def summary(bundle: Bundle, checkpoint: Path) -> str:
+def summary(bundle: Bundle, checkpoint: str | Path) -> str:
     """What was written from a checkpoint, how large it is, how close to PyTorch, and how to run it."""
     manifest = bundle.manifest
     vision, language = manifest.vision, manifest.language
-    lines = [f"wrote {bundle.folder}"]
+    lines = [f"wrote {bundle.folder} from {_source(manifest.source)}"]
     found = manifest.verification["vision"]
     checks = [_relative_error(found)]
     if found["importance_error"] is not None:
@@ -47,9 +47,14 @@ def summary(bundle: Bundle, checkpoint: Path) -> str:
             f"{vision.num_layers}; others may see better: rank them with --choose-layers (docs/choosing-layers.md)"
         )
     if language is not None:
-        backend = f"--language transformers --checkpoint {checkpoint} " if decoder is None else ""
-        lines.append(f"\nask it: hivtp-run {bundle.folder} {backend}--image PHOTO 'What is in the picture?'")
+        options = f"--language-backend transformers --language-checkpoint {checkpoint} "
+        backend = options if decoder is None else ""
+        lines.append(f"\nask it: hivtp run {bundle.folder} {backend}--image PHOTO 'What is in the picture?'")
     return "\n".join(lines)
+
+
+def _source(source: SourceManifest) -> str:
+    return source.name if source.revision is None else f"{source.name} of the hub, commit {source.revision[:12]}"
 
 
 def _part(manifest: Manifest, name: str, precision: str, paths: Sequence[str], checks: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The exceptions that hivtp raises on bad input, which all derive from HivtpError, and its one warning."""
+"""The exceptions that hivtp raises on bad input, which all derive from HivtpError, and its warnings."""
 
 from __future__ import annotations
 
@@ -19,12 +19,20 @@ class CheckpointError(HivtpError):
     """A folder that is not a supported checkpoint, or that is incomplete or damaged."""
 
 
+class CheckpointWarning(UserWarning):
+    """Something that a checkpoint asks for and a bundle does not do."""
+
+
 class VerificationError(HivtpError):
     """An exported graph that differs from PyTorch by more than its tolerance."""
 
 
 class BundleError(HivtpError):
     """A bundle that is missing, incomplete, altered, or of another schema."""
+
+
+class HubError(HivtpError):
+    """A repository of the Hugging Face hub that is not there, or cannot be reached or downloaded."""
 
 
 class ImageError(HivtpError, ValueError):

@@ -11,6 +11,7 @@ from hivtp.runtime.answer_stream import AnswerStream
 from hivtp.runtime.attempt import attempt
 from hivtp.runtime.chat import Chat
 from hivtp.runtime.generation import Generation, decode_together, finished, scheduler_for, steps_of
+from hivtp.runtime.hub.bundle import bundle_folder
 from hivtp.runtime.language import LanguageOptions
 from hivtp.runtime.language.sampling import SamplingParams
 from hivtp.runtime.model import Model, milliseconds_since
@@ -49,15 +50,18 @@ class Pipeline:
         *,
         vision: VisionOptions | None = None,
         language: LanguageOptions | None = None,
+        revision: str | None = None,
         check_hashes: bool = False,
         trust_plans: bool = False,
     ) -> Self:
         """Load a bundle that `hivtp export` wrote; needs numpy and one inference engine.
 
         Args:
-            bundle: its folder.
+            bundle: its folder, or its id on the Hugging Face hub (owner/name), from where it is downloaded. A folder
+                that exists comes first.
             vision: how images are encoded.
             language: how answers are decoded.
+            revision: of a bundle on the hub: a branch, tag or commit; None is the main branch.
             check_hashes: also compare every file's sha256 with the manifest.
             trust_plans: load a TensorRT plan that came with the bundle. A plan is code: without this, only one that
                 this machine built is loaded.
@@ -65,13 +69,15 @@ class Pipeline:
         Raises:
             BundleError: the bundle is incomplete, altered, of another schema, or lacks what `language` needs of it.
             CheckpointError: the checkpoint is damaged, or is not the one that the bundle was exported from.
+            HubError: a bundle of the hub cannot be downloaded.
             MissingExtraError: onnxruntime, or what an engine or backend needs in its place, is not installed.
             EngineError: a graph cannot be loaded, or the engine cannot run here.
             OutOfMemoryError: the model does not fit into the memory of the device.
             SettingsError: an option cannot work.
         """
         options = (vision or VisionOptions(), language or LanguageOptions())
-        return cls(Model.load(bundle, *options, check_hashes=check_hashes, trust_plans=trust_plans))
+        folder = bundle_folder(bundle, revision)
+        return cls(Model.load(folder, *options, check_hashes=check_hashes, trust_plans=trust_plans))
 
     def close(self) -> None:
         """Release engines, caches and processes; whatever is asked after this raises an EngineError.

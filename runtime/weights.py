@@ -4,45 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hivtp.runtime.config import read_config, settings_of
+from hivtp.runtime.hub.checkpoint import checkpoint_folder
+from hivtp.runtime.weight_files import locate_weights
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
     import torch
 
     from hivtp.engines.manifest import Manifest
+    from hivtp.runtime.weight_files import Location
 
-# Weight names, from any layout, to `part.name`: the hub's (transformers 4), those of a live model, and
-# those that transformers 5 saves, which drop the tower's `vision_model.`.
-_CANONICAL_NAMES = (
-    (re.compile(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)$"), r"vision.\1"),
-    (re.compile(r"^(?:model\.)?multi_modal_projector\.(.+)$"), r"projector.\1"),
-    (re.compile(r"^language_model\.(model\..+|lm_head\..+)$"), r"language.\1"),
-    (re.compile(r"^model\.language_model\.(?:model\.)?(.+)$"), r"language.model.\1"),
-    (re.compile(r"^(lm_head\..+)$"), r"language.\1"),
-    (re.compile(r"^(?:model\.)?(image_newline)$"), r"\1"),
-)
 # Values of each weight that a fingerprint holds.
 NUM_SAMPLES = 16
-# Buffers that old versions of transformers saved; they follow from the config.
-_BUFFERS = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
-
-
-@dataclass(frozen=True)
-class Location:
-    """The file of a weight, its name there, and its shape."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -59,13 +40,30 @@ class CheckpointWeights:
     locations: Mapping[str, Location]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one weight by its canonical name, as it is stored; memory-mapped, so only its pages are read."""
-        from safetensors import safe_open
+        """Read one weight by its canonical name, as it is stored; memory-mapped, so only its pages are read.
+
+        Raises:
+            CheckpointError: its file was changed, or cannot be read any more.
+        """
+        from safetensors import SafetensorError, safe_open
 
         location = self.locations[name]
-        with safe_open(location.file, framework="pt") as shard:
-            tensor: torch.Tensor = shard.get_tensor(location.name)
+        location.check_unchanged()
+        try:
+            with safe_open(location.file, framework="pt") as shard:
+                tensor: torch.Tensor = shard.get_tensor(location.name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {location.name!r} of {location.file}: {error}") from error
         return tensor
+
+    def check_unchanged(self) -> None:
+        """Refuse weights of which a file is another than the one that was opened first.
+
+        Raises:
+            CheckpointError: which file.
+        """
+        for location in {location.file: location for location in self.locations.values()}.values():
+            location.check_unchanged()
 
     def part(self, prefix: str) -> dict[str, torch.Tensor]:
         """Read the weights under a prefix such as "vision.", named without it."""
@@ -124,6 +122,7 @@ class CheckpointWeights:
             try:
                 with safe_open(file, framework="pt") as shard:
                     for name in held:
+                        self.locations[name].check_unchanged()
                         values = shard.get_tensor(self.locations[name].name).flatten()
                         spread = values[:: max(1, len(values) // NUM_SAMPLES)][:NUM_SAMPLES]
                         samples[name] = spread.float().numpy().tobytes()
@@ -132,67 +131,15 @@ class CheckpointWeights:
         return samples
 
 
-def locate_weights(folder: Path) -> dict[str, Location]:
-    """Read where the weights of a folder lie, by their canonical names.
-
-    Raises:
-        CheckpointError: a safetensors file is missing or damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    locations: dict[str, Location] = {}
-    for file in _shards(folder):
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118  not a mapping
-                    canonical = canonical_name(name)
-                    if canonical is not None:
-                        locations[canonical] = Location(file, name, tuple(shard.get_slice(name).get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is truncated or not a safetensors file ({error}); download it again"
-            ) from error
-    return locations
-
-
-def _shards(folder: Path) -> list[Path]:
-    index_file = folder / "model.safetensors.index.json"
-    if index_file.is_file():
-        try:
-            names = sorted(set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index_file} is not a valid shard index: {error}") from error
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{folder} lacks {len(missing)} of its {len(names)} shards: {', '.join(missing)}; download them again"
-            )
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    pickles = [file.name for pattern in ("*.bin", "*.pth", "*.pt") for file in folder.glob(pattern)]
-    found = f"only pickled weights ({pickles[0]})" if pickles else "no weights"
-    raise CheckpointError(f"{folder} holds {found}; supported are safetensors files, which cannot carry code")
-
-
-def canonical_name(name: str) -> str | None:
-    """The canonical name of a weight in any published layout; None for what is not a weight of the model."""
-    if _BUFFERS.search(name):
-        return None
-    for pattern, replacement in _CANONICAL_NAMES:
-        if pattern.match(name):
-            return pattern.sub(replacement, name)
-    return None
-
-
 def open_source(folder: str | Path, manifest: Manifest) -> CheckpointWeights:
-    """The weights of the checkpoint that a bundle was exported from.
+    """The weights of the checkpoint that a bundle was exported from: a folder, or an id on the hub.
 
     Raises:
         CheckpointError: it is incomplete or damaged, or another one.
+        HubError: it cannot be downloaded, and what to do.
     """
-    folder, name = Path(folder), manifest.source.name
+    name = manifest.source.name
+    folder = checkpoint_folder(folder, manifest.source.revision)
     if not (folder / "config.json").is_file():
         found = "has no config.json" if folder.is_dir() else "is not a folder"
         raise CheckpointError(

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hivtp_ops.errors import CheckpointError
+from hivtp.export.checkpoint.chat_template import choose_template
+from hivtp.export.checkpoint.image_settings import image_settings
+from hivtp.export.checkpoint.original import open_original
+from hivtp.export.checkpoint.tokenizer import check_tokenizer
+from hivtp.runtime.inputs.messages import ImagePart, Message
+from hivtp.runtime.inputs.prompt import PromptTemplate
+from hivtp.runtime.inputs.tokenizer import Tokenizer
+from hivtp_ops.errors import CheckpointError, HivtpError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,10 +27,8 @@ if TYPE_CHECKING:
 
     from hivtp.export.checkpoint.folder import Checkpoint
 
-IMAGE_PROCESSORS = {
-    "llava": ("CLIPImageProcessor", "LlavaImageProcessor"),
-    "llava_next": ("LlavaNextImageProcessor",),
-}
+# Asked of every checkpoint, so that a template which loses an image is refused at the start.
+QUESTION = "What is in the image?"
 
 
 @dataclass(frozen=True)
@@ -42,32 +48,30 @@ class Processor:
     original: Any
 
     @classmethod
-    def open(cls, checkpoint: Checkpoint) -> Processor:
-        """Read the processor of a checkpoint.
+    def open(cls, checkpoint: Checkpoint, chat_template: str | None = None) -> Processor:
+        """Read the processor of a checkpoint; no code of the checkpoint is run.
+
+        Args:
+            checkpoint: an open checkpoint.
+            chat_template: the name of the template, where there are several; None takes the default.
 
         Raises:
             CheckpointError: a part is missing, not supported, or does not fit the model.
+            MissingExtraError: sentencepiece is needed and not installed.
         """
-        from transformers import AutoProcessor
-
         folder = checkpoint.folder
-        try:
-            processor = AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
-            tokenizer, image_processor = processor.tokenizer, processor.image_processor
-        except Exception as error:
-            raise CheckpointError(
-                f"{folder} has no usable processor ({error}); "
-                "it needs tokenizer.json, tokenizer_config.json and preprocessor_config.json"
-            ) from error
-        image_token = getattr(processor, "image_token", "<image>")
+        original = open_original(folder)
+        tokenizer = original.tokenizer
+        image_token = getattr(original, "image_token", "<image>")
+        check_tokenizer(folder, tokenizer, image_token, checkpoint.config)
         prompt = {
-            "chat_template": processor.chat_template or getattr(tokenizer, "chat_template", None),
+            "chat_template": choose_template(folder, original, chat_template),
             # As transformers passes them to a template: an undefined one renders as nothing.
             "tokens": {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
             "image_token": image_token,
         }
-        opened = cls(tokenizer, _image_settings(checkpoint, image_processor), prompt, processor)
-        opened._check(checkpoint)
+        opened = cls(tokenizer, image_settings(checkpoint, original.image_processor), prompt, original)
+        opened._check_prompt(folder)
         return opened
 
     def write(self, folder: Path) -> None:
@@ -77,104 +81,37 @@ class Processor:
         (folder / "image_processor.json").write_text(json.dumps(self.image_processor, indent=2) + "\n")
         (folder / "prompt.json").write_text(json.dumps(self.prompt, indent=2) + "\n")
 
-    def pixel_values(self, pictures: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """What the vision tower takes of each picture as a whole: [pictures, 3, H, W] float32.
+    def pixel_values(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """What the vision tower takes of each image as a whole: [images, 3, H, W] float32.
 
         For LLaVA-NeXT that is the base tile.
         """
-        pixels: NDArray[np.float32] = self.original.image_processor(list(pictures), return_tensors="np")["pixel_values"]
+        pixels: NDArray[np.float32] = self.original.image_processor(list(images), return_tensors="np")["pixel_values"]
         return pixels if pixels.ndim == 4 else np.ascontiguousarray(pixels[:, 0])
 
     def question_ids(self, question: str) -> list[int]:
         """Token ids of a question about one image, up to where the answer begins; the image is one token.
 
         Raises:
-            CheckpointError: the chat template loses the question or the image.
+            PromptError: the chat template loses the question or the image.
         """
-        image_token, bos_token = self.prompt["image_token"], self.prompt["tokens"].get("bos_token")
-        text = f"USER: {image_token}\n{question} ASSISTANT:"
-        if self.prompt["chat_template"] is not None:
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-            text = self.original.apply_chat_template(
-                [{"role": "user", "content": content}],
-                chat_template=self.prompt["chat_template"],
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-        if text.count(image_token) != 1 or question not in text:
-            raise CheckpointError(
-                f"the chat template makes {text!r} of one image and {question!r}; it must write each once"
-            )
-        has_bos_token = bos_token is not None and text.startswith(bos_token)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=not has_bos_token)["input_ids"]
-        return ids
+        template = PromptTemplate(**self.prompt)
+        try:
+            text = template.render([Message("user", [ImagePart(b""), question])], self._runtime_tokenizer)
+            image_token_id = self.tokenizer.convert_tokens_to_ids(template.image_token)
+            return template.encode(self._runtime_tokenizer, text, image_token_id)
+        finally:
+            template.close()
 
-    def _check(self, checkpoint: Checkpoint) -> None:
-        folder, config = checkpoint.folder, checkpoint.config
-        if not getattr(self.tokenizer, "is_fast", False):
-            raise CheckpointError(f"{folder} has no tokenizer.json; save its fast tokenizer with transformers first")
-        image_token = self.prompt["image_token"]
-        found = self.tokenizer.convert_tokens_to_ids(image_token)
-        if found != config.image_token_id:
-            raise CheckpointError(
-                f"{folder}: the tokenizer gives {image_token!r} the id {found}, "
-                f"the config's image_token_index is {config.image_token_id}; they do not belong together"
-            )
-        settings, side = self.image_processor, config.vision_config.image_size
-        target = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
-        if (target.get("height"), target.get("width")) not in {(side, side), (None, None)}:
-            raise CheckpointError(
-                f"{folder}: the image processor gives {target}, the vision tower takes {side} x {side}"
-            )
-        if checkpoint.family == "llava_next":
-            self._check_pinpoints(checkpoint)
+    @cached_property
+    def _runtime_tokenizer(self) -> Tokenizer:
+        """The tokenizer as a bundle's pipeline has it."""
+        import tokenizers
 
-    def _check_pinpoints(self, checkpoint: Checkpoint) -> None:
-        side = checkpoint.config.vision_config.image_size
-        pinpoints = checkpoint.config.image_grid_pinpoints
-        is_valid = isinstance(pinpoints, list) and all(
-            isinstance(pair, list | tuple)
-            and len(pair) == 2
-            and all(isinstance(length, int) and length > 0 and length % side == 0 for length in pair)
-            for pair in pinpoints
-        )
-        if not (is_valid and pinpoints):
-            raise CheckpointError(
-                f"{checkpoint.folder}: image_grid_pinpoints is {pinpoints!r}; expected a list of "
-                f"[height, width] in multiples of {side}"
-            )
-        if [list(pair) for pair in pinpoints] != self.image_processor["image_grid_pinpoints"]:
-            raise CheckpointError(
-                f"{checkpoint.folder}: config.json and preprocessor_config.json have different image_grid_pinpoints"
-            )
+        return Tokenizer(tokenizers.Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str()))
 
-
-def eos_token_ids(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end an answer: those of generation_config.json, else of the config, else the tokenizer's.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    from transformers import GenerationConfig
-
-    try:
-        found = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True).eos_token_id
-    except OSError:
-        found = None
-    for candidate in (found, checkpoint.config.text_config.eos_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return tuple(candidate) if isinstance(candidate, list) else (int(candidate),)
-    raise CheckpointError(
-        f"{checkpoint.folder} names no end-of-sequence token in generation_config.json or config.json"
-    )
-
-
-def _image_settings(checkpoint: Checkpoint, image_processor: Any) -> dict[str, Any]:
-    name = type(image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
-    supported = IMAGE_PROCESSORS[checkpoint.family]
-    if name not in supported:
-        raise CheckpointError(
-            f"{checkpoint.folder} has the image processor {name!r}; supported are {', '.join(supported)}"
-        )
-    settings: dict[str, Any] = json.loads(image_processor.to_json_string())
-    return settings | {"image_processor_type": name}
+    def _check_prompt(self, folder: Path) -> None:
+        try:
+            self.question_ids(QUESTION)
+        except HivtpError as error:
+            raise CheckpointError(f"{folder} cannot be asked about an image: {error}") from error

@@ -30,6 +30,7 @@ before the bundle appears. Run a bundle with hivtp run.
 EXAMPLES = """\
 examples:
   hivtp-export llava-1.5-7b-hf bundle                            the paper's pruning, float32
+  hivtp-export llava-hf/llava-1.5-7b-hf bundle                   the same, downloaded from the Hugging Face hub
   hivtp-export llava-1.5-7b-hf bundle --preset 192 \\
       --vision-precision int8 --language-precision int4          small and fast on a CPU
   hivtp-export llava-1.5-7b-hf bundle --no-pruning               all 576 tokens, to compare with
@@ -57,7 +58,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint: config.json, *.safetensors, tokenizer")
+    add_checkpoint(parser)
     parser.add_argument(
         "bundle", type=Path, nargs="?", help="folder to write; whole when it appears; none with --choose-layers"
     )
@@ -128,6 +129,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         help="vision: a bundle that answers; encoder: only the graph that emits features and middle-layer "
         "attention (default: %(default)s)",
     )
+    add_checkpoint_options(parser)
     parser.add_argument(
         "--engine",
         choices=get_args(LibraryName),
@@ -142,6 +144,23 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         help="rank the layers that could score these images and write nothing; hivtp layers has more options",
     )
     return parser
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add which checkpoint."""
+    parser.add_argument(
+        "checkpoint",
+        help="folder with config.json, *.safetensors and tokenizer; or owner/name of the Hugging Face hub, from where "
+        "it is downloaded",
+    )
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Add what is taken of a checkpoint where there is a choice."""
+    parser.add_argument("--revision", metavar="REV", help="of owner/name: a branch, tag or commit (default: main)")
+    parser.add_argument(
+        "--chat-template", metavar="NAME", help="which of the checkpoint's chat templates, where it has several"
+    )
 
 
 def add_pruning_options(parser: argparse.ArgumentParser) -> None:
@@ -215,6 +234,8 @@ def settings_from(options: argparse.Namespace) -> ExportSettings:
         keep_total=options.keep_total,
         graph=options.graph,
         decoder_from=options.decoder_from,
+        chat_template=options.chat_template,
+        revision=options.revision,
         overwrite=options.overwrite,
     )
 

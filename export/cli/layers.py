@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
-from hivtp.export.cli.export import add_pruning_options, pruning_from
+from hivtp.export.cli.export import add_checkpoint, add_checkpoint_options, add_pruning_options, pruning_from
 from hivtp.export.layers.choice import choose_layers
 from hivtp.export.layers.ranking import ChoiceSettings, Criterion
 from hivtp.export.settings import ExportSettings
@@ -33,7 +33,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint: config.json, *.safetensors, tokenizer")
+    add_checkpoint(parser)
     parser.add_argument(
         "images", type=Path, nargs="+", metavar="IMAGE", help="images like those that you will ask about"
     )
@@ -57,6 +57,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print the whole ranking as one JSON object")
     parser.add_argument("--quiet", action="store_true", help="print the ranking only")
+    add_checkpoint_options(parser)
     add_pruning_options(parser)
     return parser
 
@@ -80,6 +81,7 @@ def choice_from(options: argparse.Namespace) -> ChoiceSettings:
 
 def run(options: argparse.Namespace) -> None:
     """Rank, and print the ranking."""
-    settings, choice = ExportSettings(**pruning_from(options)), choice_from(options)
+    taken = {"revision": options.revision, "chat_template": options.chat_template}
+    settings, choice = ExportSettings(**pruning_from(options), **taken), choice_from(options)
     ranking = choose_layers(options.checkpoint, options.images, settings, choice, is_quiet=options.quiet)
     print(json.dumps(ranking.to_dict()) if options.json else ranking.table())

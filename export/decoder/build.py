@@ -6,20 +6,20 @@ import contextlib
 import io
 import logging
 import tempfile
-from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from hivtp.export.decoder.last_position import cut_to_last_position
+from hivtp.export.decoder.model_builder import BUILDER_OPTIONS, builder_class, builder_config
 from hivtp.export.decoder.w8a8 import quantize_products
 from hivtp.export.decoder.weight_only import WeightOnlySettings, quantize_weights
 from hivtp.export.graph.builder import save_model
-from hivtp_ops.errors import CheckpointError, MissingExtraError
+from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -39,13 +39,6 @@ DEFAULT_BLOCK_SIZE = 32
 DECODER_NAME = "decoder.onnx"
 PREFILL_NAME = "prefill.onnx"
 EMBEDDINGS_NAME = "embeddings.npy"
-# The KV cache holds the whole context, in which a chat can go back, even where attention sees a window of it.
-BUILDER_OPTIONS: Mapping[str, Any] = {
-    "exclude_embeds": True,
-    "prune_lm_head": True,
-    "windowed_kv_cache": False,
-    "filename": DECODER_NAME,
-}
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ class DecoderKind:
 
     Attributes:
         precision: see write_decoder.
-        block_size: likewise; None where weights are not rounded in blocks.
+        block_size: of write_decoder; None where weights are not rounded in blocks.
         prefill_precision: of a second decoder, which runs the prompts; None where one decoder runs all.
     """
 
@@ -90,17 +83,17 @@ def write_decoder(
         MissingExtraError: onnxruntime-genai is not installed.
         CheckpointError: the builder refuses the language model.
     """
-    builder = _builder_class(checkpoint.config.text_config.model_type)
+    builder = builder_class(checkpoint.config.text_config.model_type)
     import onnx_ir as ir
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = _builder_config(checkpoint)
+    config = builder_config(checkpoint)
     is_half = precision in HALF_PRECISIONS
     dtype, provider = (ir.DataType.FLOAT16, "cuda") if is_half else (ir.DataType.FLOAT, "cpu")
     try:
         with tempfile.TemporaryDirectory() as cache, _silenced():
             # Built without rounding and quantised by us afterwards: the builder would hold all weights in memory.
-            decoder = builder(config, dtype, dtype, provider, cache, dict(BUILDER_OPTIONS))
+            decoder = builder(config, dtype, dtype, provider, cache, {**BUILDER_OPTIONS, "filename": DECODER_NAME})
             decoder.loaded_model = load_language_model(checkpoint)
             decoder.make_model("")
             del decoder.loaded_model
@@ -171,35 +164,6 @@ def load_language_model(checkpoint: Checkpoint) -> PreTrainedModel:
     weights = {name: checkpoint.language_tensor(name) for name in model.state_dict()}
     model.load_state_dict(weights, assign=True)
     return model.eval()
-
-
-def _builder_class(model_type: str) -> Any:
-    try:
-        import onnxruntime_genai.models  # noqa: F401  it puts the builder's folder on the path
-        from onnxruntime_genai.models.builders import llama, mistral
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime-genai", "export") from error
-    base = {"llama": llama.LlamaModel, "mistral": mistral.MistralModel}[model_type]
-
-    class Decoder(base):  # type: ignore[misc, valid-type]  # the builder ships no types
-        """The builder's model, fed with an already opened one instead of a folder."""
-
-        loaded_model: PreTrainedModel
-
-        def load_weights(self, input_path: str) -> PreTrainedModel:  # noqa: ARG002  the builder's signature
-            return self.loaded_model
-
-    return Decoder
-
-
-def _builder_config(checkpoint: Checkpoint) -> Any:
-    # The builder writes into its config.
-    config = deepcopy(checkpoint.config.text_config)
-    config.architectures = [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[config.model_type]]
-    if getattr(config, "sliding_window", None) is not None:
-        # Mistral's config names no layers: its window holds in all of them.
-        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
-    return config
 
 
 @contextlib.contextmanager

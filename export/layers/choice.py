@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hivtp.export.checkpoint.folder import Checkpoint
-from hivtp.export.checkpoint.processor import Processor, eos_token_ids
+from hivtp.export.checkpoint.generation import GenerationDefaults
+from hivtp.export.checkpoint.processor import Processor
 from hivtp.export.graph.clip import VisionShape
 from hivtp.export.layers.criteria import AnswerJudge, Cost, feature_costs
 from hivtp.export.layers.ranking import ChoiceSettings, Judgement, LayerRange, LayerRanking
@@ -47,7 +48,7 @@ def choose_layers(
     LLaVA-NeXT the base tile is judged, the picture as a whole.
 
     Args:
-        checkpoint_folder: a Hugging Face folder.
+        checkpoint_folder: a Hugging Face folder, or the id of a repository on the hub, which is downloaded.
         images: files of pictures like those that the model is meant for.
         export: the export that the layers are for; a `first_layer` or `num_layers` in it limits what is ranked.
         settings: how to judge.
@@ -62,11 +63,11 @@ def choose_layers(
     uses_answers = settings.criterion == "answers"
     progress = Progress(num_steps=4 if uses_answers else 3, is_quiet=is_quiet)
     with progress.step(f"Checkpoint {checkpoint_folder}"):
-        checkpoint = Checkpoint.open(checkpoint_folder)
+        checkpoint = Checkpoint.open(checkpoint_folder, export.revision, is_quiet=is_quiet)
         shape = VisionShape.of(checkpoint.config)
         spec = _spec_to_judge(export, shape)
         ranges = layer_ranges(shape.num_feature_layers, spec)
-        processor = Processor.open(checkpoint)
+        processor = Processor.open(checkpoint, export.chat_template)
         if not images:
             raise ImageError("no images were given; give files of images like those that the model is meant for")
         pictures = [load_image(image) for image in images]
@@ -158,7 +159,8 @@ def _judge_answers(
     progress: Progress,
 ) -> list[list[Cost]]:
     """For each picture and set of kept tokens the mean cost over the questions."""
-    judge = AnswerJudge(checkpoint, eos_token_ids(checkpoint, processor.tokenizer), settings.max_answer_tokens)
+    eos_token_ids = GenerationDefaults.of(checkpoint, processor.tokenizer).eos_token_ids
+    judge = AnswerJudge(checkpoint, eos_token_ids, settings.max_answer_tokens)
     token_ids = [processor.question_ids(question) for question in settings.questions]
     num_prefix_tokens = VisionShape.of(checkpoint.config).num_prefix_tokens
     prompts = [judge.prompt(ids, image, num_prefix_tokens) for image in tower.embeds for ids in token_ids]

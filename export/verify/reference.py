@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hivtp.export.checkpoint.config import sliding_window
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -55,8 +57,10 @@ def vision_reference(
     from transformers import CLIPVisionModel
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-    config = checkpoint.config
-    tower = CLIPVisionModel._from_config(config.vision_config, attn_implementation="eager").eval()
+    # transformers writes into the config.
+    config = deepcopy(checkpoint.config)
+    # In float32 whatever the config says: checkpoints in half precision say so for each of their parts.
+    tower = CLIPVisionModel._from_config(config.vision_config, attn_implementation="eager", dtype=torch.float32).eval()
     weights = {name: tensor.float() for name, tensor in checkpoint.part("vision.").items()}
     tower.load_state_dict(weights, strict=False)
     projector = LlavaMultiModalProjector(config).eval()
@@ -65,7 +69,7 @@ def vision_reference(
     received: list[torch.Tensor] = []
 
     def record(_module: object, _inputs: object, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-        # Mean over heads and queries, CLS column dropped (HIVTP, importance; DESIGN.md 2.1).
+        # Mean over heads and queries, CLS column dropped (HIVTP, arXiv 2509.23663, importance).
         received.append(outputs[1].float().mean(dim=(1, 2))[:, 1:])
 
     if spec is not None:
@@ -119,15 +123,15 @@ def language_reference(
             length: torch.from_numpy(np.stack([sequences[index] for index in indices]))
             for length, indices in members.items()
         }
-        # Its frequencies are no weights, so it is made anew off the meta device.
-        make_rotary = type(skeleton.rotary_emb)(config)
+        # Its frequencies are not weights, so it is made anew off the meta device.
+        rotary = type(skeleton.rotary_emb)(config)
         places = {}
         for length, hidden in states.items():
             positions = torch.arange(length)[None]
             places[length] = {
                 "attention_mask": _sees(config, length)[None, None],
                 "position_ids": positions,
-                "position_embeddings": make_rotary(hidden, positions),
+                "position_embeddings": rotary(hidden, positions),
             }
         for index, layer in enumerate(skeleton.layers):
             load(layer, f"model.layers.{index}.")
@@ -147,5 +151,5 @@ def _sees(config: Any, length: int) -> torch.Tensor:
     import torch
 
     sees = torch.ones(length, length, dtype=torch.bool).tril()
-    window = getattr(config, "sliding_window", None)
+    window = sliding_window(config)
     return sees if window is None else sees.triu(1 - window)

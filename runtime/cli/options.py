@@ -23,7 +23,9 @@ def make_bundle_parser(program: str, description: str, examples: str) -> argpars
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", help="folder that hivtp export wrote")
+    parser.add_argument(
+        "bundle", help="folder that hivtp export wrote; or owner/name of the Hugging Face hub, which is downloaded"
+    )
     return parser
 
 
@@ -67,6 +69,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add how a bundle is loaded and run."""
     vision, language = VisionOptions(), LanguageOptions()
     group = parser.add_argument_group("bundle")
+    group.add_argument("--revision", metavar="REV", help="of owner/name: a branch, tag or commit (default: main)")
     group.add_argument("--check-hashes", action="store_true", help="refuse a bundle whose files were altered")
     group.add_argument(
         "--trust-plans",
@@ -143,6 +146,7 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
             checkpoint=options.language_checkpoint,
             dtype=options.language_dtype,
         ),
+        revision=options.revision,
         check_hashes=options.check_hashes,
         trust_plans=options.trust_plans,
     )

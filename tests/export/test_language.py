@@ -10,13 +10,12 @@ import pytest
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp.engines.bundle import Bundle
-from hivtp.export import exporter
+from hivtp.export import exporter, language
 from hivtp.export.checkpoint.folder import Checkpoint
-from hivtp.export.cli.export import main
-from hivtp.export.decoder import language
 from hivtp.export.decoder.build import DEFAULT_BLOCK_SIZE, DecoderKind
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
+from hivtp.main import export as main
 from hivtp_ops.errors import BundleError, SpecError, VerificationError
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def test_without_a_decoder_a_bundle_is_otherwise_the_same(bare_bundle: Path, pru
     assert bare.language == replace(whole.language, decoder=None)
     assert bare.files == {name: file for name, file in whole.files.items() if not name.startswith("language/")}
     assert bare.verification == {"vision": whole.verification["vision"]}
-    assert {name: bare.source[name] for name in ("name", "fingerprint")} == bare.source
+    assert bare.source == replace(whole.source, language_fingerprint=None)
     on_disk = {file.relative_to(bare_bundle).as_posix() for file in bare_bundle.rglob("*") if file.is_file()}
     assert on_disk == bare.files.keys() | {"manifest.json"}
     for part in ("pruning", "vision", "tiling", "family"):
@@ -75,7 +74,9 @@ def test_the_summary_says_that_there_is_no_decoder_and_how_to_ask(
     printed, progress = capsys.readouterr()
     assert "language  none      no decoder" in printed
     assert "vision    fp32" in printed
-    assert f"hivtp-run {folder} --language transformers --checkpoint {tiny_checkpoint} --image PHOTO" in printed
+    assert "hivtp run" in printed
+    backend = f"--language-backend transformers --language-checkpoint {tiny_checkpoint}"
+    assert f"{folder} {backend} --image PHOTO" in printed
     assert "[4/4] Manifest and hashes: done" in progress
     assert "ecoder" not in progress
 

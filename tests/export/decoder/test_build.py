@@ -11,14 +11,12 @@ from transformers import LlavaForConditionalGeneration
 from benchmarks.checkpoints import make_checkpoint
 from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.decoder.build import (
-    BUILDER_OPTIONS,
-    _builder_class,
-    _builder_config,
     load_language_model,
     write_decoder,
     write_embeddings,
 )
 from hivtp.export.decoder.last_position import cut_to_last_position
+from hivtp.export.decoder.model_builder import BUILDER_OPTIONS, builder_class, builder_config
 from hivtp.export.verify.checks import relative_error, verify_language
 from hivtp.export.verify.decoder_weights import DecoderWeights
 from hivtp.export.verify.reference import language_reference
@@ -173,7 +171,9 @@ def test_weights_are_rounded_as_the_model_builder_rounds_them(
     bits, _, is_half = precision.partition("-")
     dtype = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4}[bits]
     io_dtype, provider = (ir.DataType.FLOAT16, "cuda") if is_half else (ir.DataType.FLOAT, "cpu")
-    builder = _builder_class("llama")(_builder_config(checkpoint), io_dtype, dtype, provider, "", dict(BUILDER_OPTIONS))
+    builder = builder_class("llama")(
+        builder_config(checkpoint), io_dtype, dtype, provider, "", {**BUILDER_OPTIONS, "filename": "decoder.onnx"}
+    )
     builder.loaded_model = load_language_model(checkpoint)
     builder.make_model("")
     cut_to_last_position(builder.model)

@@ -7,8 +7,9 @@ import pytest
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp.export.checkpoint.folder import Checkpoint
-from hivtp.export.decoder.build import BUILDER_OPTIONS, _builder_class, _builder_config, load_language_model
+from hivtp.export.decoder.build import load_language_model
 from hivtp.export.decoder.last_position import CUT, cut_to_last_position
+from hivtp.export.decoder.model_builder import BUILDER_OPTIONS, builder_class, builder_config
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ def built(request: pytest.FixtureRequest, tmp_path: Path) -> ir.Model:
     folder = make_checkpoint(tmp_path / "checkpoint", language=language)
     checkpoint = Checkpoint.open(folder)
     dtype, provider = (ir.DataType.FLOAT16, "cuda") if is_half else (ir.DataType.FLOAT, "cpu")
-    builder: Any = _builder_class(language)(
-        _builder_config(checkpoint), dtype, dtype, provider, str(tmp_path), dict(BUILDER_OPTIONS)
+    builder: Any = builder_class(language)(
+        builder_config(checkpoint), dtype, dtype, provider, str(tmp_path), dict(BUILDER_OPTIONS)
     )
     builder.loaded_model = load_language_model(checkpoint)
     builder.make_model("")

@@ -1,0 +1,1 @@
+"""Checkpoints and bundles of the Hugging Face hub, by their ids."""
