@@ -1,4 +1,4 @@
-"""The front door: `hivtp export | plan | layers | run | chat`, one module per command, loaded when it is called."""
+"""The front door: `hivtp COMMAND`, one module per command, loaded when it is called."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "layers": ("hivtp.export.cli.layers", "rank the layers that could score the patches, on your own images"),
     "run": ("hivtp.runtime.cli.run", "ask a bundle about images"),
     "chat": ("hivtp.runtime.cli.chat", "talk with a bundle about images, in the terminal"),
+    "compare": ("hivtp.runtime.cli.compare", "compare engines and bundles on your own images"),
 }
 
 
