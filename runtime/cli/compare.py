@@ -10,12 +10,7 @@ from typing import TYPE_CHECKING
 
 from hivtp.runtime.cli.files import read_image
 from hivtp.runtime.cli.options import make_bundle_parser
-from hivtp.runtime.integrations.polygraphy.comparison import (
-    ALL_ENGINES,
-    CompareSettings,
-    Measurement,
-    RunnerSettings,
-)
+from hivtp.runtime.integrations.polygraphy.comparison import ALL_ENGINES, CompareSettings, Measurement, RunnerSettings
 from hivtp_ops.errors import EngineError, VerificationError
 
 if TYPE_CHECKING:
@@ -43,10 +38,12 @@ HEADER = (
 # The columns of words; the others hold numbers.
 NUM_NAMES = 3
 LEGEND = """\
-tokens: kept of an image, all its tiles together. kept sets: patches that both keep over patches that either keeps, the
-mean over tiles, and the worst tile. embeddings: relative error where both keep a patch, over all and in the median row.
-scores: error over the mean score. ms: of the vision graph for an image, median and least of the rounds. peak MB: memory
-of the host that opening an engine and its first runs took; the first engine of a library also pays for the library."""
+tokens      visual tokens kept of an image, over all its tiles
+kept sets   patches that both keep over patches that either keeps: the mean over tiles, and the worst tile
+embeddings  relative error where both keep a patch, of the worst image; and of the median token
+scores      largest error of a score over the mean score
+ms          of the vision graph for an image: the median of the rounds, and the least
+peak MB     host memory that opening the engine and its first runs took; the first of a library pays for loading it"""
 
 
 def make_parser(program: str) -> argparse.ArgumentParser:
@@ -76,7 +73,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         help="how often each image is timed in each engine, in turns (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, every sample in it")
-    group = parser.add_argument_group("tolerance", "in place of what the bundles were checked with at export")
+    group = parser.add_argument_group("tolerance", "by default what the bundles were checked with at export")
     group.add_argument(
         "--min-kept-agreement",
         type=float,
@@ -93,7 +90,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         "--max-score-error",
         type=float,
         metavar="X",
-        help="difference of a patch's score over the mean score, the worst image",
+        help="difference of a patch's score over the mean score, the worst image (default: no bound)",
     )
     group = parser.add_argument_group("engines")
     group.add_argument(
@@ -102,7 +99,12 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         metavar="DIR",
         help="for transformers: the folder that the bundle was exported from",
     )
-    group.add_argument("--threads", type=int, metavar="N", help="threads of each engine (default: physical cores)")
+    group.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads of hivtp's own engines but transformers (default: physical cores)",
+    )
     group.add_argument(
         "--trust-plans",
         action="store_true",

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from hivtp.engines.base import Arrays
 
 
+_CHECKED_AT_EXPORT = ("relative_error", "min_jaccard")
+
+
 @dataclass(frozen=True)
 class Agreement:
     """How close one run of a vision graph is to a reference run on the same tiles.
@@ -53,20 +56,21 @@ class Agreement:
 
 @dataclass(frozen=True)
 class VisionTolerance:
-    """How far a vision graph may be from a reference.
+    """How far a vision graph may be from a reference; see Agreement.
 
     Attributes:
-        relative_error, importance_error: at most; see Agreement.
-        min_jaccard: of the mean over tiles.
+        relative_error: at most.
+        min_jaccard: of the mean over tiles, at least.
+        importance_error: at most; None bounds it by the kept patches alone, which are all that scores decide.
     """
 
     relative_error: float
-    importance_error: float
     min_jaccard: float
+    importance_error: float | None = None
 
     @classmethod
     def read(cls, verification: Mapping[str, Any]) -> VisionTolerance:
-        """The tolerance that a graph or a plan was checked with when it was made.
+        """The tolerance of embeddings and kept patches that a graph or a plan was checked with when it was made.
 
         Args:
             verification: what the manifest says of the vision graph, or the sidecar of a plan.
@@ -75,18 +79,20 @@ class VisionTolerance:
             BundleError: it holds no tolerance, or a damaged one.
         """
         try:
-            return read_record(cls, verification.get("tolerance"), "tolerance")
-        except (AttributeError, ValueError) as error:
+            bounds = {name: verification["tolerance"][name] for name in _CHECKED_AT_EXPORT}
+            return read_record(cls, {**bounds, "importance_error": None}, "tolerance")
+        except (KeyError, TypeError, ValueError) as error:
             raise BundleError(
-                f"the bundle does not say how exact its vision graph is: {error}; export it again"
+                f"the bundle does not say how exact its vision graph is ({error}); export it again"
             ) from error
 
     def loosened(self, other: VisionTolerance) -> VisionTolerance:
         """What two graphs may differ by that each keep to a tolerance of their own: the wider one."""
+        is_bounded = self.importance_error is not None and other.importance_error is not None
         return VisionTolerance(
             max(self.relative_error, other.relative_error),
-            max(self.importance_error, other.importance_error),
             min(self.min_jaccard, other.min_jaccard),
+            max(self.importance_error or 0, other.importance_error or 0) if is_bounded else None,
         )
 
     def problems(self, found: Agreement) -> list[str]:
@@ -100,7 +106,9 @@ class VisionTolerance:
         return [
             f"{name} {value:.3g}, allowed is {bound} {limit:.3g}"
             for name, value, bound, limit in checks
-            if value is not None and not (value <= limit if bound == "at most" else value >= limit)
+            if value is not None
+            and limit is not None
+            and not (value <= limit if bound == "at most" else value >= limit)
         ]
 
 

@@ -30,7 +30,7 @@ class RunnerSettings:
 
     Attributes:
         checkpoint: the folder that the bundle was exported from, for the engine transformers.
-        num_threads: of an engine on the CPU; None takes the physical cores.
+        num_threads: of hivtp's engines on the CPU but transformers; None takes the physical cores.
         trust_plans: load a TensorRT plan that another machine built. A plan is code.
     """
 

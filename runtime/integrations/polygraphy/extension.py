@@ -41,7 +41,10 @@ class EngineArgs(BaseArgs):  # type: ignore[misc]  # Polygraphy ships no types
             help="For --hivtp-transformers: the folder that the bundle was exported from",
         )
         self.group.add_argument(
-            "--hivtp-threads", type=int, metavar="N", help="Threads of each engine (default: physical cores)"
+            "--hivtp-threads",
+            type=int,
+            metavar="N",
+            help="Threads of an engine other than transformers (default: physical cores)",
         )
         self.group.add_argument(
             "--hivtp-trust-plans",
@@ -155,23 +158,19 @@ class CompareArgs(BaseArgs):  # type: ignore[misc]
     """
 
     def add_parser_args_impl(self) -> None:
-        """Add `--compare hivtp`, and the bounds; without them they are those that the bundle was checked with."""
+        """Add `--compare hivtp`, and the bounds."""
         compare = self.arg_groups[ComparatorCompareArgs]
         # Polygraphy has no way to register a comparison, so a test runs its command with this one.
         compare._comparison_func_map["hivtp"] = [self]
         [option] = [action for action in compare.group._group_actions if action.dest == "compare"]
         option.choices.append("hivtp")
-        for name, what in (
-            ("min-kept-agreement", "Least agreement of the kept patches, the mean over the tiles of a run"),
-            ("max-embeddings-error", "Largest relative error of the embeddings of the patches that both keep"),
-            ("max-score-error", "Largest difference of a patch's score, over the mean score"),
+        at_export = "what the bundle was checked with at export"
+        for name, what, default in (
+            ("min-kept-agreement", "Least agreement of the kept patches, the mean over the tiles of a run", at_export),
+            ("max-embeddings-error", "Largest relative error of the embeddings where both keep a patch", at_export),
+            ("max-score-error", "Largest difference of a patch's score, over the mean score", "no bound"),
         ):
-            self.group.add_argument(
-                f"--hivtp-{name}",
-                type=float,
-                metavar="X",
-                help=f"{what} (default: what the bundle was checked with at export)",
-            )
+            self.group.add_argument(f"--hivtp-{name}", type=float, metavar="X", help=f"{what} (default: {default})")
 
     def parse_impl(self, args: Any) -> None:
         """Read the arguments.

@@ -70,7 +70,8 @@ def compare_bundles(
         reasons = "; ".join(f"{engine}: {error}" for (_, engine), error in zip(pairs, opened, strict=True))
         raise EngineError(f"no engine can run {', '.join(str(bundle.folder) for bundle in bundles)} here: {reasons}")
     measured = iter(_measure(running, bundles[0].manifest.vision.num_prefix_tokens, feeds, settings.rounds))
-    results = [next(measured) if isinstance(system, _Running) else str(system) for system in opened]
+    # In one line, whatever a library says.
+    results = [next(measured) if isinstance(system, _Running) else " ".join(str(system).split()) for system in opened]
     systems = [
         System(bundle.folder, bundle.manifest.vision.precision, engine, result)
         for (bundle, engine), result in zip(pairs, results, strict=True)

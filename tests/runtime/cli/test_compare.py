@@ -9,7 +9,7 @@ import pytest
 
 from hivtp.main import main
 from hivtp.runtime.integrations.polygraphy.comparison import ALL_ENGINES
-from tests.support.bundles import LATER_WEIGHT, alter_weight
+from tests.support.faults import LATER_WEIGHT, alter_weight
 
 if TYPE_CHECKING:
     from pathlib import Path

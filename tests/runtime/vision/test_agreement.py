@@ -163,7 +163,17 @@ def test_a_tolerance_names_what_is_beyond_it(change, problems):
 
 
 def test_the_wider_of_two_tolerances_holds_in_each_bound():
-    assert TOLERANCE.loosened(VisionTolerance(0.2, 0.1, 0.95)) == VisionTolerance(0.2, 0.2, 0.9)
+    assert TOLERANCE.loosened(VisionTolerance(0.2, 0.95, 0.1)) == VisionTolerance(0.2, 0.9, 0.2)
+    assert TOLERANCE.loosened(VisionTolerance(0.2, 0.95)) == VisionTolerance(0.2, 0.9)
+
+
+def test_scores_are_bounded_where_that_is_asked():
+    assert replace(TOLERANCE, importance_error=None).problems(replace(GOOD, importance_error=9)) == []
+
+
+def test_the_tolerance_of_an_export_is_that_of_embeddings_and_kept_patches():
+    verification = {"tolerance": {"relative_error": 0.1, "min_jaccard": 0.9, "importance_error": 1e-6}, "tiles": 2}
+    assert VisionTolerance.read(verification) == VisionTolerance(0.1, 0.9)
 
 
 @pytest.mark.parametrize(
@@ -173,9 +183,9 @@ def test_the_wider_of_two_tolerances_holds_in_each_bound():
         [],
         {"tolerance": None},
         {"tolerance": {"relative_error": 0.1}},
-        {"tolerance": {"relative_error": "0.1", "importance_error": 0.1, "min_jaccard": 1}},
+        {"tolerance": {"relative_error": "0.1", "min_jaccard": 1}},
     ],
 )
 def test_a_damaged_tolerance_is_refused(verification):
-    with pytest.raises(BundleError, match=r"does not say how exact its vision graph is: .*export it again"):
+    with pytest.raises(BundleError, match=r"does not say how exact its vision graph is \(.*\); export it again"):
         VisionTolerance.read(verification)

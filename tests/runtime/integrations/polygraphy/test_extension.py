@@ -17,7 +17,7 @@ from hivtp.engines import EngineName
 from hivtp.runtime.integrations.polygraphy.comparison import ENGINES
 from hivtp.runtime.integrations.polygraphy.extension import argument_groups
 from hivtp_ops.errors import EngineError
-from tests.support.bundles import SCORING_WEIGHT, alter_weight
+from tests.support.faults import SCORING_WEIGHT, alter_weight
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "polygraphy"
 

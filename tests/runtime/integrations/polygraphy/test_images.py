@@ -105,5 +105,5 @@ def test_a_file_outside_of_a_bundle_is_refused(bare_bundle, tmp_path, images):
         bundle_images(str(graph), images)
     deep: Path = tmp_path / "manifest.json"
     deep.write_text("{}")
-    with pytest.raises(BundleError, match="not a manifest of hivtp"):
+    with pytest.raises(BundleError, match="cannot open the bundle"):
         find_bundle(graph)
