@@ -20,7 +20,7 @@ class CheckpointError(HivtpError):
 
 
 class VerificationError(HivtpError):
-    """An exported graph that differs from PyTorch by more than its tolerance."""
+    """A graph that differs from its reference, PyTorch or another engine, by more than its tolerance."""
 
 
 class BundleError(HivtpError):
