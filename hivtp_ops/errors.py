@@ -24,7 +24,7 @@ class CheckpointWarning(UserWarning):
 
 
 class VerificationError(HivtpError):
-    """An exported graph that differs from PyTorch by more than its tolerance."""
+    """A graph that differs from its reference, PyTorch or another engine, by more than its tolerance."""
 
 
 class BundleError(HivtpError):

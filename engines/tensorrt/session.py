@@ -43,6 +43,7 @@ class TensorRtEngine:
         except ImportError as error:
             raise MissingExtraError("cuda.core", library.name) from error
         self._library = library
+        self.record = record
         self._profiles = record.tile_profiles
         self._uses_cuda_graph = settings.uses_cuda_graph
         # Contexts are not for several threads at once, and neither are the buffers.

@@ -1,4 +1,4 @@
-"""The front door: `hivtp export | plan | layers | run | chat | serve`, one module for each, loaded when called."""
+"""The front door: `hivtp COMMAND`, one module per command, loaded when it is called."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "run": ("hivtp.runtime.cli.run", "ask a bundle about images"),
     "chat": ("hivtp.runtime.cli.chat", "talk with a bundle about images, in the terminal"),
     "serve": ("hivtp.runtime.cli.serve", "serve a bundle as OpenAI's chat completions"),
+    "compare": ("hivtp.runtime.cli.compare", "compare engines and bundles on your own images"),
 }
 
 
