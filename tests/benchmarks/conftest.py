@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks.accuracy.evaluation import Exam
+from benchmarks.accuracy.evaluation import Evaluation
 from benchmarks.miniature.model import make_model, make_tokenizer, save
 from benchmarks.miniature.pictures import HELD_OUT
 from benchmarks.timing import harness
@@ -36,8 +36,8 @@ def untrained_miniature(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exam(untrained_miniature: Path) -> Exam:
-    return Exam.open(untrained_miniature, HELD_OUT[:NUM_PICTURES])
+def evaluation(untrained_miniature: Path) -> Evaluation:
+    return Evaluation.open(untrained_miniature, HELD_OUT[:NUM_PICTURES])
 
 
 @pytest.fixture
