@@ -86,20 +86,20 @@ def open_product(side: int, num_threads: int, *, is_int8: bool) -> Callable[[], 
     from hivtp.export.graph.builder import IR_VERSION, OPSET
 
     random, shape = np.random.default_rng(0), (side, side)
-    factors: list[np.ndarray[Any, Any]] = [random.standard_normal(shape, dtype=np.float32) for _ in range(2)]
     op_type, inputs, dtypes = "MatMul", ["rows", "matrix"], (TensorProto.FLOAT, TensorProto.FLOAT)
-    constants = []
+    rows: np.ndarray[Any, Any]
     if is_int8:
-        factors = [random.integers(0, 256, shape, np.uint8), random.integers(-127, 128, shape, np.int8)]
         op_type, inputs, dtypes = "MatMulInteger", [*inputs, "zero_point"], (TensorProto.UINT8, TensorProto.INT32)
-        constants = [numpy_helper.from_array(np.array(128, np.uint8), "zero_point")]
-    rows, matrix = factors
+        rows, matrix = random.integers(0, 256, shape, np.uint8), random.integers(-127, 128, shape, np.int8)
+    else:
+        rows, matrix = (random.standard_normal(shape, dtype=np.float32) for _ in range(2))
+    constants = {"matrix": matrix, "zero_point": np.array(128, np.uint8)}
     graph = helper.make_graph(
         [helper.make_node(op_type, inputs, ["product"])],
         "product",
         [helper.make_tensor_value_info("rows", dtypes[0], shape)],
         [helper.make_tensor_value_info("product", dtypes[1], shape)],
-        [numpy_helper.from_array(matrix, "matrix"), *constants],
+        [numpy_helper.from_array(constants[name], name) for name in inputs[1:]],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     options = session_options(EngineSettings(num_threads))

@@ -129,7 +129,7 @@ def test_layers_are_calibrated_on_pictures_that_nothing_is_measured_with(
     monkeypatch.setattr(curves.Evaluation, "open", lambda _checkpoint, seeds: opened.append(set(seeds)) or seeds)
     parser = argparse.ArgumentParser()
     curves.add_options(parser, "accuracy.json")
-    curves.prepare(parser.parse_args([f"--checkpoint={untrained_miniature}"]))
+    curves.prepare(parser.parse_args([f"--checkpoint={untrained_miniature}", "--threads=1"]))
     calibration, held_out = opened
     assert calibration
     assert held_out

@@ -32,11 +32,15 @@ CASES = {
 
 
 def right_answers(evaluation: Evaluation) -> NDArray[np.object_]:
-    return np.array([[question.answer for question in picture.questions] for picture in evaluation.pictures], dtype=object)
+    return np.array(
+        [[question.answer for question in picture.questions] for picture in evaluation.pictures], dtype=object
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_answers_are_those_of_the_pruned_transformers_model(evaluation: Evaluation, untrained_miniature: Path, case: str) -> None:
+def test_answers_are_those_of_the_pruned_transformers_model(
+    evaluation: Evaluation, untrained_miniature: Path, case: str
+) -> None:
     rule, count = CASES[case]
     answers = evaluation.answers(rule(evaluation.encoded, count))
     model = LlavaForConditionalGeneration.from_pretrained(untrained_miniature, dtype=torch.float32).eval()
@@ -63,7 +67,11 @@ def test_an_answer_is_right_where_greedy_decoding_gives_it(
 
     def can_be_asked_for(text: str) -> bool:
         ids = evaluation.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return len(ids) < MAX_ANSWER and evaluation.tokenizer.unk_token_id not in ids and evaluation.tokenizer.decode(ids) == text
+        return (
+            len(ids) < MAX_ANSWER
+            and evaluation.tokenizer.unk_token_id not in ids
+            and evaluation.tokenizer.decode(ids) == text
+        )
 
     pictures = [
         replace(
@@ -113,7 +121,11 @@ def test_attention_is_what_the_export_is_verified_against(evaluation: Evaluation
 
 def test_only_layers_that_run_are_seen(evaluation: Evaluation) -> None:
     # The features are those of the last but one layer, so the last of seven has no part in them.
-    assert evaluation.encoded.received.shape == evaluation.encoded.from_class.shape == (len(evaluation.pictures), 6, NUM_PATCHES)
+    assert (
+        evaluation.encoded.received.shape
+        == evaluation.encoded.from_class.shape
+        == (len(evaluation.pictures), 6, NUM_PATCHES)
+    )
     # All attention but that to the class token.
     assert (evaluation.encoded.received.sum(axis=2) < 1).all()
     assert (evaluation.encoded.received.sum(axis=2) > 0.5).all()
