@@ -17,13 +17,12 @@ from benchmarks.timing.record import Row, report
 from benchmarks.timing.worker import System
 from benchmarks.timing.workspace import Workspace, add_options
 from hivtp.export.settings import ExportSettings
-from hivtp_ops import PRESETS, select, torch_op
-from hivtp_ops.errors import HivtpError
+from hivtp_ops import PRESETS, select
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from benchmarks.timing.worker import Pass, Sample
+    from benchmarks.timing.worker import Pass
 
 OUTPUT = Path(__file__).parents[1] / "results" / "gpu.json"
 EAGER = "Hugging Face eager, unpruned"
@@ -46,14 +45,8 @@ CALLS_PER_GRAPH = 50
 
 
 def open_hugging_face(num_threads: int, **arguments: Any) -> Pass:
-    """See ttft.open_hugging_face; with the time of the vision stage."""
-    run = ttft.open_hugging_face(num_threads, num_new_tokens=NUM_NEW_TOKENS, **arguments)
-
-    def run_with_vision() -> Sample:
-        sample = run()
-        return sample | {"vision_ms": sample["tower_ms"] + sample["projector_ms"]}
-
-    return _warmed(run_with_vision)
+    """See ttft.open_hugging_face."""
+    return _warmed(ttft.open_hugging_face(num_threads, num_new_tokens=NUM_NEW_TOKENS, **arguments))
 
 
 def open_bundle(num_threads: int, bundle: Path, engine: Any, device: str, checkpoint: Path) -> Pass:
@@ -65,8 +58,7 @@ def open_bundle(num_threads: int, bundle: Path, engine: Any, device: str, checkp
 
     language = LanguageOptions(device=device)
     if engine == "transformers":
-        dtype: Any = DTYPES[device]
-        language = LanguageOptions(engine, device, checkpoint=checkpoint, dtype=dtype)
+        language = LanguageOptions(engine, device, checkpoint=checkpoint, dtype=DTYPES[device])  # type: ignore[arg-type]
     elif engine.startswith("tensorrt") and not has_plans(Bundle.open(bundle), engine):
         export_plan(bundle, PlanSettings(engine), is_quiet=True)
     pipeline = Pipeline.load(bundle, vision=VisionOptions(engine, num_threads), language=language)
@@ -94,55 +86,44 @@ def measure_engine(options: argparse.Namespace, workspace: Workspace, engine: st
             for name, bundle in workspace.bundles(budgets).items()
         ),
     ]
-    found, tables = measure(systems, options.rounds, options.threads), {}
-    for title, (quantity, baseline, goal) in QUANTITIES.items():
-        goals = {"preset 192": goal}
-        tables[f"{engine}: {title}"] = [
-            Row.of(found, name, quantity, baseline, goals.get(name)) for name in found.samples
+    found = measure(systems, options.rounds, options.threads)
+    tables = {
+        f"{engine}: {title}": [
+            Row.of(found, name, quantity, baseline, goal if name == "preset 192" else None) for name in found.samples
         ]
+        for title, (quantity, baseline, goal) in QUANTITIES.items()
+    }
     return tables, found
 
 
 def measure_kernel(num_tiles: int, num_rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of a selection on the GPU, as one kernel and as PyTorch's operators; each is checked first."""
+    """Milliseconds of the selection kernel on the GPU, by the scores that it is given; it is checked first."""
     import torch
 
     from hivtp_ops.torch_kernel import load_kernel
 
     grid, spec = (24, 24), PRESETS["192"]
-    settings: Any = (*grid, spec.regions, spec.global_ratio, spec.window, spec.keep)
-    load_kernel(grid, spec, torch.cuda.get_device_capability())
+    kernel = load_kernel(grid, spec, torch.cuda.get_device_capability())
     random = np.random.default_rng(0).random((num_tiles, 576), dtype=np.float32)
-    graphs = {}
+    found = {}
     # A search takes the most steps where all scores are equal.
-    for name, scores in {"random": random, "equal": np.full_like(random, 0.5)}.items():
-        on_gpu, expected = torch.from_numpy(scores).cuda(), select(scores, grid, spec)
-        for form, call in {"kernel": torch_op.hierarchical_prune, "operators": torch_op._select}.items():
-            assert np.array_equal(call(on_gpu, *settings)[0].cpu().numpy(), expected.indices), form
-            graphs[f"{form}, {name} scores"] = _captured(lambda call=call, on_gpu=on_gpu: call(on_gpu, *settings))
-    rounds = [{label: _replay_ms(graph) for label, graph in graphs.items()} for _ in range(1 + num_rounds)]
-    return {label: [times[label] for times in rounds[1:]] for label in graphs}
-
-
-def _captured(call: Callable[[], object]) -> Any:
-    import torch
-
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS_PER_GRAPH):
-            call()
-    return graph
-
-
-def _replay_ms(graph: Any) -> float:
-    import torch
-
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / CALLS_PER_GRAPH
+    for name, scores in {"random scores": random, "equal scores": np.full_like(random, 0.5)}.items():
+        on_gpu = torch.from_numpy(scores).cuda()
+        assert np.array_equal(kernel(on_gpu)[0].cpu().numpy(), select(scores, grid, spec).indices), name
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(CALLS_PER_GRAPH):
+                kernel(on_gpu)
+        times = []
+        for _ in range(NUM_WARM_UPS + num_rounds):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / CALLS_PER_GRAPH)
+        found[name] = times[NUM_WARM_UPS:]
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -156,18 +137,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit("There is no CUDA device that PyTorch sees, and this is measured on a GPU only.")
     tables, results = {}, {}
     for num_tiles, goal_us in KERNEL_GOALS_US.items():
-        tables[f"selection, {num_tiles} tiles, by {goal_us:g} us"] = [
-            Row(label, times, [goal_us / 1e3] * len(times), 1.0 if label.startswith("kernel") else None)
-            for label, times in measure_kernel(num_tiles, options.rounds).items()
+        tables[f"selection kernel, {num_tiles} tiles, by {goal_us:g} us"] = [
+            Row(scores, times, [goal_us / 1e3] * len(times), goal=1.0)
+            for scores, times in measure_kernel(num_tiles, options.rounds).items()
         ]
     workspace = Workspace.open(options, "gpu", write_large_checkpoint, dtype="float16")
     for engine in ENGINES:
         try:
             found, results[engine] = measure_engine(options, workspace, engine)
-        except (RuntimeError, HivtpError) as error:
-            print(f"  {engine} is left out: {str(error).strip().splitlines()[-1]}", flush=True)
-        else:
             tables |= found
+        except RuntimeError as error:
+            print(f"  {engine} is left out: {str(error).strip().splitlines()[-1]}", flush=True)
     major, minor = torch.cuda.get_device_capability()
     gpu = {"gpu": torch.cuda.get_device_name(), "capability": f"{major}.{minor}", "cuda": torch.version.cuda}
     report(options, tables, results, gpu)

@@ -13,8 +13,9 @@ from benchmarks.accuracy.comparison import UNPRUNED, accuracy_table
 from benchmarks.accuracy.intervals import goal_table
 from benchmarks.accuracy.parity import table as parity_table
 from benchmarks.report.plots import TITLES, draw
-from benchmarks.report.tables import staged, tables
 from benchmarks.report.time_plots import draw_budgets, draw_stages, draw_throughput
+from benchmarks.timing.record import tables_of
+from benchmarks.timing.stages import staged
 from benchmarks.timing.table import markdown
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ The trained [miniature](../benchmarks/miniature/README.md), 144 patches, whose l
 training. Each rival is written from its paper ([rivals.py](../benchmarks/accuracy/rivals.py));
 [accuracy.md](accuracy.md) says what the numbers mean. `python -m benchmarks.accuracy --ablation`"""
 PARITY_TEXT = """\
-The same miniature, at half of its tokens: bundles against PyTorch. `python -m benchmarks.accuracy.parity`"""
+The same miniature, at half of its tokens: bundles against PyTorch. Where one keeps other patches, the widest swap is
+the largest difference between their scores, by the mean score. `python -m benchmarks.accuracy.parity`"""
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,8 @@ def write_page(results: Path, page: Path) -> None:
         parts.append(NO_GPU)
     answers, budgets = {}, {}
     for section, measured in found.items():
-        parts.append(f"## {section.title}\n\n{section.text}\n\n{tables(measured)}\n")
-        if section.name.startswith(("ttft", "prefill", "budgets")) and staged(measured):
+        parts.append(f"## {section.title}\n\n{section.text}\n\n{text_of(measured)}\n")
+        if section.name.startswith(("ttft", "prefill", "budgets")) and staged(measured["results"]):
             answers[section.title] = measured
         if section.name.startswith("budgets"):
             budgets[section.title] = measured
@@ -182,6 +184,26 @@ def write_page(results: Path, page: Path) -> None:
         parts.append("## First token over tokens\n\n![Time to first token by budget](ttft-over-tokens.png)\n")
     parts += _accuracy(_load(results / "accuracy.json"), page.parent) + _parity(_load(results / "parity.json"))
     page.write_text("\n".join(parts), encoding="utf-8")
+
+
+def text_of(measured: Any) -> str:
+    """Where one file of results was measured, the lengths of prompt and answers where it says both, and its tables."""
+    found = measured["environment"]
+    packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
+    sets = found.get("instruction_sets", [])
+    cpu = found["cpu"] + (f" ({', '.join(sets)})" if sets else "")
+    machine = ", ".join([cpu, *([found["gpu"]] if "gpu" in found else [])])
+    parts = [f"{machine}, {found['num_threads']} threads, {found['date'][:10]}; {packages}."]
+    by_system = [result["samples"] for result in measured["results"].values()]
+    samples = [sample for systems in by_system for passes in systems.values() for sample in passes]
+    known = [sample for sample in samples if {"num_text_tokens", "num_image_tokens"} <= sample.keys()]
+    if known:
+        lengths = sorted({int(sample["num_new_tokens"]) for sample in samples if "num_new_tokens" in sample})
+        answers = " to ".join(str(length) for length in dict.fromkeys((lengths[0], lengths[-1])))
+        image, text = (f"{known[0][f'num_{part}_tokens']:.0f}" for part in ("image", "text"))
+        prompts = f"{image} tokens of the image before pruning, and {text} of text"
+        parts.append(f"Prompts: {prompts}. Answers: {answers} tokens.")
+    return "\n\n".join([*parts, *map(markdown, tables_of(measured))])
 
 
 def _accuracy(measured: Any, plots: Path) -> list[str]:

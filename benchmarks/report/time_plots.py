@@ -6,8 +6,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report.figure import new_figure
-from benchmarks.report.tables import staged
-from benchmarks.timing.stages import STAGES, TOKENS
+from benchmarks.timing.stages import STAGES, TOKENS, staged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,7 +36,7 @@ def draw_stages(sections: Mapping[str, Mapping[str, Any]], output: Path) -> None
     panels = {
         f"{title}{name.removeprefix('answers')}, answers of {_length(measured, name)} tokens": times
         for title, measured in sections.items()
-        for found in [staged(measured)]
+        for found in [staged(measured["results"])]
         for name, times in found.items()
     }
     figure = new_figure(9.0, sum(0.34 * len(times) + 0.95 for times in panels.values()) + 0.4)

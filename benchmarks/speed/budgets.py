@@ -11,8 +11,6 @@ from benchmarks.pipelines import load_pipeline, with_language_of
 from benchmarks.speed.ttft import make_pass
 from benchmarks.timing.harness import Stopwatch, measure_in_turns
 from benchmarks.timing.record import Row, report
-from benchmarks.timing.stages import stage_table, stages
-from benchmarks.timing.table import aligned
 from benchmarks.timing.worker import LocalSystem, peak_memory_bytes
 from benchmarks.timing.workspace import Workspace, add_length, add_options
 from hivtp.export.settings import ExportSettings
@@ -63,7 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     }
     report(options, tables, {"answers": results})
-    print(f"\n{aligned(stage_table(stages(results.samples, {})))}")
     peak_gib = peak_memory_bytes() / 2**30
     print(f"\nloaded {len(bundles)} bundles in {loading.ms / 1e3:.1f} s; peak memory {peak_gib:.2f} GiB")
 

@@ -11,8 +11,7 @@ from benchmarks.timing.harness import Results, Stopwatch, measure_once
 from benchmarks.timing.hugging_face import PAPERS_WAY, UNPRUNED, PapersWay, StageClock, load
 from benchmarks.timing.peaks import in_words, measure_with_peaks
 from benchmarks.timing.record import Row, report
-from benchmarks.timing.stages import by_profile, stage_table, stages
-from benchmarks.timing.table import aligned
+from benchmarks.timing.stages import by_profile
 from benchmarks.timing.worker import System
 from benchmarks.timing.workspace import Workspace, add_options
 from hivtp.export.settings import ExportSettings
@@ -117,10 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         profiled = [System(name, open_profiled, {"bundle": bundles[name], "num_tiles": num_tiles}) for name in PROFILED]
         profiles = results[by_profile(title)] = measure_once(profiled, options.threads)
         tables[f"selecting as a share of the {title}"] = selection_rows(profiles)
-        stage_times = aligned(stage_table(stages(found.samples, profiles.samples)))
-        printed.append(f"\n{title}\n{in_words(of_peaks)}\n{stage_times}")
+        printed.append(f"{title}, {in_words(of_peaks)}")
     report(options, tables, results)
-    print("\n".join(printed))
+    print("\n" + "\n".join(printed))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 from benchmarks.speed.ttft import open_bundle
 from benchmarks.timing.harness import measure
 from benchmarks.timing.record import Row, report
-from benchmarks.timing.stages import stage_table, stages
-from benchmarks.timing.table import aligned
 from benchmarks.timing.worker import System
 from benchmarks.timing.workspace import Workspace, add_length, add_options
 from hivtp.export.settings import ExportSettings
@@ -58,7 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         title: [Row.of(results, name, quantity, BASELINE) for name in bundles] for title, quantity in QUANTITIES.items()
     }
     report(options, tables, {"answers": results})
-    print(f"\n{aligned(stage_table(stages(results.samples, {})))}")
 
 
 if __name__ == "__main__":

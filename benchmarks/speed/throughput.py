@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from statistics import median
 from typing import TYPE_CHECKING
 
 from benchmarks.speed.ttft import BUNDLES, FLOAT, FLOAT_UNPRUNED, PROMPT, QUANTIZED, drawn_images
 from benchmarks.timing.harness import Stopwatch, measure
-from benchmarks.timing.hugging_face import UNPRUNED, load
+from benchmarks.timing.hugging_face import UNPRUNED, chat_prompt, load
 from benchmarks.timing.record import Row, report
-from benchmarks.timing.table import aligned, number
 from benchmarks.timing.worker import System
 from benchmarks.timing.workspace import Workspace, add_options
 from hivtp_ops.errors import HivtpError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from PIL import Image
 
-    from benchmarks.timing.table import Table
     from benchmarks.timing.worker import Pass, Sample
 
 TIMED = (FLOAT_UNPRUNED, FLOAT, QUANTIZED)
@@ -58,13 +55,7 @@ def open_hugging_face(num_threads: int, checkpoint: Path, batch_size: int, num_n
     def run() -> Sample:
         batch = list(itertools.islice(asked, batch_size))
         with torch.inference_mode(), Stopwatch() as watch:
-            prompts = [
-                processor.apply_chat_template(
-                    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-                    add_generation_prompt=True,
-                )
-                for question, _ in batch
-            ]
+            prompts = [chat_prompt(processor, question) for question, _ in batch]
             images = [[image] for _, image in batch]
             inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt")
             settings = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id}
@@ -111,28 +102,6 @@ def sample_of(batch_size: int, num_new_tokens: int, batch_ms: float) -> Sample:
     }
 
 
-def rates(by_size: Sequence[Mapping[str, Sequence[Sample]]]) -> Table:
-    """Median answers and tokens per second by batch size, one row per system, and the tokens of an answer.
-
-    Args:
-        by_size: samples by system, for each batch size.
-    """
-    sizes = [next(iter(samples.values()))[0]["batch_size"] for samples in by_size]
-    head = [f"{what}, batch of {size}" for what in ("answers/s", "output tokens/s") for size in sizes]
-    found = [["throughput", *head, "tokens of an answer"]]
-    for system in by_size[0]:
-        passes = [samples[system] for samples in by_size]
-        cells = [
-            number(median(sample[key] for sample in timed))
-            for key in ("answers_per_s", "tokens_per_s")
-            for timed in passes
-        ]
-        lengths = {sample["num_new_tokens"] / sample["batch_size"] for timed in passes for sample in timed}
-        length = " to ".join(f"{value:g}" for value in sorted({min(lengths), max(lengths)}))
-        found.append([system, *cells, length])
-    return found
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -157,7 +126,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             Row.of(found, name, "batch_ms", UNPRUNED) for name in found.samples
         ]
     report(options, tables, results)
-    print(f"\n{aligned(rates([found.samples for found in results.values()]))}")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ import numpy as np
 from benchmarks.timing.bundle_floors import Floors
 from benchmarks.timing.graph_profile import open_profiled
 from benchmarks.timing.harness import Results, Stopwatch, measure_once
-from benchmarks.timing.hugging_face import PAPERS_WAY, UNPRUNED, PapersWay, StageClock, load
+from benchmarks.timing.hugging_face import PAPERS_WAY, UNPRUNED, PapersWay, StageClock, chat_prompt, load
 from benchmarks.timing.peaks import in_words, measure_with_peaks
 from benchmarks.timing.record import Row, report
-from benchmarks.timing.stages import by_profile, stage_table, stages
-from benchmarks.timing.table import aligned
+from benchmarks.timing.stages import by_profile
 from benchmarks.timing.worker import System
 from benchmarks.timing.workspace import Workspace, add_length, add_options
 from hivtp.export.settings import ExportSettings
@@ -106,14 +105,13 @@ def open_hugging_face(
     clock = StageClock(model)
     way = PapersWay(model, clock)
     images = drawn_images()
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}]
 
     def run() -> Sample:
         image, tokens = next(images), TokenClock()
         with torch.inference_mode(), Stopwatch() as total:
             started = time.perf_counter()
             clock.start("preprocess_ms")
-            prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+            prompt = chat_prompt(processor, PROMPT)
             inputs = processor(text=prompt, images=[image], return_tensors="pt").to(model.device, model.dtype)
             clock.stop("preprocess_ms")
             num_prompt_tokens = num_kept = inputs["input_ids"].shape[1]
@@ -126,6 +124,7 @@ def open_hugging_face(
         times, ttft_ms = clock.take(), (tokens.times[0] - started) * 1e3
         return {
             **times,
+            "vision_ms": sum(times.values()) - times["preprocess_ms"],
             "prefill_ms": ttft_ms - sum(times.values()),
             "ttft_ms": ttft_ms,
             "decode_ms_per_token": (tokens.times[-1] - tokens.times[0]) * 1e3 / (len(tokens.times) - 1),
@@ -231,8 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report(options, tables, {"peaks": of_peaks, TITLE: found, by_profile(TITLE): profiles})
     lengths = {name: found.first(name, "num_new_tokens") for name in found.samples}
     num_image, num_text = (found.first(UNPRUNED, f"num_{part}_tokens") for part in ("image", "text"))
-    print(f"\n{in_words(of_peaks)}\n\n{aligned(stage_table(stages(found.samples, profiles.samples)))}")
-    print(f"\nprompt: {num_image} image and {num_text} text tokens\nnew tokens: {lengths}")
+    print(f"\n{in_words(of_peaks)}\nprompt: {num_image} image and {num_text} text tokens\nnew tokens: {lengths}")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,13 @@ def load(checkpoint: Path, num_threads: int, tower_attention: str = "sdpa", devi
     return model.to(device).eval()
 
 
+def chat_prompt(processor: Any, question: str) -> str:
+    """A question about one image, by the checkpoint's chat template."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    prompt: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return prompt
+
+
 class StageClock:
     """Adds up the time of each stage of a pass.
 

@@ -9,6 +9,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.timing.environment import environment
+from benchmarks.timing.rates import rate_tables
+from benchmarks.timing.stages import stage_table, staged
 from benchmarks.timing.table import aligned, number
 
 if TYPE_CHECKING:
@@ -101,6 +103,14 @@ def time_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     return found
 
 
+def tables_of(measured: Mapping[str, Any]) -> list[Table]:
+    """All tables of what a script measured, from the JSON that it wrote."""
+    titles = dict.fromkeys(row["table"] for row in measured["rows"])
+    tables = [time_table(title, [row for row in measured["rows"] if row["table"] == title]) for title in titles]
+    tables += [stage_table(title, found) for title, found in staged(measured["results"]).items()]
+    return tables + rate_tables([result["samples"] for result in measured["results"].values()])
+
+
 def portable_settings(options: argparse.Namespace) -> dict[str, str]:
     """The options without paths: where things lay on one machine says nothing on another."""
     return {key: str(value) for key, value in vars(options).items() if not isinstance(value, Path)}
@@ -134,5 +144,5 @@ def report(
     write(options, found, device)
     most = max(max(result.other_cores) for result in results.values())
     print(f"cores that other processes took: at most {most:.2f} in a round")
-    for title in tables:
-        print(f"\n{aligned(time_table(title, [row for row in rows if row['table'] == title]))}")
+    for table in tables_of(found):
+        print(f"\n{aligned(table)}")

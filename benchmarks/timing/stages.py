@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.timing.table import number
 
@@ -58,11 +58,21 @@ def stages(
     return found
 
 
-def stage_table(found: Mapping[str, Mapping[str, float]]) -> Table:
+def stage_table(title: str, found: Mapping[str, Mapping[str, float]]) -> Table:
     """A column for every stage that some system has, a dash where another lacks it."""
     titles = {TOKENS: "image tokens", **STAGES}
     columns = [name for name in titles if any(name in times for times in found.values())]
-    rows = [["where the time goes, median ms", *(titles[name] for name in columns)]]
+    rows = [[f"{title}: where the time goes, median ms", *(titles[name] for name in columns)]]
     for system, times in found.items():
         rows.append([system, *(number(times[name]) if name in times else "–" for name in columns)])
     return rows
+
+
+def staged(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """`stages` of each of a script's results that tell stages apart, by title."""
+    found = {}
+    for title, result in results.items():
+        samples, profiles = result["samples"], results.get(by_profile(title))
+        if profiles is not None or any("prefill_ms" in sample for passes in samples.values() for sample in passes):
+            found[title] = stages(samples, {} if profiles is None else profiles["samples"])
+    return found

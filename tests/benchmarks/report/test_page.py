@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from benchmarks.accuracy.ablation import ablation_tables
-from benchmarks.report.page import RESULTS, write_page
-from benchmarks.report.tables import tables
+from benchmarks.report.page import RESULTS, text_of, write_page
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,10 +55,10 @@ def measured() -> dict[str, Any]:
 
 
 def test_a_table_shows_medians_ranges_ratios_and_goals(measured: dict[str, Any]) -> None:
-    lines = tables(measured).splitlines()
+    lines = text_of(measured).splitlines()
     assert lines[0] == "a cpu, 2 threads, 2026-01-02; hivtp 1."
     measured["environment"]["instruction_sets"] = ["avx2", "avx_vnni"]
-    assert tables(measured).startswith("a cpu (avx2, avx_vnni), 2 threads, ")
+    assert text_of(measured).startswith("a cpu (avx2, avx_vnni), 2 threads, ")
     assert "| time to first token | median ms | min | max | ratio | peak GiB | goal |" in lines
     assert "| unpruned | 200 | 100 | 300 | 1 | 2.00 |  |" in lines
     assert "| preset 192 | 80 | 40 | 90 | 0.4 | 1.50 | 0.45, met |" in lines
@@ -68,14 +67,14 @@ def test_a_table_shows_medians_ranges_ratios_and_goals(measured: dict[str, Any])
 def test_systems_of_one_process_have_no_column_of_peak_memory(measured: dict[str, Any]) -> None:
     for row in measured["rows"]:
         row["peak_memory_bytes"] = None
-    assert "| unpruned | 200 | 100 | 300 | 1 |  |" in tables(measured).splitlines()
+    assert "| unpruned | 200 | 100 | 300 | 1 |  |" in text_of(measured).splitlines()
 
 
 def test_a_column_says_how_far_systems_are_from_their_floor_where_that_is_known(measured: dict[str, Any]) -> None:
     unpruned, pruned = measured["rows"]
     unpruned["over_floor"], pruned["over_floor"] = None, 1.234
     unpruned["ratio_at_floor"], pruned["ratio_at_floor"] = None, 0.325
-    lines = tables(measured).splitlines()
+    lines = text_of(measured).splitlines()
     assert (
         "| time to first token | median ms | min | max | ratio | time / floor | ratio at floor | peak GiB | goal |"
         in lines
@@ -85,7 +84,7 @@ def test_a_column_says_how_far_systems_are_from_their_floor_where_that_is_known(
 
 
 def test_a_table_shows_where_the_time_goes(measured: dict[str, Any]) -> None:
-    lines = tables(measured).splitlines()
+    lines = text_of(measured).splitlines()
     head = "| answers: where the time goes, median ms | image tokens | preprocess | vision | prefill |"
     assert lines[lines.index(head) + 2] == "| unpruned | 576 | 2 | 32 | 402 |"
 
@@ -102,7 +101,7 @@ def test_a_table_shows_answers_and_tokens_per_second(measured: dict[str, Any]) -
         }
         for size in (1, 4)
     }
-    assert tables(measured).splitlines()[-1] == "| ours | 2 | 2 | 7 | 10 | 3 |"
+    assert text_of(measured).splitlines()[-1] == "| ours | 2 | 2 | 7 | 10 | 3 |"
 
 
 def test_the_lengths_of_prompt_and_answers_are_stated(measured: dict[str, Any]) -> None:
@@ -110,7 +109,7 @@ def test_the_lengths_of_prompt_and_answers_are_stated(measured: dict[str, Any]) 
     passes[0] |= {"num_text_tokens": 42, "num_image_tokens": 576}
     passes[1] |= {"num_new_tokens": 9}
     text = "Prompts: 576 tokens of the image before pruning, and 42 of text. Answers: 9 to 16 tokens."
-    assert tables(measured).splitlines()[2] == text
+    assert text_of(measured).splitlines()[2] == text
 
 
 def test_the_ablation_has_a_table_for_each_setting_with_the_value_in_use_in_bold() -> None:

@@ -30,11 +30,10 @@ def test_decoding_is_what_follows_the_first_token() -> None:
 
 
 def test_a_table_has_the_columns_that_some_system_has() -> None:
-    rows = stage_table(
-        {"A": {"num_kept_tokens": 576, "tower_ms": 9.0}, "B": {"num_kept_tokens": 64, "vision_ms": 1234.5}}
-    )
+    found = {"A": {"num_kept_tokens": 576, "tower_ms": 9.0}, "B": {"num_kept_tokens": 64, "vision_ms": 1234.5}}
+    rows = stage_table("answers", found)
     assert rows == [
-        ["where the time goes, median ms", "image tokens", "vision tower", "vision"],
+        ["answers: where the time goes, median ms", "image tokens", "vision tower", "vision"],
         ["A", "576", "9", "–"],
         ["B", "64", "–", "1,234"],
     ]
