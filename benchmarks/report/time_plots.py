@@ -39,7 +39,7 @@ def draw_stages(sections: Mapping[str, Mapping[str, Any]], output: Path) -> None
         for found in [staged(measured["results"])]
         for name, times in found.items()
     }
-    figure = new_figure(9.0, sum(0.34 * len(times) + 0.95 for times in panels.values()) + 0.4)
+    figure = new_figure(9.4, sum(0.34 * len(times) + 0.95 for times in panels.values()) + 0.4)
     ratios = [0.34 * len(times) + 0.5 for times in panels.values()]
     all_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=ratios)[:, 0]
     handles: dict[str, Any] = {}

@@ -35,7 +35,7 @@ FLOAT = "fp32 / fp32, preset 192"
 QUANTIZED_UNPRUNED = "int8 / int4, unpruned"
 QUANTIZED = "int8 / int4, preset 192"
 COARSE = "int8 / int4 in blocks of 128, preset 192"
-PREFILL = "int8 / int4 with a w8a8 prefill decoder, preset 192"
+PREFILL = "int8 / int4, prefill in w8a8, preset 192"
 _INT8_INT4 = ExportSettings(preset="192", vision_precision="int8", language_precision="int4")
 # By the precision of vision / language.
 BUNDLES = {

@@ -95,11 +95,12 @@ def time_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         values = row["values_ms"]
         times = [number(value) for value in (median(values), min(values), max(values))]
-        floors = [row.get("over_floor"), row.get("ratio_at_floor")] if has_floor else []
-        known = ["–" if ratio is None else number(ratio) for ratio in floors]
-        memory = [f"{row['peak_memory_bytes'] / 2**30:.2f}"] if has_memory else []
+        memory, floors = row.get("peak_memory_bytes"), [row.get("over_floor"), row.get("ratio_at_floor")]
+        cells = ["–" if ratio is None else number(ratio) for ratio in floors] if has_floor else []
+        if has_memory:
+            cells.append("–" if memory is None else f"{memory / 2**30:.2f}")
         goal = "" if row["goal"] is None else f"{row['goal']:g}, {row['verdict']}"
-        found.append([row["label"], *times, f"{row['ratio']:.4g}", *known, *memory, goal])
+        found.append([row["label"], *times, f"{row['ratio']:.4g}", *cells, goal])
     return found
 
 

@@ -64,25 +64,6 @@ def test_a_table_shows_medians_ranges_ratios_and_goals(measured: dict[str, Any])
     assert "| preset 192 | 80 | 40 | 90 | 0.4 | 1.50 | 0.45, met |" in lines
 
 
-def test_systems_of_one_process_have_no_column_of_peak_memory(measured: dict[str, Any]) -> None:
-    for row in measured["rows"]:
-        row["peak_memory_bytes"] = None
-    assert "| unpruned | 200 | 100 | 300 | 1 |  |" in text_of(measured).splitlines()
-
-
-def test_a_column_says_how_far_systems_are_from_their_floor_where_that_is_known(measured: dict[str, Any]) -> None:
-    unpruned, pruned = measured["rows"]
-    unpruned["over_floor"], pruned["over_floor"] = None, 1.234
-    unpruned["ratio_at_floor"], pruned["ratio_at_floor"] = None, 0.325
-    lines = text_of(measured).splitlines()
-    assert (
-        "| time to first token | median ms | min | max | ratio | time / floor | ratio at floor | peak GiB | goal |"
-        in lines
-    )
-    assert "| unpruned | 200 | 100 | 300 | 1 | – | – | 2.00 |  |" in lines
-    assert "| preset 192 | 80 | 40 | 90 | 0.4 | 1.23 | 0.325 | 1.50 | 0.45, met |" in lines
-
-
 def test_a_table_shows_where_the_time_goes(measured: dict[str, Any]) -> None:
     lines = text_of(measured).splitlines()
     head = "| answers: where the time goes, median ms | image tokens | preprocess | vision | prefill |"

@@ -41,17 +41,16 @@ def test_a_row_says_how_far_it_is_from_its_floor() -> None:
     assert Row("theirs", [1.0], [1.0]).over_floor is None
     results = Results({"ours": [{"ttft_ms": 6.0}]}, [0.0])
     assert Row.of(results, "ours", "ttft_ms", "ours", floor_ms=2.0).over_floor == 3.0
-    head, line = time_table("title", [row.to_dict()])
-    assert dict(zip(head, line, strict=True)) == {
-        "title": "ours",
-        "median ms": "3",
-        "min": "1",
-        "max": "4",
-        "ratio": "0.75",
-        "time / floor": "1.5",
-        "ratio at floor": "0.5",
-        "goal": "",
-    }
+
+
+def test_a_table_has_floors_and_memory_where_they_are_known() -> None:
+    ours = Row("ours", [1.0, 4.0, 3.0], [2.0, 4.0, 4.0], 0.5, 3 * 2**29, floor_ms=2.0).to_dict()
+    theirs = Row("theirs", [1.0], [2.0]).to_dict()
+    head, *lines = time_table("title", [ours, theirs])
+    assert head[5:] == ["time / floor", "ratio at floor", "peak GiB", "goal"]
+    assert lines[0] == ["ours", "3", "1", "4", "0.75", "1.5", "0.5", "1.50", "0.5, missed"]
+    assert lines[1][5:] == ["–", "–", "–", ""]
+    assert time_table("title", [theirs])[0][5:] == ["goal"]
 
 
 @pytest.mark.parametrize(("floor_ms", "verdict"), [(None, "missed"), (1.0, "missed"), (1.3, "out of reach")])
