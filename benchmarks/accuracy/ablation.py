@@ -62,7 +62,8 @@ def ablation_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
 
     The ratio in use differs by count, and is tried at its own only: where a value was not tried, the cell is empty.
     """
-    counts, tables = list(dict.fromkeys(row["count"] for row in rows)), []
+    counts = list(dict.fromkeys(row["count"] for row in rows))
+    tables: list[Table] = []
     for setting in dict.fromkeys(row["setting"] for row in rows):
         found = {(row["value"], row["count"]): row for row in rows if row["setting"] == setting}
         table = [[f"{setting}, tokens kept", *map(str, counts)]]

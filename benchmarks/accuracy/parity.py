@@ -174,7 +174,7 @@ def report(
     for name, run in runs.items():
         reference = runs[PYTORCH_UNPRUNED if name in (UNPRUNED, PYTORCH_UNPRUNED) else PYTORCH]
         systems[name] = asdict(compare(run, reference, pictures, importance, bootstrap))
-    found = {
+    found: dict[str, Any] = {
         "num_pictures": len(pictures),
         "num_questions": evaluation.question_lengths.numel(),
         "num_kept": count,

@@ -94,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # One layer of language model is enough: only the vision stage is timed.
     workspace = Workspace.open(options, "latency", text={"num_hidden_layers": 1})
     bundles = workspace.bundles(BUNDLES)
-    tables, results, printed = {}, {}, []
+    tables: dict[str, list[Row]] = {}
+    results: dict[str, Results] = {}
+    printed = []
     for num_tiles in options.tiles:
         title = f"vision stage, tiles: {num_tiles}"
         print(title)
