@@ -47,18 +47,18 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.speed.prefill --output benchmarks/results/prefill-cpu.json
 	$(BIN)/python -m benchmarks.speed.throughput --rounds 3 --output benchmarks/results/throughput-cpu.json
 	$(BIN)/python -m benchmarks.speed.prefetch --checkpoint benchmarks/miniature/checkpoint \
-		--output benchmarks/results/lookahead-cpu.json
-	$(BIN)/python -m benchmarks.accuracy.curves --ablation --output benchmarks/results/accuracy.json
+		--output benchmarks/results/prefetch-cpu.json
+	$(BIN)/python -m benchmarks.accuracy --ablation --output benchmarks/results/accuracy.json
 	$(BIN)/python -m benchmarks.accuracy.parity --output benchmarks/results/parity.json
 	$(MAKE) report
 
 # Needs a CUDA device, and a torch and an onnxruntime that are built for it: the ones of .installed are for the CPU, so
 # give a VENV that has them.
 bench-gpu:
-	$(BIN)/python -m benchmarks.gpu.run
+	$(BIN)/python -m benchmarks.gpu
 
 report: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.report.page
+	$(BIN)/python -m benchmarks.report
 
 # TensorRT for RTX builds engines without a GPU: 100 MB of wheels for Linux on x86-64, under NVIDIA's licence.
 $(VENV)/.tensorrt-rtx: $(VENV)/.installed

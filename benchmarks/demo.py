@@ -8,21 +8,32 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from benchmarks.miniature.evaluate import MAX_NEW_TOKENS
+from benchmarks.miniature.evaluate import SAMPLING
 from benchmarks.miniature.model import CHECKPOINT
 from benchmarks.miniature.pictures import HELD_OUT, draw
 from benchmarks.miniature.scores import BUDGETS, chosen_layers, settings_of
-from hivtp import Answer, Pipeline
-from hivtp.export.cli.export import summary
+from benchmarks.pipelines import load_pipeline
+from benchmarks.timing.table import aligned
 from hivtp.export.exporter import export_bundle
-from hivtp.runtime.cli.run import write_overlays
+from hivtp.export.summary import summary
+from hivtp.runtime.cli.files import write_overlays
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Mapping, Sequence
+
+    from benchmarks.timing.table import Table
+    from hivtp import Answer, Pipeline
 
 SHOWN = ("unpruned", "50 %", "11 %")
 NUM_PICTURES = 3
 NUM_ROUNDS = 5
+COLUMNS = {
+    "preprocess_ms": "preprocess",
+    "vision_ms": "vision",
+    "prefill_ms": "prefill",
+    "ttft_ms": "first token",
+    "decode_ms_per_token": "decode/token",
+}
 
 
 @dataclass(frozen=True)
@@ -51,64 +62,52 @@ def questions_about(image: Path) -> list[Asked]:
     return [Asked(image, text, None) for text in texts]
 
 
-def measure(pipeline: Pipeline, asked: list[Asked]) -> list[list[Answer]]:
+def measure(pipeline: Pipeline, asked: Sequence[Asked]) -> list[list[Answer]]:
     """Ask every question several times; the first round warms up and is left out."""
     rounds = [
-        [pipeline.generate(item.question, [item.image], max_new_tokens=MAX_NEW_TOKENS) for item in asked]
-        for _ in range(NUM_ROUNDS + 1)
+        [pipeline.generate(item.question, [item.image], SAMPLING) for item in asked] for _ in range(NUM_ROUNDS + 1)
     ]
     return rounds[1:]
 
 
-def num_right(asked: list[Asked], answers: list[Answer]) -> int:
-    """How many answers are right."""
-    return sum(item.right_answer == answer.text for item, answer in zip(asked, answers, strict=True))
-
-
-def table(asked: list[Asked], results: dict[str, list[list[Answer]]]) -> str:
+def time_table(asked: Sequence[Asked], results: Mapping[str, list[list[Answer]]]) -> Table:
     """Visual tokens, median times and right answers of each bundle."""
-    columns = ("preprocess_ms", "vision_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token")
-    heads = ("preprocess", "vision", "prefill", "first token", "decode/token")
     is_known = all(item.right_answer is not None for item in asked)
-    lines = [
-        f"{'bundle':<10} {'tokens':>11} "
-        + " ".join(f"{head:>12}" for head in heads)
-        + f"   (ms, medians){'   right answers' if is_known else ''}"
-    ]
+    rows = [["milliseconds, medians", "tokens", *COLUMNS.values(), *(["right answers"] if is_known else [])]]
     for name, rounds in results.items():
         answers = [answer for answers in rounds for answer in answers]
-        tokens = f"{answers[0].num_image_tokens} -> {answers[0].num_kept_tokens}"
-        times = [median(getattr(answer.timings, column) or 0.0 for answer in answers) for column in columns]
-        right = f"{'':15}{num_right(asked, rounds[0]):>10} of {len(asked)}" if is_known else ""
-        lines.append(f"{name:<10} {tokens:>11} " + " ".join(f"{time:12.2f}" for time in times) + right)
-    return "\n".join(lines)
+        row = [name, f"{answers[0].num_image_tokens} -> {answers[0].num_kept_tokens}"]
+        row += [f"{median(getattr(answer.timings, column) or 0.0 for answer in answers):.2f}" for column in COLUMNS]
+        if is_known:
+            num_right = sum(item.right_answer == answer.text for item, answer in zip(asked, rounds[0], strict=True))
+            row.append(f"{num_right} of {len(asked)}")
+        rows.append(row)
+    return rows
 
 
-def conversation(asked: list[Asked], results: dict[str, list[list[Answer]]]) -> Iterator[str]:
+def conversation(asked: Sequence[Asked], results: Mapping[str, list[list[Answer]]]) -> Table:
     """Every question with the right answer and the answer of each bundle; a wrong one is marked."""
+    rows = [["image", "question", "right", *results]]
     for index, item in enumerate(asked):
-        if index == 0 or item.image != asked[index - 1].image:
-            yield f"\n{item.image}"
-            yield f"  {'':<42} {'right':<14}" + "".join(f"{name:<16}" for name in results)
         answers = [rounds[0][index].text for rounds in results.values()]
-        marks = ["" if item.right_answer in {None, answer} else "  ✗" for answer in answers]
-        shown = "".join(f"{answer + mark:<16}" for answer, mark in zip(answers, marks, strict=True))
-        yield f"  {item.question:<42} {item.right_answer or '?':<14}{shown}"
+        marked = [answer if item.right_answer in {None, answer} else f"{answer}  ✗" for answer in answers]
+        rows.append([item.image.name, item.question, item.right_answer or "?", *marked])
+    return rows
 
 
 def draw_kept(pipeline: Pipeline, image: Path, target: Path) -> Path:
-    """Write the picture, enlarged, with what pruning kept; returns the file."""
-    stream = pipeline.stream("How many shapes are there?", [image], max_new_tokens=1)
+    """Write the image, enlarged, with what pruning kept; returns the file."""
+    stream = pipeline.stream("How many shapes are there?", [image], SAMPLING)
     list(stream)
-    return write_overlays(pipeline, stream, [image], target)[0]
+    return write_overlays(pipeline.model, stream.images, [image], target)[0]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--image", type=Path, default=None, help="a photo (default: drawn pictures)")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for all that is written")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     asked = questions_about(options.image) if options.image else drawn_questions(options.output)
     image, layers = asked[0].image, chosen_layers()
 
@@ -116,20 +115,19 @@ def main() -> None:
     results = {}
     for name in SHOWN:
         print(f"\n== {name}")
-        settings = replace(settings_of(BUDGETS[name], layers), overwrite=True)
-        folder = options.output / f"bundle-{name.replace(' %', '')}"
-        print(summary(export_bundle(CHECKPOINT, folder, settings, is_quiet=True), CHECKPOINT))
-        # Without the cache, so that every question pays for its picture.
-        pipeline = Pipeline.load(folder, image_cache_bytes=0)
-        results[name] = measure(pipeline, asked)
-        if settings.is_pruned:
-            kept = draw_kept(pipeline, image, options.output / f"kept-{name.replace(' %', '')}.png")
-            print(f"  kept tokens: {kept}")
-    print("\n".join(conversation(asked, results)))
-    print(f"\n{table(asked, results)}")
+        number, settings = name.replace(" %", ""), replace(settings_of(BUDGETS[name], layers), overwrite=True)
+        bundle = export_bundle(CHECKPOINT, options.output / f"bundle-{number}", settings, is_quiet=True)
+        print(summary(bundle, CHECKPOINT))
+        # Without the cache, so that every question pays for its image.
+        with load_pipeline(bundle.folder, cache_bytes=0) as pipeline:
+            results[name] = measure(pipeline, asked)
+            if settings.is_pruned:
+                print(f"  kept tokens: {draw_kept(pipeline, image, options.output / f'kept-{number}.png')}")
+    print(f"\n{aligned(conversation(asked, results))}")
     if options.image:
         print("\nThe miniature has seen drawn pictures only, so its answers about a photo mean nothing.")
-    print(f"\nTry it: hivtp-run {options.output}/bundle-50 --image {image} 'How many shapes are there?'")
+    print(f"\nTry it: hivtp run {options.output}/bundle-50 --image {image} 'How many shapes are there?'")
+    print(f"\n{aligned(time_table(asked, results))}")
 
 
 if __name__ == "__main__":

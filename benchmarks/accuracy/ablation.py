@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from benchmarks.accuracy.calibration import LayerRange
-    from benchmarks.accuracy.evaluation import Exam
+    from benchmarks.accuracy.evaluation import Evaluation
+    from benchmarks.timing.table import Table
     from hivtp_ops import PruningSpec
 
 SHARES = (1 / 2, 1 / 4, 1 / 9)
@@ -24,19 +25,19 @@ SETTINGS: Mapping[str, Sequence[float]] = {
 }
 
 
-def ablate(exam: Exam, layers: LayerRange) -> list[dict[str, Any]]:
+def ablate(evaluation: Evaluation, layers: LayerRange) -> list[dict[str, Any]]:
     """Measure every range of layers, and every value of SETTINGS with the given layers.
 
     Returns:
         For each setting, value and count: the accuracy with its interval, and whether the value is the one that
         HIVTP has at this count.
     """
-    num_pictures, num_layers, num_patches = exam.encoded.received.shape
+    num_pictures, num_layers, num_patches = evaluation.encoded.received.shape
     bootstrap = Bootstrap(num_pictures)
     rows = []
     for count in (round(share * num_patches) for share in SHARES):
-        for setting, value, rule, is_default in _trials(spec_for(count, exam.encoded.grid), layers, num_layers):
-            accuracy = bootstrap.score(exam.is_right(rule(exam.encoded, count)))
+        for setting, value, rule, is_default in _trials(spec_for(count, evaluation.encoded.grid), layers, num_layers):
+            accuracy = bootstrap.score(evaluation.is_right(rule(evaluation.encoded, count)))
             row = {"setting": setting, "value": value, "count": count, "is_default": is_default}
             rows.append(row | {"accuracy": asdict(accuracy)})
         print(f"  ablation: {count} tokens", flush=True)
@@ -56,30 +57,25 @@ def _trials(spec: PruningSpec, layers: LayerRange, num_layers: int) -> Iterator[
             yield setting, value, rule, value == default
 
 
-def ablation_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracy by value and count, for each setting; starred where the value is HIVTP's own."""
-    lines = ["accuracy in percent, one setting varied at a time; * marks the value in use"]
-    for setting, counts, trials in by_setting(rows):
-        lines.append(f"{setting:<16}" + "".join(f"{count:>7} " for count in counts))
-        for value, found in trials.items():
-            cells = (
-                f"{row['accuracy']['value']:7.1f}{'*' if row['is_default'] else ' '}" if row else " " * 8
-                for row in found
-            )
-            lines.append(f"  {value:<14}{''.join(cells)}".rstrip())
-    return "\n".join(lines)
+def ablation_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """For each setting the accuracy by value and count, from `ablate`; bold where the value is the one in use.
 
-
-def by_setting(
-    rows: Sequence[Mapping[str, Any]],
-) -> Iterator[tuple[str, list[int], dict[str, list[Mapping[str, Any] | None]]]]:
-    """Each setting, the counts of all, and for each of its values the row of every count.
-
-    The ratio in use differs by count, and is tried at its own only: where a value was not tried, there is None.
+    The ratio in use differs by count, and is tried at its own only: where a value was not tried, the cell is empty.
     """
     counts = list(dict.fromkeys(row["count"] for row in rows))
+    tables: list[Table] = []
     for setting in dict.fromkeys(row["setting"] for row in rows):
         found = {(row["value"], row["count"]): row for row in rows if row["setting"] == setting}
-        values = dict.fromkeys(value for value, _ in found)
-        names = {value if isinstance(value, str) else f"{value:.3g}": value for value in values}
-        yield setting, counts, {name: [found.get((value, count)) for count in counts] for name, value in names.items()}
+        table = [[f"{setting}, tokens kept", *map(str, counts)]]
+        for value in dict.fromkeys(value for value, _ in found):
+            name = value if isinstance(value, str) else f"{value:.3g}"
+            table.append([name, *(_cell(found.get((value, count))) for count in counts)])
+        tables.append(table)
+    return tables
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    text = f"{row['accuracy']['value']:.1f}"
+    return f"**{text}**" if row["is_default"] else text

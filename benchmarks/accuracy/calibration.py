@@ -10,7 +10,7 @@ from benchmarks.accuracy.rivals import HiPrune, Hivtp
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from benchmarks.accuracy.evaluation import Exam
+    from benchmarks.accuracy.evaluation import Evaluation
 
 # Of all patches: at a quarter the layers differ, at half most of them will do.
 SHARE = 0.25
@@ -58,13 +58,13 @@ class Calibration:
         return asdict(self)
 
 
-def calibrate(exam: Exam) -> Calibration:
+def calibrate(evaluation: Evaluation) -> Calibration:
     """Try every range of layers for HIVTP and every layer for HiPrune, each at SHARE of the patches."""
-    num_layers, num_patches = exam.encoded.received.shape[1:]
+    num_layers, num_patches = evaluation.encoded.received.shape[1:]
     count = round(SHARE * num_patches)
 
     def accuracy(rule: Hivtp | HiPrune) -> float:
-        return 100 * float(exam.is_right(rule(exam.encoded, count)).mean())
+        return 100 * float(evaluation.is_right(rule(evaluation.encoded, count)).mean())
 
     ranges = [
         LayerRange(first, number, accuracy(Hivtp(first, number)))
@@ -73,4 +73,4 @@ def calibrate(exam: Exam) -> Calibration:
     ]
     ranges.sort(key=lambda item: item.accuracy, reverse=True)
     object_layer = max(range(num_layers), key=lambda layer: accuracy(HiPrune(layer)))
-    return Calibration(ranges, object_layer, len(exam.pictures))
+    return Calibration(ranges, object_layer, len(evaluation.pictures))

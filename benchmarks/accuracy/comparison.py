@@ -1,4 +1,4 @@
-"""Comparison of rules at counts of tokens, and the tables that show them."""
+"""Comparison of rules at counts of tokens, and the tables that show it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.accuracy.intervals import with_margin
 from benchmarks.miniature.pictures import KINDS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from benchmarks.accuracy.intervals import Bootstrap, Score
+    from benchmarks.timing.table import Table
 
 UNPRUNED = "unpruned"
 HIVTP = "HIVTP"
@@ -57,8 +59,6 @@ class Comparison:
         self.by_key = {(result.rule, result.count): result for result in results}
         self.bootstrap = bootstrap
         self.num_patches = next(result.count for result in results if result.rule == UNPRUNED)
-        self.counts = sorted({result.count for result in results if result.rule != UNPRUNED}, reverse=True)
-        self.rules = list(dict.fromkeys(result.rule for result in results if result.rule != UNPRUNED))
 
     def at(self, rule: str, count: int) -> Result:
         """The result of a rule; UNPRUNED has one for every count."""
@@ -78,46 +78,48 @@ class Comparison:
         written = []
         for (rule, count), result in self.by_key.items():
             plain = {key: value for key, value in vars(result).items() if key != "is_right"}
-            scores = {kind or "all": asdict(self.score(rule, count, kind)) for kind in (None, *KINDS)}
-            leads = (
+            plain["accuracy"] = {kind or "all": asdict(self.score(rule, count, kind)) for kind in (None, *KINDS)}
+            plain["hivtp_leads_by"] = (
                 {}
                 if rule == UNPRUNED
                 else {kind or "all": asdict(self.lead(HIVTP, rule, count, kind)) for kind in (None, *KINDS)}
             )
-            written.append(plain | {"accuracy": scores, "hivtp_leads_by": leads})
+            written.append(plain)
         return written
 
-    def table(self, kind: str | None = None) -> str:
-        """Accuracy of every rule by count."""
-        title = "all questions" if kind is None else f"questions of kind '{kind}'"
-        whole = self.score(UNPRUNED, self.num_patches, kind)
-        lines = [f"accuracy in percent, {title}; unpruned ({self.num_patches} tokens): {whole}"]
-        lines.append(f"{'tokens':<26}" + "".join(f"{count:>7}" for count in self.counts) + "     +-")
-        for rule in self.rules:
-            scores = [self.score(rule, count, kind) for count in self.counts]
-            widest = max((score.high - score.low) / 2 for score in scores)
-            lines.append(f"{rule:<26}" + "".join(f"{score.value:7.1f}" for score in scores) + f"{widest:7.1f}")
-        return "\n".join(lines)
 
-    def leads_table(self, kind: str | None = None) -> str:
-        """Points by which HIVTP leads every other rule, by count; starred where the interval holds no zero."""
-        title = "all questions" if kind is None else f"questions of kind '{kind}'"
-        lines = [f"points by which HIVTP leads, {title}; * where the 95 % interval holds no zero"]
-        lines.append(f"{'tokens':<26}" + "".join(f"{count:>8}" for count in self.counts))
-        for rule in self.rules:
-            if rule != HIVTP:
-                leads = [self.lead(HIVTP, rule, count, kind) for count in self.counts]
-                cells = [f"{lead.value:7.1f}{'*' if lead.low > 0 or lead.high < 0 else ' '}" for lead in leads]
-                lines.append(f"{rule:<26}" + "".join(cells))
-        return "\n".join(lines)
+def accuracy_table(results: Sequence[Mapping[str, Any]], kind: str = "all") -> Table:
+    """Accuracy in percent by rule and count, with half of its interval, from `Comparison.to_dicts`."""
+    return _by_rule("rule, tokens kept", results, lambda result: with_margin(result["accuracy"][kind]))
 
-    def kinds_table(self, count: int) -> str:
-        """Accuracy of every rule by kind of question, at one count, with what it keeps as in Result."""
-        lines = [f"accuracy in percent by kind of question, {count} of {self.num_patches} tokens"]
-        lines.append(f"{'':<26} kept shown things" + "".join(f"{kind:>10}" for kind in (*KINDS, "all")))
-        for rule in (UNPRUNED, *self.rules):
-            result = self.at(rule, count)
-            scores = [self.score(rule, count, kind) for kind in (*KINDS, None)]
-            line = f"{rule:<26}{result.num_kept:5.1f}{result.foreground_kept:6.1f}{result.things_kept:7.1f}"
-            lines.append(line + "".join(f"{score.value:10.1f}" for score in scores))
-        return "\n".join(lines)
+
+def leads_table(results: Sequence[Mapping[str, Any]], kind: str = "all") -> Table:
+    """Points by which HIVTP leads every other rule; starred where the interval holds no zero."""
+    others = [result for result in results if result["rule"] != HIVTP]
+    return _by_rule("HIVTP leads, tokens kept", others, lambda result: _lead(result["hivtp_leads_by"][kind]))
+
+
+def kinds_table(results: Sequence[Mapping[str, Any]], count: int) -> Table:
+    """Accuracy of every rule by kind of question, at one count, with what it keeps as in Result."""
+    kept = {"num_kept": "kept", "foreground_kept": "foreground", "things_kept": "things"}
+    rows = [[f"{count} tokens", *kept.values(), *KINDS, "all"]]
+    for result in results:
+        if result["rule"] == UNPRUNED or result["count"] == count:
+            right = [result["accuracy"][kind]["value"] for kind in (*KINDS, "all")]
+            rows.append([result["rule"], *(f"{value:.1f}" for value in [*map(result.get, kept), *right])])
+    return rows
+
+
+def _by_rule(title: str, results: Sequence[Mapping[str, Any]], cell: Any) -> Table:
+    """A row for every rule but UNPRUNED, a column for every count."""
+    found = {(result["rule"], result["count"]): result for result in results if result["rule"] != UNPRUNED}
+    counts = sorted({count for _, count in found}, reverse=True)
+    rules = dict.fromkeys(rule for rule, _ in found)
+    return [
+        [title, *map(str, counts)],
+        *([rule, *(cell(found[rule, count]) for count in counts)] for rule in rules),
+    ]
+
+
+def _lead(score: Mapping[str, float]) -> str:
+    return f"{score['value']:.1f}{'*' if score['low'] > 0 or score['high'] < 0 else ''}"

@@ -1,4 +1,4 @@
-"""Accuracy over the number of tokens, HIVTP beside other rules: `python -m benchmarks.accuracy.curves`.
+"""Accuracy over the number of tokens, HIVTP beside other rules: `python -m benchmarks.accuracy`.
 
 Every rule chooses among the same features of the miniature, and its questions are answered on what it keeps. The
 miniature was trained with patches dropped in half of its batches, so it forgives pruning more than a checkpoint that
@@ -8,23 +8,30 @@ never saw that: compare the rules with each other.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.accuracy.ablation import ablate, ablation_table
+from benchmarks.accuracy.ablation import ablate, ablation_tables
 from benchmarks.accuracy.calibration import Calibration, calibrate, range_name
-from benchmarks.accuracy.comparison import HIVTP, UNPRUNED, Comparison, Result
-from benchmarks.accuracy.evaluation import Exam
-from benchmarks.accuracy.intervals import Bootstrap, Goal
+from benchmarks.accuracy.comparison import (
+    HIVTP,
+    UNPRUNED,
+    Comparison,
+    Result,
+    accuracy_table,
+    kinds_table,
+    leads_table,
+)
+from benchmarks.accuracy.evaluation import Evaluation
+from benchmarks.accuracy.intervals import Bootstrap, Goal, goal_table
 from benchmarks.accuracy.rivals import Hivtp, Rule, all_rules
 from benchmarks.miniature.model import CHECKPOINT
 from benchmarks.miniature.pictures import CALIBRATION, HELD_OUT
-from benchmarks.timing.harness import environment
-from benchmarks.timing.record import portable_settings
+from benchmarks.timing.record import write
+from benchmarks.timing.table import aligned
 from hivtp_ops import PruningSpec
 
 if TYPE_CHECKING:
@@ -40,34 +47,34 @@ NO_EVIDENCE = (
 )
 
 
-def run(exam: Exam, name: str, rule: Rule, count: int) -> Result:
+def result_of(evaluation: Evaluation, name: str, rule: Rule, count: int) -> Result:
     """Let a rule choose, and ask all questions."""
-    kept = rule(exam.encoded, count)
-    owners = np.stack([picture.owners for picture in exam.pictures])
+    kept = rule(evaluation.encoded, count)
+    owners = np.stack([picture.owners for picture in evaluation.pictures])
     is_kept = np.zeros(owners.shape, dtype=np.bool_)
     pictures, places = np.nonzero(kept >= 0)
     is_kept[pictures, kept[pictures, places]] = True
     is_of_thing = owners == np.arange(owners.max() + 1)[:, None, None]
     is_there, is_seen = is_of_thing.any(axis=2), (is_of_thing & is_kept).any(axis=2)
-    is_foreground = exam.encoded.foreground
+    is_foreground = evaluation.encoded.foreground
     return Result(
         rule=name,
         count=count,
         num_kept=float(is_kept.sum(axis=1).mean()),
         foreground_kept=100 * float((is_kept & is_foreground).sum() / is_foreground.sum()),
         things_kept=100 * float(is_seen.sum() / is_there.sum()),
-        is_right=exam.is_right(kept),
+        is_right=evaluation.is_right(kept),
     )
 
 
-def evaluate(exam: Exam, rules: Mapping[str, Rule], shares: Sequence[float] = SHARES) -> Comparison:
+def compare(evaluation: Evaluation, rules: Mapping[str, Rule], shares: Sequence[float] = SHARES) -> Comparison:
     """Every rule at every share of the patches, and all patches."""
-    num_pictures, num_patches = exam.encoded.foreground.shape
+    num_pictures, num_patches = evaluation.encoded.foreground.shape
     every_patch = np.tile(np.arange(num_patches), (num_pictures, 1))
-    results = [run(exam, UNPRUNED, lambda _encoded, _count: every_patch, num_patches)]
+    results = [result_of(evaluation, UNPRUNED, lambda _encoded, _count: every_patch, num_patches)]
     for name, rule in rules.items():
         started = time.perf_counter()
-        results += [run(exam, name, rule, round(share * num_patches)) for share in shares]
+        results += [result_of(evaluation, name, rule, round(share * num_patches)) for share in shares]
         print(f"  {name}: {time.perf_counter() - started:.0f} s", flush=True)
     return Comparison(results, Bootstrap(num_pictures))
 
@@ -93,69 +100,67 @@ def goals(results: Comparison) -> list[Goal]:
     ]
 
 
-def rules_for(exam: Exam, calibration: Calibration) -> dict[str, Rule]:
+def rules_for(evaluation: Evaluation, calibration: Calibration) -> dict[str, Rule]:
     """Every rule with its layers calibrated, and HIVTP once more with those that an export takes by itself."""
     best = calibration.best
     return {
         **all_rules(best.first_layer, best.num_layers, calibration.object_layer),
-        "HIVTP, default layers": Hivtp(*default_layers(exam)),
+        "HIVTP, default layers": Hivtp(*default_layers(evaluation)),
     }
 
 
-def default_layers(exam: Exam) -> tuple[int, int]:
+def default_layers(evaluation: Evaluation) -> tuple[int, int]:
     """First layer and number of layers that an export takes by itself: the paper's, scaled to the tower's depth."""
-    spec = PruningSpec().resolve(exam.model.config.vision_config.num_hidden_layers)
+    spec = PruningSpec().resolve(evaluation.model.config.vision_config.num_hidden_layers)
     assert spec.first_layer is not None, "resolve sets the layers"
     assert spec.num_layers is not None, "resolve sets the layers"
     return spec.first_layer, spec.num_layers
 
 
-def report(options: argparse.Namespace, exam: Exam, calibration: Calibration, results: Comparison) -> None:
+def report(
+    options: argparse.Namespace, evaluation: Evaluation, calibration: Calibration, comparison: Comparison
+) -> None:
     """Print the tables and the goals, and write everything."""
-    found, reached = environment(options.threads), goals(results)
-    num_questions = exam.question_lengths.numel()
-    written: dict[str, Any] = {
-        "environment": found,
-        "settings": portable_settings(options),
-        "num_pictures": len(exam.pictures),
-        "num_questions": num_questions,
-        "num_patches": results.num_patches,
+    results, reached = comparison.to_dicts(), goals(comparison)
+    found: dict[str, Any] = {
+        "num_pictures": len(evaluation.pictures),
+        "num_questions": evaluation.question_lengths.numel(),
+        "num_patches": comparison.num_patches,
         "calibration": calibration.to_dict(),
-        "default_layers": default_layers(exam),
-        "results": results.to_dicts(),
+        "default_layers": default_layers(evaluation),
+        "results": results,
         "goals": [goal.to_dict() for goal in reached],
     }
-    print("\n".join(f"{key}: {value}" for key, value in found.items()))
-    print(
-        f"\n{len(exam.pictures)} held-out pictures, {num_questions} questions; +- is half a 95 % interval, the widest"
-    )
-    print(
-        f"layers by {calibration.num_pictures} other pictures: HIVTP {calibration.best}, "
-        f"HiPrune's object layer {calibration.object_layer}; by default HIVTP takes {range_name(*default_layers(exam))}"
-    )
-    for kind in (None, "number"):
-        print(f"\n{results.table(kind)}\n\n{results.leads_table(kind)}")
-    for share in (HALF, QUARTER, NINTH):
-        print(f"\n{results.kinds_table(round(share * results.num_patches))}")
     if options.ablation:
-        written["ablation"] = ablate(exam, calibration.best)
-        print(f"\n{ablation_table(written['ablation'])}")
-    print("\n" + "\n".join(map(str, reached)))
+        found["ablation"] = ablate(evaluation, calibration.best)
+    write(options, found)
+    whole = comparison.score(UNPRUNED, comparison.num_patches)
+    print(
+        f"\n{found['num_pictures']} held-out pictures, {found['num_questions']} questions; percent right, with half a "
+        f"95 % interval; unpruned, {comparison.num_patches} tokens: {whole}\n"
+        f"layers by {calibration.num_pictures} other pictures: HIVTP {calibration.best}, "
+        f"HiPrune's object layer {calibration.object_layer}; "
+        f"by default HIVTP takes {range_name(*default_layers(evaluation))}"
+    )
+    for kind in ("all", "number"):
+        print(f"\nquestions: {kind}\n{aligned(accuracy_table(results, kind))}\n\n{aligned(leads_table(results, kind))}")
+    for share in (HALF, QUARTER, NINTH):
+        print(f"\n{aligned(kinds_table(results, round(share * comparison.num_patches)))}")
+    for table in ablation_tables(found.get("ablation", [])):
+        print(f"\n{aligned(table)}")
+    print(f"\n{aligned(goal_table(found['goals']))}")
     if not reached[-1].is_reached:
         print(NO_EVIDENCE)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    print(f"\nall results: {options.output}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Calibrate, measure and report."""
-    parser = argparse.ArgumentParser(description="Accuracy over the number of tokens, HIVTP beside other rules.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, "accuracy.json")
     parser.add_argument("--ablation", action="store_true", help="also vary each setting of HIVTP by itself")
     options = parser.parse_args(arguments)
-    exam, calibration = prepare(options)
-    report(options, exam, calibration, evaluate(exam, rules_for(exam, calibration)))
+    evaluation, calibration = prepare(options)
+    report(options, evaluation, calibration, compare(evaluation, rules_for(evaluation, calibration)))
 
 
 def add_options(parser: argparse.ArgumentParser, output: str) -> None:
@@ -169,15 +174,11 @@ def add_options(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--output", type=Path, default=Path(output), help="results as JSON (default: %(default)s)")
 
 
-def prepare(options: argparse.Namespace) -> tuple[Exam, Calibration]:
+def prepare(options: argparse.Namespace) -> tuple[Evaluation, Calibration]:
     """Choose layers with the calibration pictures, and encode the held-out ones."""
     import torch
 
     torch.set_num_threads(options.threads)
     print("  calibrating", flush=True)
-    calibration = calibrate(Exam.open(options.checkpoint, CALIBRATION[: options.calibration_pictures]))
-    return Exam.open(options.checkpoint, HELD_OUT[: options.pictures]), calibration
-
-
-if __name__ == "__main__":
-    main()
+    calibration = calibrate(Evaluation.open(options.checkpoint, CALIBRATION[: options.calibration_pictures]))
+    return Evaluation.open(options.checkpoint, HELD_OUT[: options.pictures]), calibration

@@ -1,4 +1,4 @@
-"""Exam: held-out pictures and their questions, put to the miniature on the patches that a rule keeps."""
+"""Evaluation: held-out pictures and their questions, put to the miniature on the patches that a rule keeps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.accuracy.rivals import Encoded
-from benchmarks.miniature.model import answer_logits
+from benchmarks.miniature.model import PICTURES_PER_RUN, answer_logits, run_tower
 from benchmarks.miniature.pictures import KINDS, draw
 
 if TYPE_CHECKING:
@@ -22,12 +22,11 @@ if TYPE_CHECKING:
 
 # Answers are at most two tokens and the one that ends them.
 MAX_ANSWER = 3
-PICTURES_PER_PASS = 50
 _NO_TARGET = -1
 
 
 @dataclass(frozen=True)
-class Exam:
+class Evaluation:
     """Pictures that the vision tower has seen once, and their questions as tokens.
 
     Attributes:
@@ -53,7 +52,7 @@ class Exam:
     question_lengths: torch.Tensor
 
     @classmethod
-    def open(cls, checkpoint: Path, seeds: Iterable[int]) -> Exam:
+    def open(cls, checkpoint: Path, seeds: Iterable[int]) -> Evaluation:
         """Draw the pictures of these seeds, and run the vision tower on each once."""
         import torch
         from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
@@ -69,14 +68,14 @@ class Exam:
         processor = AutoImageProcessor.from_pretrained(checkpoint)
         pictures = [draw(seed) for seed in seeds]
         pixels = processor([picture.image for picture in pictures], return_tensors="pt")["pixel_values"]
-        features, received, from_class = _run_tower(model, pixels)
+        features, received, from_class = run_tower(model, pixels)
         with torch.inference_mode():
             embeds = model.model.multi_modal_projector(features)
         config = model.config.vision_config
         side = config.image_size // config.patch_size
         encoded = Encoded(
-            received=received,
-            from_class=from_class,
+            received=received.numpy(),
+            from_class=from_class.numpy(),
             embeds=embeds.numpy(),
             foreground=np.stack([picture.foreground for picture in pictures]),
             seeds=np.array(list(seeds)),
@@ -124,8 +123,8 @@ class Exam:
         return [[self._text(tokens) for tokens in picture] for picture in found.tolist()]
 
     def _text(self, tokens: list[int]) -> str:
-        end = self.tokenizer.eos_token_id
-        kept = tokens[: tokens.index(end)] if end in tokens else tokens
+        eos = self.tokenizer.eos_token_id
+        kept = tokens[: tokens.index(eos)] if eos in tokens else tokens
         text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
         return text
 
@@ -135,45 +134,15 @@ class Exam:
 
         counts = (kept >= 0).sum(axis=1)
         for count in np.unique(counts):
-            for pictures in torch.from_numpy(np.flatnonzero(counts == count)).split(PICTURES_PER_PASS):
+            for pictures in torch.from_numpy(np.flatnonzero(counts == count)).split(PICTURES_PER_RUN):
                 indices = torch.from_numpy(kept[pictures.numpy(), :count])
                 yield pictures, self.features[pictures[:, None], indices]
-
-
-def _run_tower(model: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, NDArray[np.float32], NDArray[np.float32]]:
-    """Features, and attention received and from the class token, as in Encoded; of the layers that LLaVA runs."""
-    import torch
-
-    tower, feature_layer = model.model.vision_tower, model.config.vision_feature_layer
-    received: list[torch.Tensor] = []
-    from_class: list[torch.Tensor] = []
-
-    def record(_module: object, _inputs: object, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-        received.append(outputs[1].mean(dim=(1, 2))[:, 1:])
-        from_class.append(outputs[1][:, :, 0, 1:].mean(dim=1))
-
-    num_layers = range(len(tower.encoder.layers) + 1)[feature_layer]
-    hooks = [layer.self_attn.register_forward_hook(record) for layer in tower.encoder.layers[:num_layers]]
-    with torch.inference_mode():
-        features = [
-            tower(chunk, output_hidden_states=True).hidden_states[feature_layer][:, 1:]
-            for chunk in pixels.split(PICTURES_PER_PASS)
-        ]
-    for hook in hooks:
-        hook.remove()
-
-    def joined(by_pass: list[torch.Tensor]) -> NDArray[np.float32]:
-        passes = [torch.stack(by_pass[at : at + num_layers], dim=1) for at in range(0, len(by_pass), num_layers)]
-        array: NDArray[np.float32] = torch.cat(passes).numpy()
-        return array
-
-    return torch.cat(features), joined(received), joined(from_class)
 
 
 def _tokenise(
     tokenizer: Any, image_token_id: int, pictures: Sequence[Picture]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Opening, ids, targets and lengths, as in Exam, by the checkpoint's own chat template."""
+    """Opening, ids, targets and lengths, as in Evaluation, by the checkpoint's own chat template."""
     import torch
 
     texts = {question.text for picture in pictures for question in picture.questions}

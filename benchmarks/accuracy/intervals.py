@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from numpy.typing import NDArray
+
+    from benchmarks.timing.table import Table
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
@@ -60,7 +64,7 @@ class Goal:
     Attributes:
         text: what is measured.
         score: what came out.
-        sense: whether the bound is the least or the most.
+        sense: whether the bound is a minimum or a maximum.
         bound: in percent, or in points.
     """
 
@@ -74,10 +78,20 @@ class Goal:
         """Whether the value itself keeps to the bound; the interval says how sure that is."""
         return self.score.value >= self.bound if self.sense == "at least" else self.score.value <= self.bound
 
-    def __str__(self) -> str:
-        verdict = "reached" if self.is_reached else "NOT reached"
-        return f"{verdict:<11}  {self.text}: {self.score}, {self.sense} {self.bound:g}"
-
     def to_dict(self) -> dict[str, Any]:
         """As plain values, ready for JSON."""
         return asdict(self) | {"is_reached": self.is_reached}
+
+
+def goal_table(goals: Sequence[Mapping[str, Any]]) -> Table:
+    """What was to be reached, what was found, and whether that is enough, from `Goal.to_dict`."""
+    rows = [["goal", "found", ""]]
+    for goal in goals:
+        asked = f"{goal['text']}: {goal['sense']} {goal['bound']:g}"
+        rows.append([asked, str(Score(**goal["score"])), "reached" if goal["is_reached"] else "missed"])
+    return rows
+
+
+def with_margin(score: Mapping[str, float]) -> str:
+    """A score, from its plain values, with half of its interval."""
+    return f"{score['value']:.1f} ± {(score['high'] - score['low']) / 2:.1f}"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +11,13 @@ import numpy as np
 
 from benchmarks.accuracy.curves import HALF, add_options, prepare
 from benchmarks.accuracy.evaluation import MAX_ANSWER
-from benchmarks.accuracy.intervals import Bootstrap, Goal, Score
+from benchmarks.accuracy.intervals import Bootstrap, Goal, Score, goal_table, with_margin
 from benchmarks.accuracy.rivals import Hivtp
-from benchmarks.timing.harness import environment
-from benchmarks.timing.record import portable_settings
-from benchmarks.timing.workspace import Workspace
+from benchmarks.pipelines import load_pipeline
+from benchmarks.timing.record import write
+from benchmarks.timing.table import aligned
+from benchmarks.timing.workspace import WORK_DIR, Workspace
+from hivtp import SamplingParams
 from hivtp.export.settings import ExportSettings
 
 if TYPE_CHECKING:
@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from benchmarks.accuracy.calibration import LayerRange
-    from benchmarks.accuracy.evaluation import Exam
+    from benchmarks.accuracy.evaluation import Evaluation
     from benchmarks.miniature.pictures import Picture
+    from benchmarks.timing.table import Table
     from hivtp_ops import PruningSpec
 
 PYTORCH, PYTORCH_UNPRUNED = "PyTorch fp32", "PyTorch fp32, unpruned"
 FP32, INT8, INT8_INT4 = "bundle fp32 / fp32", "bundle int8 / fp32", "bundle int8 / int4"
-PROMPTS = "bundle int8 / int4, prompts in w8a8"
+PREFILL = "bundle int8 / int4, prefill in w8a8"
 UNPRUNED = "bundle fp32 / fp32, unpruned"
 
 
@@ -48,11 +49,14 @@ class Run:
     kept: Sequence[Sequence[int]]
     answers: Sequence[Sequence[str]]
 
+    def says(self, answers: Sequence[Sequence[str]]) -> NDArray[np.bool_]:
+        """Whether each answer is this one, word for word: [pictures, kinds]."""
+        is_same: NDArray[np.bool_] = np.array(self.answers, dtype=object) == np.array(answers, dtype=object)
+        return is_same
+
     def is_right(self, pictures: Sequence[Picture]) -> NDArray[np.bool_]:
         """Whether each answer is exactly the right one: [pictures, kinds]."""
-        right = [[question.answer for question in picture.questions] for picture in pictures]
-        is_right: NDArray[np.bool_] = np.array(self.answers, dtype=object) == np.array(right, dtype=object)
-        return is_right
+        return self.says([[question.answer for question in picture.questions] for picture in pictures])
 
 
 def bundles(spec: PruningSpec) -> dict[str, ExportSettings]:
@@ -61,32 +65,27 @@ def bundles(spec: PruningSpec) -> dict[str, ExportSettings]:
         FP32: ExportSettings(spec=spec),
         INT8: ExportSettings(spec=spec, vision_precision="int8"),
         INT8_INT4: ExportSettings(spec=spec, vision_precision="int8", language_precision="int4"),
-        PROMPTS: ExportSettings(
+        PREFILL: ExportSettings(
             spec=spec, vision_precision="int8", language_precision="int4", prefill_precision="w8a8"
         ),
         UNPRUNED: ExportSettings(is_pruned=False),
     }
 
 
-def run_pytorch(exam: Exam, rule: Hivtp, count: int) -> Run:
+def run_pytorch(evaluation: Evaluation, rule: Hivtp, count: int) -> Run:
     """Select and answer in PyTorch, float32."""
-    kept = rule(exam.encoded, count)
-    return Run([picture[picture >= 0].tolist() for picture in kept], exam.answers(kept))
+    kept = rule(evaluation.encoded, count)
+    return Run([picture[picture >= 0].tolist() for picture in kept], evaluation.answers(kept))
 
 
 def run_bundle(folder: Path, pictures: Sequence[Picture], num_threads: int) -> Run:
     """Answer every question with the pipeline, one by one, as a user would."""
-    from hivtp import Pipeline
-
-    pipeline = Pipeline.load(folder, num_threads=num_threads)
-    kept, answers = [], []
-    for picture in pictures:
-        given = [
-            pipeline.generate(question.text, [picture.image], max_new_tokens=MAX_ANSWER)
-            for question in picture.questions
-        ]
-        kept.append(given[0].kept_indices[0])
-        answers.append([answer.text for answer in given])
+    sampling, kept, answers = SamplingParams(max_new_tokens=MAX_ANSWER), [], []
+    with load_pipeline(folder, num_threads) as pipeline:
+        for picture in pictures:
+            given = [pipeline.generate(question.text, [picture.image], sampling) for question in picture.questions]
+            kept.append(given[0].kept_indices[0])
+            answers.append([answer.text for answer in given])
     return Run(kept, answers)
 
 
@@ -94,7 +93,7 @@ def goals(runs: Mapping[str, Run], pictures: Sequence[Picture], bootstrap: Boots
     """What the bundles are held to."""
     reference, exported = runs[PYTORCH], runs[FP32]
     kept = np.array([list(ours) == list(theirs) for ours, theirs in zip(exported.kept, reference.kept, strict=True)])
-    answers = np.array(exported.answers, dtype=object) == np.array(reference.answers, dtype=object)
+    answers = exported.says(reference.answers)
     right = {name: run.is_right(pictures).astype(np.float64) for name, run in runs.items()}
     return [
         Goal("pictures of which the bundle keeps what PyTorch keeps", bootstrap.score(kept), "at least", 100.0),
@@ -130,71 +129,62 @@ def compare(
         alike.append(len({*ours} & {*theirs}) / len({*ours} | {*theirs}))
         if swapped := sorted({*ours} ^ {*theirs}):
             swaps.append(float(np.ptp(scores[swapped]) / scores.mean()))
-    same = np.array(run.answers, dtype=object) == np.array(reference.answers, dtype=object)
-    return Row(
-        bootstrap.score(run.is_right(pictures)), 100 * float(np.mean(alike)), max(swaps), 100 * float(same.mean())
-    )
+    same_answers = 100 * float(run.says(reference.answers).mean())
+    return Row(bootstrap.score(run.is_right(pictures)), 100 * float(np.mean(alike)), max(swaps), same_answers)
 
 
-def table(rows: Mapping[str, Row]) -> str:
-    """The rows as text."""
-    lines = [f"{'':<38} {'accuracy in percent':>20} {'kept alike':>11} {'widest swap':>12} {'same answers':>13}"]
-    lines += [
-        f"{name:<38} {row.accuracy!s:>20} {row.kept_alike:11.3f} {row.widest_swap:12.2g} {row.same_answers:13.2f}"
-        for name, row in rows.items()
-    ]
-    return "\n".join(lines)
+def table(systems: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Bundles beside PyTorch, from the plain values of their rows."""
+    rows = [["", "right, percent", "kept alike, percent", "widest swap", "same answers, percent"]]
+    for name, row in systems.items():
+        alike, swap, same = f"{row['kept_alike']:.3f}", f"{row['widest_swap']:.2g}", f"{row['same_answers']:.2f}"
+        rows.append([name, with_margin(row["accuracy"]), alike, swap, same])
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export, answer and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_options(parser, "parity.json")
-    work_dir = Path(tempfile.gettempdir()) / "hivtp-benchmarks"
-    parser.add_argument("--work-dir", type=Path, default=work_dir, help="keeps the bundles between runs")
+    parser.add_argument("--work-dir", type=Path, default=WORK_DIR, help="keeps the bundles between runs")
     options = parser.parse_args(arguments)
-    exam, calibration = prepare(options)
+    evaluation, calibration = prepare(options)
     layers = calibration.best
     rule = Hivtp(layers.first_layer, layers.num_layers)
-    num_patches = exam.encoded.foreground.shape[1]
+    num_patches = evaluation.encoded.foreground.shape[1]
     count = round(HALF * num_patches)
     # A bundle is known by its folder, so what decides the spec is part of it.
     workspace = Workspace(options.work_dir / "parity" / f"{layers}, {count}", options.checkpoint)
-    runs = {PYTORCH: run_pytorch(exam, rule, count), PYTORCH_UNPRUNED: run_pytorch(exam, rule, num_patches)}
-    for name, settings in bundles(rule.spec(count, exam.encoded.grid)).items():
+    runs = {PYTORCH: run_pytorch(evaluation, rule, count), PYTORCH_UNPRUNED: run_pytorch(evaluation, rule, num_patches)}
+    for name, settings in bundles(rule.spec(count, evaluation.encoded.grid)).items():
         folder = workspace.bundle(name, settings)
         print(f"  asking {name}", flush=True)
-        runs[name] = run_bundle(folder, exam.pictures, options.threads)
-    report(options, exam, layers, count, runs)
+        runs[name] = run_bundle(folder, evaluation.pictures, options.threads)
+    report(options, evaluation, layers, count, runs)
 
 
-def report(options: argparse.Namespace, exam: Exam, layers: LayerRange, count: int, runs: Mapping[str, Run]) -> None:
+def report(
+    options: argparse.Namespace, evaluation: Evaluation, layers: LayerRange, count: int, runs: Mapping[str, Run]
+) -> None:
     """Print the table and the goals, and write them."""
-    pictures, bootstrap, found = exam.pictures, Bootstrap(len(exam.pictures)), environment(options.threads)
+    pictures, bootstrap = evaluation.pictures, Bootstrap(len(evaluation.pictures))
     scoring = np.s_[layers.first_layer : layers.first_layer + layers.num_layers]
-    importance = exam.encoded.received[:, scoring].mean(axis=1)
-    reached = goals(runs, pictures, bootstrap)
-    rows = {}
+    importance = evaluation.encoded.received[:, scoring].mean(axis=1)
+    systems = {}
     for name, run in runs.items():
         reference = runs[PYTORCH_UNPRUNED if name in (UNPRUNED, PYTORCH_UNPRUNED) else PYTORCH]
-        rows[name] = compare(run, reference, pictures, importance, bootstrap)
-    num_questions = exam.question_lengths.numel()
-    print("\n".join(f"{key}: {value}" for key, value in found.items()))
-    print(f"\n{len(pictures)} held-out pictures, {num_questions} questions; HIVTP by {layers}, {count} tokens")
-    print(f"\n{table(rows)}\n\n" + "\n".join(map(str, reached)))
-    written: dict[str, Any] = {
-        "environment": found,
-        "settings": portable_settings(options),
+        systems[name] = asdict(compare(run, reference, pictures, importance, bootstrap))
+    found: dict[str, Any] = {
         "num_pictures": len(pictures),
-        "num_questions": num_questions,
+        "num_questions": evaluation.question_lengths.numel(),
         "num_kept": count,
         "layers": asdict(layers),
-        "systems": {name: asdict(row) for name, row in rows.items()},
-        "goals": [goal.to_dict() for goal in reached],
+        "systems": systems,
+        "goals": [goal.to_dict() for goal in goals(runs, pictures, bootstrap)],
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    print(f"\nall results: {options.output}")
+    write(options, found)
+    print(f"\n{len(pictures)} held-out pictures, {found['num_questions']} questions; HIVTP by {layers}, {count} tokens")
+    print(f"\n{aligned(table(systems))}\n\n{aligned(goal_table(found['goals']))}")
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ class HiPrune:
 
 
 def divprune(encoded: Encoded, count: int) -> NDArray[np.int64]:
-    """DivPrune (arXiv 2503.02175): the subset whose least distance between two members is largest, greedily.
+    """DivPrune (arXiv 2503.02175): the subset whose minimum distance between two members is largest, greedily.
 
     Distances are cosine distances of the language model's inputs. The first patch is the one whose nearest
     neighbour is farthest; each further one is the farthest from all that were chosen.
@@ -245,8 +245,8 @@ def all_rules(first_layer: int, num_layers: int, object_layer: int) -> dict[str,
     """Every rule by its name.
 
     Args:
-        first_layer: of HIVTP and of its stages alone.
-        num_layers: likewise.
+        first_layer: first scoring layer of HIVTP and of its stages alone.
+        num_layers: number of their scoring layers.
         object_layer: of HiPrune.
     """
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.miniature.model import NUM_VISION_LAYERS, normalise
+from benchmarks.miniature.model import NUM_VISION_LAYERS, normalise, run_tower
 from benchmarks.miniature.pictures import GRID, Picture
 from hivtp_ops import PruningSpec, select
 
@@ -29,8 +29,7 @@ class LayerRange:
         first_layer: the first of them, 0-based.
         num_layers: how many.
         ratio: their mean score of a patch that shows something, over that of one that shows the ground.
-        foreground_kept: by preset, the kept patches that show something, as a share of the most that the
-            preset could keep.
+        foreground_kept: by preset, see `foreground_share`.
     """
 
     first_layer: int
@@ -56,34 +55,33 @@ def rank_layers(model: Any, pictures: Sequence[Picture]) -> list[LayerRange]:
         model: the miniature, with eager attention.
         pictures: to choose by; they should not be those that results are measured on.
     """
-    scores = layer_scores(model, pictures)
+    import torch
+
+    pixels = torch.from_numpy(np.stack([np.asarray(picture.image) for picture in pictures]))
+    _, received, _ = run_tower(model, normalise(pixels))
     is_foreground = np.stack([picture.foreground for picture in pictures])
     ranges = [
-        _judge(first, count, scores[first : first + count].mean(axis=0), is_foreground)
+        _score(first, count, received[:, first : first + count].mean(dim=1).numpy(), is_foreground)
         for count in range(1, MAX_LAYERS + 1)
         for first in range(NUM_VISION_LAYERS - count + 1)
     ]
     return sorted(ranges, key=lambda layers: layers.worth, reverse=True)
 
 
-def layer_scores(model: Any, pictures: Sequence[Picture]) -> NDArray[np.float32]:
-    """Each layer's mean attention to each patch, over heads and all queries: [layers, pictures, patches]."""
-    import torch
+def foreground_share(is_foreground: NDArray[np.bool_], kept: NDArray[np.int64]) -> float:
+    """The kept patches that show something, as a share of the most that as many patches could.
 
-    pixels = torch.from_numpy(np.stack([np.asarray(picture.image) for picture in pictures]))
-    with torch.inference_mode():
-        outputs = model.model.vision_tower(normalise(pixels), output_attentions=True)
-        layers = [attention.mean(dim=(1, 2))[:, 1:] for attention in outputs.attentions[:NUM_VISION_LAYERS]]
-    scores: NDArray[np.float32] = torch.stack(layers).numpy()
-    return scores
+    Args:
+        is_foreground: [pictures, patches].
+        kept: [pictures, count] raster indices.
+    """
+    num_shown = np.take_along_axis(is_foreground, kept, axis=1).sum()
+    return float(num_shown / np.minimum(is_foreground.sum(axis=1), kept.shape[1]).sum())
 
 
-def _judge(first: int, count: int, scores: NDArray[np.float32], is_foreground: NDArray[np.bool_]) -> LayerRange:
+def _score(first: int, count: int, scores: NDArray[np.float32], is_foreground: NDArray[np.bool_]) -> LayerRange:
     layers = LayerRange(first, count, float(scores[is_foreground].mean() / scores[~is_foreground].mean()), {})
     for preset in PRESETS:
-        spec = layers.fit(preset)
-        kept = select(scores, (GRID, GRID), spec).indices
-        num_shown = np.take_along_axis(is_foreground, kept, axis=1).sum()
-        num_possible = np.minimum(is_foreground.sum(axis=1), kept.shape[1]).sum()
-        layers.foreground_kept[preset] = float(num_shown / num_possible)
+        kept = select(scores, (GRID, GRID), layers.fit(preset)).indices
+        layers.foreground_kept[preset] = foreground_share(is_foreground, kept)
     return layers

@@ -18,6 +18,8 @@ HEADS = 3
 NUM_VISION_LAYERS = 6
 # Other than WIDTH: ONNX Runtime GenAI takes every linear layer with as many outputs as words for the head.
 VOCAB_SIZE = 128
+# Bounds the attention maps: 13 MB for each layer.
+PICTURES_PER_RUN = 50
 # Those that CLIP's image processor subtracts and divides by.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -149,6 +151,28 @@ def vision_states(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     for layer in tower.encoder.layers[:NUM_VISION_LAYERS]:
         states = layer(states, None)
     return states
+
+
+def run_tower(model: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What LLaVA and the rules take from the tower, which has eager attention; of the layers that LLaVA runs.
+
+    Returns:
+        Features [pictures, patches, width], and of the attention maps, mean over heads, what each patch receives in
+        the mean over all queries and what it receives from the class token: [pictures, layers, patches] each.
+    """
+    import torch
+
+    feature_layer = model.config.vision_feature_layer
+    parts = []
+    for chunk in pixel_values.split(PICTURES_PER_RUN):
+        with torch.inference_mode():
+            outputs = model.model.vision_tower(chunk, output_hidden_states=True, output_attentions=True)
+        num_layers = range(len(outputs.hidden_states))[feature_layer]
+        maps = torch.stack(outputs.attentions[:num_layers], dim=1)
+        received, from_class = maps.mean(dim=(2, 3))[..., 1:], maps[:, :, :, 0, 1:].mean(dim=2)
+        parts.append((outputs.hidden_states[feature_layer][:, 1:], received, from_class))
+    features, received, from_class = (torch.cat(part) for part in zip(*parts, strict=True))
+    return features, received, from_class
 
 
 def answer_logits(

@@ -13,7 +13,8 @@ from benchmarks.miniature.evaluate import NUM_PICTURES, evaluate, table, to_dict
 from benchmarks.miniature.layers import LayerRange, rank_layers
 from benchmarks.miniature.model import CHECKPOINT
 from benchmarks.miniature.pictures import CALIBRATION, HELD_OUT, draw
-from hivtp import Pipeline
+from benchmarks.pipelines import load_pipeline
+from benchmarks.timing.table import aligned
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
 
@@ -51,9 +52,9 @@ def write_scores(checkpoint: Path, training: dict[str, Any]) -> Path:
         for name, preset in BUDGETS.items():
             bundle = Path(folder) / str(preset)
             export_bundle(checkpoint, bundle, settings_of(preset, ranked[0]), is_quiet=True)
-            found = evaluate(Pipeline.load(bundle), HELD_OUT[:NUM_PICTURES])
-            print(f"\n{name}\n{table(found)}", flush=True)
-            accuracy[name] = to_dict(found)
+            with load_pipeline(bundle) as pipeline:
+                accuracy[name] = to_dict(evaluate(pipeline, HELD_OUT[:NUM_PICTURES]))
+            print(f"\n{name}\n{aligned(table(accuracy[name]))}", flush=True)
     record = {
         "training": training,
         "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime")},

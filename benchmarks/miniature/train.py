@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,18 @@ NO_TARGET = -100
 MAX_LENGTH = 12
 # Fewest patches that the language model learns from.
 MIN_KEPT = 14
-STATE_NAME = "state.pt"
-LOG_STEPS, STATE_STEPS = 100, 250
+WEIGHTS_NAME = "weights.pt"
+LOG_STEPS, CHECK_STEPS = 100, 250
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How the miniature is trained: first the tower, then the projector and the language model behind it.
+    """How the miniature is trained: first the tower, then the projector and the language model after it.
 
     Args:
         num_tower_steps: the first steps, in which the tower learns what each patch shows.
         num_language_steps: the others, in which the tower stays as it is, as LLaVA's does, and the rest learns to
-            answer. A tower that learnt from answers behind few patches would write what it sees into all of them,
+            answer. A tower that learnt from answers after few patches would write what it sees into all of them,
             and no choice of patches would be worse than another.
         batch: pictures in a step, each with all its questions.
         learning_rate: in both parts constant between a warm-up and a straight way down to zero.
@@ -218,21 +217,18 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def train(rank: int, settings: TrainingSettings, output: Path) -> None:
-    """One process of the training, or of its continuation where it was interrupted; the first writes the state.
+    """One process of the training; the first writes the weights.
 
     Args:
         rank: of this process; each has its share of every batch.
         settings: of the training.
-        output: folder for the state, `state.pt`, from which a run goes on.
+        output: folder for the weights.
     """
-    state_file = output / STATE_NAME
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{(output / 'rendezvous').resolve()}",
         rank=rank,
         world_size=settings.num_processes,
-        # A run may be stopped and continued.
-        timeout=timedelta(hours=12),
     )
     torch.set_num_threads(1)
     model, tokenizer = make_model(settings.seed), make_tokenizer()
@@ -247,17 +243,11 @@ def train(rank: int, settings: TrainingSettings, output: Path) -> None:
     optimiser = torch.optim.AdamW(
         [{"params": vision}, {"params": language}], betas=(0.9, 0.98), weight_decay=settings.weight_decay
     )
-    first = 0
-    if state_file.exists():
-        state = torch.load(state_file)
-        first = state["step"]
-        for part, name in ((model, "model"), (heads, "heads"), (optimiser, "optimiser")):
-            part.load_state_dict(state[name])
     held_out = make_batch(tokenizer, CALIBRATION[:200])
     share = settings.batch // settings.num_processes
     sums: dict[str, float] = {}
     started = time.perf_counter()
-    for step in range(first, settings.num_steps):
+    for step in range(settings.num_steps):
         for group, rate in zip(optimiser.param_groups, learning_rates(settings, step), strict=True):
             group["lr"] = rate
         start = step * settings.batch + rank * share
@@ -286,15 +276,13 @@ def train(rank: int, settings: TrainingSettings, output: Path) -> None:
             sums[name] = sums.get(name, 0.0) + value.item()
         if done % LOG_STEPS == 0:
             means = " ".join(f"{name} {value / LOG_STEPS:.3f}" for name, value in sums.items())
-            speed = (done - first) * settings.batch / (time.perf_counter() - started)
+            speed = done * settings.batch / (time.perf_counter() - started)
             print(f"{time.strftime('%H:%M:%S')} step {done}: {means} | {speed:.0f} pictures/s", flush=True)
             sums = {}
-        if done % STATE_STEPS == 0 or done == settings.num_steps:
-            if not is_tower_step:
-                print(check(model, opening, held_out), flush=True)
-            state = {"step": done, "model": model.state_dict(), "heads": heads.state_dict()}
-            torch.save(state | {"optimiser": optimiser.state_dict()}, state_file.with_suffix(".new"))
-            state_file.with_suffix(".new").rename(state_file)
+        if done % CHECK_STEPS == 0 and not is_tower_step:
+            print(check(model, opening, held_out), flush=True)
+    if rank == 0:
+        torch.save(model.state_dict(), output / WEIGHTS_NAME)
     distributed.destroy_process_group()
 
 
@@ -302,7 +290,7 @@ def main() -> None:
     """Train from the command line."""
     defaults = TrainingSettings()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("miniature"), help="state and checkpoint")
+    parser.add_argument("--output", type=Path, default=Path("miniature"), help="folder for the checkpoint")
     parser.add_argument("--tower-steps", type=int, default=defaults.num_tower_steps)
     parser.add_argument("--language-steps", type=int, default=defaults.num_language_steps)
     parser.add_argument("--keep-all", action="store_true", help="never drop patches while the language model learns")
@@ -316,7 +304,7 @@ def main() -> None:
     (options.output / "rendezvous").unlink(missing_ok=True)
     torch.multiprocessing.spawn(train, (settings, options.output), nprocs=settings.num_processes)
     model = make_model(settings.seed)
-    model.load_state_dict(torch.load(options.output / STATE_NAME)["model"])
+    model.load_state_dict(torch.load(options.output / WEIGHTS_NAME))
     checkpoint = options.output / "checkpoint"
     save(model, checkpoint)
     write_scores(checkpoint, {"command": "python -m benchmarks.miniature.train", **asdict(settings)})

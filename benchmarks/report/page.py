@@ -1,4 +1,4 @@
-"""The page of all results, with its plots: `python -m benchmarks.report.page` writes docs/benchmarks.md."""
+"""The page of all results, with its plots: `python -m benchmarks.report` writes docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -8,41 +8,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.accuracy.ablation import ablation_tables
+from benchmarks.accuracy.comparison import UNPRUNED, accuracy_table
+from benchmarks.accuracy.intervals import goal_table
+from benchmarks.accuracy.parity import table as parity_table
 from benchmarks.report.plots import TITLES, draw
-from benchmarks.report.tables import ablation, accuracy, goals, gpu, markdown, parity, staged
 from benchmarks.report.time_plots import draw_budgets, draw_stages, draw_throughput
+from benchmarks.timing.record import tables_of
+from benchmarks.timing.stages import staged
+from benchmarks.timing.table import markdown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+RESULTS = Path(__file__).parents[1] / "results"
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 HEAD = """\
 # Benchmarks
 
 Written by `make report` from the raw samples in [benchmarks/results](../benchmarks/results); `make bench` measures
-anew. All systems of a table ran in one session, in turns, round after round; a ratio is the median over the rounds of
+again. All systems of a table ran in one session, in turns, round after round; a ratio is the median over the rounds of
 a time by the baseline's of the same round. Rounds in which other processes took more than 0.1 core were dropped where
 there were enough others. Weights are random at real shapes, except for the accuracy of the miniature. Peak memory is
 that of a system's own process, weights mapped from files included.
 """
-NO_GPU = "Nothing here ran on a GPU. Where torch sees one, the same commands measure it too, in tables of its own.\n"
-GPU_TEXT = """\
-LLaVA in transformers and our bundles in turns, in float16; the language model of ours runs in transformers too, once as
-it is and once compiled. `python -m benchmarks.gpu.run`"""
+NO_GPU = "Nothing here ran on a GPU; `python -m benchmarks.gpu` measures there.\n"
 FLOOR_TEXT = """\
-A floor is what a stage cannot be faster than, whoever writes it: the larger of its matrix products by the rate of a
-large one, and of its weights and KV cache by the rate of a large copy, both measured in the same run
-([floor.py](../benchmarks/floor.py)); that of a first token is the sum of vision and prefill. "ratio at floor" is the
-ratio of a system that takes no more than that: where a goal is below it, the goal is out of reach of what computes the
-same at that rate. Both are of one run, with its noise: what is at its floor may be found a few percent below it.
+A floor is the time that a stage cannot go below, however it is written: the larger of its matrix products by the rate
+of a large product of the same kind (float32, or uint8 by int8), and of its weights and KV cache by the rate of a large
+copy, all measured in the same run ([floor.py](../benchmarks/timing/floor.py)); that of a first token is the sum of
+vision and prefill. "Ratio at floor" is the ratio of a system that takes no more than that: where a goal is below it,
+the goal is out of reach of what computes the same at that rate. A floor has the noise of its run: what is at its floor
+may be found a few percent below it. A dash says that the run found none.
 """
 ACCURACY_TEXT = """\
 The trained [miniature](../benchmarks/miniature/README.md), 144 patches, whose language model saw dropped tokens in
-training. Each rival is written from its paper ([rivals.py](../benchmarks/rivals.py)); [accuracy.md](accuracy.md) says
-what the numbers mean. `python -m benchmarks.accuracy.curves --ablation`"""
+training. Each rival is written from its paper ([rivals.py](../benchmarks/accuracy/rivals.py));
+[accuracy.md](accuracy.md) says what the numbers mean. `python -m benchmarks.accuracy --ablation`"""
 PARITY_TEXT = """\
-The same miniature, at half of its tokens: bundles against PyTorch. `python -m benchmarks.accuracy.parity`"""
+The same miniature, at half of its tokens: bundles against PyTorch. Where one keeps other patches, the widest swap is
+the largest difference between their scores, by the mean score. `python -m benchmarks.accuracy.parity`"""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ SECTIONS = (
     Section(
         "vision-5-tiles-cpu",
         "The vision stage of five tiles on a CPU",
-        "The same, for a picture of LLaVA-NeXT. `python -m benchmarks.speed.latency --tiles 5`",
+        "The same, for an image of LLaVA-NeXT. `python -m benchmarks.speed.latency --tiles 5`",
     ),
     Section(
         "ttft-cpu",
@@ -101,27 +106,27 @@ SECTIONS = (
     ),
     Section(
         "prefill-cpu",
-        "A decoder for prompts",
-        "The same models, int8 vision at preset 192; by the precision of the decoder, against one int4 decoder. "
-        "`python -m benchmarks.speed.prefill`",
+        "A prefill decoder",
+        "The same models, int8 vision at preset 192; by the precision of the decoder, against one int4 decoder for "
+        "all. `python -m benchmarks.speed.prefill`",
     ),
     Section(
         "prefill-7b-cpu",
-        "LLaVA-1.5-7B shapes: a decoder for prompts",
-        "At real size. `python -m benchmarks.speed.prefill --checkpoint FOLDER --only 'int4, prompts in w8a8'` "
+        "LLaVA-1.5-7B shapes: a prefill decoder",
+        "At real size. `python -m benchmarks.speed.prefill --checkpoint FOLDER --only 'int4, prefill in w8a8'` "
         "on what `python -m benchmarks.timing.large_checkpoint FOLDER` wrote",
     ),
     Section(
         "throughput-cpu",
         "Throughput on a CPU",
-        "The same models; every answer about a picture of its own. The paper's code answers one request at a time. "
+        "The same models; every answer about an image of its own. The paper's code answers one request at a time. "
         "`python -m benchmarks.speed.throughput`",
     ),
     Section(
-        "lookahead-cpu",
-        "Preparing the next request's pictures",
-        "The miniature, six requests in a row, each with a picture of its own: `generate_each`, which prepares the "
-        "next one's while the present one is decoded, against `generate`. On a CPU both share the cores. "
+        "prefetch-cpu",
+        "Prefetching the next request's image",
+        "The miniature, six requests in a row, each with an image of its own: `generate_each`, which prepares the "
+        "next image while the present answer is decoded, against `generate`. On a CPU both share the cores. "
         "`python -m benchmarks.speed.prefetch --checkpoint benchmarks/miniature/checkpoint`",
     ),
     Section(
@@ -138,6 +143,12 @@ SECTIONS = (
         "`python -m benchmarks.speed.budgets --checkpoint FOLDER` on what "
         "`python -m benchmarks.timing.large_checkpoint FOLDER --family llava_next` wrote",
     ),
+    Section(
+        "gpu",
+        "On a GPU",
+        "Everything in float16, at LLaVA-1.5-7B shapes; bundles by what runs their vision graph, and the selection "
+        "kernel by its goal. `python -m benchmarks.gpu`",
+    ),
 )
 
 
@@ -149,15 +160,15 @@ def write_page(results: Path, page: Path) -> None:
     """
     page.parent.mkdir(parents=True, exist_ok=True)
     found = {section: measured for section in SECTIONS if (measured := section.load(results)) is not None}
-    on_gpu = _load(results / "gpu.json")
-    has_gpu = on_gpu is not None or any("gpu" in measured["environment"] for measured in found.values())
-    has_floors = on_gpu is not None or any(
-        row.get("over_floor") for measured in found.values() for row in measured["rows"]
-    )
-    parts, answers, budgets = [HEAD, *([FLOOR_TEXT] if has_floors else []), *([] if has_gpu else [NO_GPU])], {}, {}
+    parts = [HEAD]
+    if any(row.get("over_floor") for measured in found.values() for row in measured["rows"]):
+        parts.append(FLOOR_TEXT)
+    if not any("gpu" in measured["environment"] for measured in found.values()):
+        parts.append(NO_GPU)
+    answers, budgets = {}, {}
     for section, measured in found.items():
-        parts.append(f"## {section.title}\n\n{section.text}\n\n{markdown(measured)}\n")
-        if section.name.startswith(("ttft", "prefill", "budgets")) and staged(measured):
+        parts.append(f"## {section.title}\n\n{section.text}\n\n{text_of(measured)}\n")
+        if section.name.startswith(("ttft", "prefill", "budgets")) and staged(measured["results"]):
             answers[section.title] = measured
         if section.name.startswith("budgets"):
             budgets[section.title] = measured
@@ -165,28 +176,63 @@ def write_page(results: Path, page: Path) -> None:
             by_size = [result["samples"] for result in measured["results"].values()]
             draw_throughput(by_size, section.title, page.parent / f"{section.name}.png")
             parts.append(f"![Answers per second over the batch size]({section.name}.png)\n")
-    if on_gpu is not None:
-        parts.append(f"## On a GPU\n\n{GPU_TEXT}\n\n{gpu(on_gpu)}\n")
     if answers:
         draw_stages(answers, page.parent / "where-the-time-goes.png")
         parts.append("## Where the time goes\n\n![Stages of an answer](where-the-time-goes.png)\n")
     if budgets:
         draw_budgets(budgets, page.parent / "ttft-over-tokens.png")
         parts.append("## First token over tokens\n\n![Time to first token by budget](ttft-over-tokens.png)\n")
-    measured = _load(results / "accuracy.json")
-    if measured is not None:
-        parts.append(f"## Accuracy over tokens\n\n{ACCURACY_TEXT}\n\n{accuracy(measured)}\n")
-        for kind, title in TITLES.items():
-            name = f"accuracy-{kind}.png"
-            draw(measured, kind, page.parent / name)
-            parts.append(f"![{title}]({name})\n")
-        parts.append(f"{goals(measured)}\n")
-        if "ablation" in measured:
-            parts.append(f"### Each setting by itself\n\n{ablation(measured)}\n")
-    measured = _load(results / "parity.json")
-    if measured is not None:
-        parts.append(f"## Bundles and PyTorch\n\n{PARITY_TEXT}\n\n{parity(measured)}\n\n{goals(measured)}\n")
+    parts += _accuracy(_load(results / "accuracy.json"), page.parent) + _parity(_load(results / "parity.json"))
     page.write_text("\n".join(parts), encoding="utf-8")
+
+
+def text_of(measured: Any) -> str:
+    """Where one file of results was measured, the lengths of prompt and answers where it says both, and its tables."""
+    found = measured["environment"]
+    packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
+    sets = found.get("instruction_sets", [])
+    cpu = found["cpu"] + (f" ({', '.join(sets)})" if sets else "")
+    machine = ", ".join([cpu, *([found["gpu"]] if "gpu" in found else [])])
+    parts = [f"{machine}, {found['num_threads']} threads, {found['date'][:10]}; {packages}."]
+    by_system = [result["samples"] for result in measured["results"].values()]
+    samples = [sample for systems in by_system for passes in systems.values() for sample in passes]
+    known = [sample for sample in samples if {"num_text_tokens", "num_image_tokens"} <= sample.keys()]
+    if known:
+        lengths = sorted({int(sample["num_new_tokens"]) for sample in samples if "num_new_tokens" in sample})
+        answers = " to ".join(str(length) for length in dict.fromkeys((lengths[0], lengths[-1])))
+        image, text = (f"{known[0][f'num_{part}_tokens']:.0f}" for part in ("image", "text"))
+        prompts = f"{image} tokens of the image before pruning, and {text} of text"
+        parts.append(f"Prompts: {prompts}. Answers: {answers} tokens.")
+    return "\n\n".join([*parts, *map(markdown, tables_of(measured))])
+
+
+def _accuracy(measured: Any, plots: Path) -> list[str]:
+    if measured is None:
+        return []
+    [whole] = (result["accuracy"]["all"] for result in measured["results"] if result["rule"] == UNPRUNED)
+    summary = f"{_asked(measured)}; percent right. Unpruned, {measured['num_patches']} tokens: {whole['value']:.1f}."
+    table = markdown(accuracy_table(measured["results"]))
+    parts = [f"## Accuracy over tokens\n\n{ACCURACY_TEXT}\n\n{summary}\n\n{table}\n"]
+    for kind, title in TITLES.items():
+        draw(measured, kind, plots / f"accuracy-{kind}.png")
+        parts.append(f"![{title}](accuracy-{kind}.png)\n")
+    parts.append(f"{markdown(goal_table(measured['goals']))}\n")
+    if "ablation" in measured:
+        settings = "\n\n".join(map(markdown, ablation_tables(measured["ablation"])))
+        parts.append(f"### Each setting by itself\n\n{settings}\n")
+    return parts
+
+
+def _parity(measured: Any) -> list[str]:
+    if measured is None:
+        return []
+    summary = f"{_asked(measured)}; {measured['num_kept']} tokens kept."
+    table, goals = markdown(parity_table(measured["systems"])), markdown(goal_table(measured["goals"]))
+    return [f"## Bundles and PyTorch\n\n{PARITY_TEXT}\n\n{summary}\n\n{table}\n\n{goals}\n"]
+
+
+def _asked(measured: Any) -> str:
+    return f"{measured['num_questions']:,} questions on {measured['num_pictures']:,} held-out pictures"
 
 
 def _load(file: Path) -> Any:
@@ -202,7 +248,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     write_page(options.results, options.page)
     print(options.page)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,22 +1,17 @@
-"""Plots of accuracy over the number of tokens: `python -m benchmarks.report.plots accuracy.json`.
-
-Needs matplotlib, which the extra `bench` brings.
-"""
+"""The plot of accuracy over the number of tokens; it needs matplotlib, which the extra `bench` brings."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.accuracy.comparison import HIVTP, UNPRUNED
-from hivtp_ops.errors import MissingExtraError
+from benchmarks.report.figure import new_figure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -53,16 +48,8 @@ def draw(measured: Mapping[str, Any], kind: str, output: Path) -> None:
         measured: what benchmarks.accuracy.curves wrote.
         kind: of question, or "all".
         output: where to write; the suffix decides the format.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "bench") from error
-
-    figure = Figure(figsize=(8.6, 5.2), layout="constrained", dpi=150)
+    figure = new_figure(8.6, 5.2)
     axes = figure.add_subplot()
     by_rule: dict[str, list[Mapping[str, Any]]] = {}
     for result in measured["results"]:
@@ -121,26 +108,8 @@ def draw(measured: Mapping[str, Any], kind: str, output: Path) -> None:
         title="best to worst on average",
         title_fontsize=8,
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
 
 
 def _mean(results: Sequence[Mapping[str, Any]], kind: str) -> float:
     return fmean(result["accuracy"][kind]["value"] for result in results)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw the plot of all questions and that of reading the number."""
-    parser = argparse.ArgumentParser(description="Draw what benchmarks.accuracy.curves measured.")
-    parser.add_argument("results", type=Path, help="what benchmarks.accuracy.curves wrote")
-    parser.add_argument("--output", type=Path, default=Path(), help="folder of the plots (default: here)")
-    options = parser.parse_args(arguments)
-    measured = json.loads(options.results.read_text(encoding="utf-8"))
-    for kind in TITLES:
-        output = options.output / f"accuracy-{kind}.png"
-        draw(measured, kind, output)
-        print(output)
-
-
-if __name__ == "__main__":
-    main()

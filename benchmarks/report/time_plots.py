@@ -5,9 +5,8 @@ from __future__ import annotations
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.report.tables import staged
-from benchmarks.timing.stages import STAGES, TOKENS
-from hivtp_ops.errors import MissingExtraError
+from benchmarks.report.figure import new_figure
+from benchmarks.timing.stages import STAGES, TOKENS, staged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,17 +32,14 @@ def draw_stages(sections: Mapping[str, Mapping[str, Any]], output: Path) -> None
     Args:
         sections: results by title, which tell stages apart.
         output: where to write.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
     """
     panels = {
         f"{title}{name.removeprefix('answers')}, answers of {_length(measured, name)} tokens": times
         for title, measured in sections.items()
-        for found in [staged(measured)]
+        for found in [staged(measured["results"])]
         for name, times in found.items()
     }
-    figure = _figure(9.0, sum(0.34 * len(times) + 0.95 for times in panels.values()) + 0.4)
+    figure = new_figure(9.4, sum(0.34 * len(times) + 0.95 for times in panels.values()) + 0.4)
     ratios = [0.34 * len(times) + 0.5 for times in panels.values()]
     all_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=ratios)[:, 0]
     handles: dict[str, Any] = {}
@@ -88,11 +84,8 @@ def draw_budgets(sections: Mapping[str, Mapping[str, Any]], output: Path) -> Non
     Args:
         sections: results of benchmarks.speed.budgets by title.
         output: where to write.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
     """
-    figure = _figure(5.6 * len(sections), 3.8)
+    figure = new_figure(5.6 * len(sections), 3.8)
     panels = figure.subplots(1, len(sections), squeeze=False)[0]
     for axes, (title, measured) in zip(panels, sections.items(), strict=True):
         [results] = measured["results"].values()
@@ -118,11 +111,8 @@ def draw_throughput(by_size: Sequence[Mapping[str, Sequence[Mapping[str, float]]
         by_size: samples by system, for each batch size.
         title: of the plot.
         output: where to write.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
     """
-    figure = _figure(6.4, 4.0)
+    figure = new_figure(6.4, 4.0)
     axes = figure.subplots()
     sizes = [next(iter(samples.values()))[0]["batch_size"] for samples in by_size]
     for index, system in enumerate(by_size[0]):
@@ -142,14 +132,6 @@ def _draw_ranges(axes: Axes, places: Sequence[float], samples: Sequence[Sequence
     below = [value - min(values) for value, values in zip(middle, samples, strict=True)]
     above = [max(values) - value for value, values in zip(middle, samples, strict=True)]
     axes.errorbar(places, middle, yerr=[below, above], capsize=3, **style)
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "bench") from error
-    return Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 
 def _finish(axes: Axes, title: str, label: str) -> None:

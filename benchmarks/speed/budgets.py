@@ -7,51 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from benchmarks.speed.ttft import PROMPT, sample_of
-from benchmarks.timing.harness import LocalSystem, Pass, Sample, Stopwatch, measure_in_turns, peak_memory_bytes
+from benchmarks.pipelines import load_pipeline, with_language_of
+from benchmarks.speed.ttft import make_pass
+from benchmarks.timing.harness import Stopwatch, measure_in_turns
 from benchmarks.timing.record import Row, report
-from benchmarks.timing.shared_language import with_language_of
-from benchmarks.timing.stages import stages, table, text
+from benchmarks.timing.worker import LocalSystem, peak_memory_bytes
 from benchmarks.timing.workspace import Workspace, add_length, add_options
 from hivtp.export.settings import ExportSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hivtp import Pipeline
-
 UNPRUNED = "unpruned"
 PRESETS = ("288", "192", "128", "64")
 # Of the unpruned bundle, at preset 192. The paper reports 0.50 and 0.449 with its own counts.
 GOALS = {"llava": 0.45, "llava_next": 0.40}
 # Square enough for LLaVA-NeXT's 2 x 2 tiles, which make 5 with the base tile.
-PICTURE_SIZE = (800, 800)
-
-
-def open_pipelines(bundles: Sequence[Path], num_threads: int) -> list[Pipeline]:
-    """The bundles with one decoder in memory: theirs are the same, and a large one fits once."""
-    from hivtp import Pipeline
-    from hivtp.engines import EngineSettings
-
-    first = Pipeline.load(bundles[0], num_threads=num_threads, image_cache_bytes=0)
-    return [first, *(with_language_of(first, folder, EngineSettings(num_threads)) for folder in bundles[1:])]
-
-
-def make_pass(pipeline: Pipeline, num_new_tokens: int) -> Pass:
-    """One answer about a picture."""
-    from PIL import Image
-
-    blobs = np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8)
-    image = Image.fromarray(blobs).resize(PICTURE_SIZE)
-
-    def run() -> Sample:
-        with Stopwatch() as total:
-            answer = pipeline.generate(PROMPT, [image], max_new_tokens=num_new_tokens)
-        return sample_of(answer, total.ms)
-
-    return run
+IMAGE_SIZE = (800, 800)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,14 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for preset in options.presets:
         budget = replace(quantised, preset=preset, decoder_from=bundles[UNPRUNED])
         bundles[f"preset {preset}"] = workspace.bundle(f"preset {preset}", budget)
+    # One decoder in memory: theirs are the same, and a large one fits once.
     with Stopwatch() as loading:
-        pipelines = open_pipelines(list(bundles.values()), options.threads)
+        first = load_pipeline(bundles[UNPRUNED], options.threads, cache_bytes=0)
+        pipelines = {UNPRUNED: first} | {
+            name: with_language_of(first, bundle, options.threads)
+            for name, bundle in bundles.items()
+            if name != UNPRUNED
+        }
     systems = [
-        LocalSystem(name, make_pass(pipeline, options.new_tokens))
-        for name, pipeline in zip(bundles, pipelines, strict=True)
+        LocalSystem(name, make_pass(pipeline, options.new_tokens, IMAGE_SIZE)) for name, pipeline in pipelines.items()
     ]
     results = measure_in_turns(systems, options.rounds)
-    goals = {"preset 192": GOALS[pipelines[0].bundle.manifest.family]}
+    goals = {"preset 192": GOALS[first.model.bundle.manifest.family]}
     tables = {
         title: [Row.of(results, name, quantity, UNPRUNED, limits.get(name)) for name in bundles]
         for title, quantity, limits in (
@@ -84,7 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     }
     report(options, tables, {"answers": results})
-    print(f"\n{text(table(stages(results.samples, {})))}")
     peak_gib = peak_memory_bytes() / 2**30
     print(f"\nloaded {len(bundles)} bundles in {loading.ms / 1e3:.1f} s; peak memory {peak_gib:.2f} GiB")
 

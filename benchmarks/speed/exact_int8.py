@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from benchmarks.timing.graph_profile import pixels
-from benchmarks.timing.harness import Pass, Sample, Stopwatch, System, measure
+from benchmarks.timing.harness import Stopwatch, measure
 from benchmarks.timing.record import Row, report
+from benchmarks.timing.worker import System
 from benchmarks.timing.workspace import Workspace, add_options
 from hivtp.engines.int8 import overflows_int8
 from hivtp.export.settings import ExportSettings
@@ -17,6 +18,8 @@ from hivtp.export.settings import ExportSettings
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from benchmarks.timing.worker import Pass, Sample
 
 FLOAT = "fp32"
 USUAL = "int8, the usual kernels"

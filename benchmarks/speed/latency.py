@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks.timing.bundle_floors import Floors
 from benchmarks.timing.graph_profile import open_profiled, pixels
-from benchmarks.timing.harness import Pass, Results, Sample, Stopwatch, System, measure_once
-from benchmarks.timing.hugging_face import PapersWay, StageClock, devices, load, place
+from benchmarks.timing.harness import Results, Stopwatch, measure_once
+from benchmarks.timing.hugging_face import PAPERS_WAY, UNPRUNED, PapersWay, StageClock, load
 from benchmarks.timing.peaks import in_words, measure_with_peaks
 from benchmarks.timing.record import Row, report
-from benchmarks.timing.stages import by_profile, stages, table, text
-from benchmarks.timing.workspace import Workspace, add_options, engines
+from benchmarks.timing.stages import by_profile
+from benchmarks.timing.worker import System
+from benchmarks.timing.workspace import Workspace, add_options
 from hivtp.export.settings import ExportSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from hivtp.engines.base import Device
+    from benchmarks.timing.worker import Pass, Sample
 
-HUGGING_FACE = "Hugging Face sdpa, unpruned"
-PAPERS_WAY = "Hugging Face eager, the paper's way"
 BUNDLES = {
     "fp32, unpruned": ExportSettings(is_pruned=False),
     "fp32, preset paper": ExportSettings(preset="paper"),
@@ -38,20 +37,13 @@ PROFILED = ("fp32, unpruned", "fp32, preset 192", "fp16, preset 192", "int8, pre
 SELECTION_GOAL = 0.002
 
 
-def open_hugging_face(
-    num_threads: int,
-    checkpoint: Path,
-    device: str,
-    num_tiles: int,
-    is_papers_way: bool = False,
-    tower_attention: str = "sdpa",
-) -> Pass:
+def open_hugging_face(num_threads: int, checkpoint: Path, num_tiles: int, is_papers_way: bool = False) -> Pass:
     """Tower and projector as transformers runs them; or eager in all layers, and the selection on the host."""
     import torch
 
-    model = load(checkpoint, num_threads, device, "eager" if is_papers_way else tower_attention)
-    inputs = torch.from_numpy(pixels(num_tiles, model.config.vision_config.image_size)).to(device, model.dtype)
-    clock = StageClock(device, model)
+    model = load(checkpoint, num_threads, "eager" if is_papers_way else "sdpa")
+    inputs = torch.from_numpy(pixels(num_tiles, model.config.vision_config.image_size))
+    clock = StageClock(model)
     encode = PapersWay(model, clock).encode if is_papers_way else model.get_image_features
 
     def run() -> Sample:
@@ -64,32 +56,16 @@ def open_hugging_face(
     return run
 
 
-def open_bundle(
-    num_threads: int,
-    bundle: Path,
-    engine: str,
-    num_tiles: int,
-    settings: Mapping[str, Any] | None = None,
-    rows_device: Device | None = None,
-) -> Pass:
-    """The vision stage of a bundle as the pipeline runs it.
-
-    Args:
-        num_threads: of the engine.
-        bundle: its folder.
-        engine: see open_vision_engine.
-        num_tiles: of each run.
-        settings: further ones of EngineSettings.
-        rows_device: where the embeddings are left, if the engine can.
-    """
-    from hivtp.engines import EngineSettings
+def open_bundle(num_threads: int, bundle: Path, num_tiles: int) -> Pass:
+    """The vision stage of a bundle as the pipeline runs it."""
+    from hivtp.engines import EngineSettings, open_vision_engine
     from hivtp.engines.bundle import Bundle
-    from hivtp.runtime.vision.stage import DEFAULT_MAX_TILES_PER_RUN, VisionStage
+    from hivtp.runtime.vision.options import MAX_TILES_PER_RUN
+    from hivtp.runtime.vision.stage import VisionStage
 
     opened = Bundle.open(bundle)
-    stage = VisionStage.open(
-        opened, EngineSettings(num_threads, **(settings or {})), DEFAULT_MAX_TILES_PER_RUN, engine
-    ).leaving_rows_on(rows_device)
+    engine = open_vision_engine(opened, "onnxruntime", EngineSettings(num_threads))
+    stage = VisionStage(engine, opened.manifest.vision, MAX_TILES_PER_RUN)
     inputs = pixels(num_tiles, opened.manifest.vision.image_size)
 
     def run() -> Sample:
@@ -98,35 +74,6 @@ def open_bundle(
         return {"vision_ms": watch.ms}
 
     return run
-
-
-def systems(checkpoint: Path, bundles: Mapping[str, Path], device: str, num_tiles: int) -> list[System]:
-    """All that a device runs."""
-    model = {"checkpoint": checkpoint, "device": device, "num_tiles": num_tiles}
-    found = [
-        System(HUGGING_FACE, open_hugging_face, model),
-        System(PAPERS_WAY, open_hugging_face, {**model, "is_papers_way": True}),
-    ]
-    for name, bundle in bundles.items():
-        for engine in engines(bundle, device):
-            label = name if device == "cpu" else f"{name}, {engine}"
-            found.append(System(label, open_bundle, {"bundle": bundle, "engine": engine, "num_tiles": num_tiles}))
-    return found
-
-
-def vision_floors(systems: Sequence[System], floors: Floors) -> dict[str, float | None]:
-    """The floor of each of our systems."""
-    ours = (system for system in systems if "bundle" in system.arguments)
-    return {system.name: floors.vision_ms(system.arguments["bundle"], system.arguments["num_tiles"]) for system in ours}
-
-
-def vision_rows(results: Results, device: str, floors: Mapping[str, float | None]) -> list[Row]:
-    """Every system by the unpruned Hugging Face model; the goals are those of a CPU."""
-    goals = GOALS if device == "cpu" else {}
-    return [
-        Row.of(results, name, "vision_ms", HUGGING_FACE, goals.get(name[:4]), floors.get(name))
-        for name in results.samples
-    ]
 
 
 def selection_rows(results: Results) -> list[Row]:
@@ -147,27 +94,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # One layer of language model is enough: only the vision stage is timed.
     workspace = Workspace.open(options, "latency", text={"num_hidden_layers": 1})
     bundles = workspace.bundles(BUNDLES)
-    tables, results, printed = {}, {}, []
+    tables: dict[str, list[Row]] = {}
+    results: dict[str, Results] = {}
+    printed = []
     for num_tiles in options.tiles:
-        for device in devices():
-            title = f"vision stage{place(device)}, tiles: {num_tiles}"
-            print(title)
-            timed = systems(workspace.checkpoint, bundles, device, num_tiles)
-            found, peaks, results[f"peaks, {title}"] = measure_with_peaks(
-                timed, options.rounds, options.threads, device
-            )
-            results[title] = found
-            floors = vision_floors(timed, Floors(workspace.checkpoint, device, peaks))
-            tables[title] = vision_rows(found, device, floors)
         title = f"vision stage, tiles: {num_tiles}"
+        print(title)
+        model = {"checkpoint": workspace.checkpoint, "num_tiles": num_tiles}
+        timed = [
+            System(UNPRUNED, open_hugging_face, model),
+            System(PAPERS_WAY, open_hugging_face, {**model, "is_papers_way": True}),
+            *(System(name, open_bundle, {"bundle": path, "num_tiles": num_tiles}) for name, path in bundles.items()),
+        ]
+        found, peaks, of_peaks = measure_with_peaks(timed, options.rounds, options.threads)
+        results |= {title: found, f"peaks, {title}": of_peaks}
+        floors = Floors(workspace.checkpoint, peaks)
+        floors_ms = {name: floors.vision_ms(path, num_tiles) for name, path in bundles.items()}
+        tables[title] = [
+            Row.of(found, name, "vision_ms", UNPRUNED, GOALS.get(name[:4]), floors_ms.get(name))
+            for name in found.samples
+        ]
         print(by_profile(title))
         profiled = [System(name, open_profiled, {"bundle": bundles[name], "num_tiles": num_tiles}) for name in PROFILED]
         profiles = results[by_profile(title)] = measure_once(profiled, options.threads)
-        tables[f"selecting as a share of the vision stage, tiles: {num_tiles}"] = selection_rows(profiles)
-        printed.append(f"{title}\n{text(table(stages(results[title].samples, profiles.samples)))}")
+        tables[f"selecting as a share of the {title}"] = selection_rows(profiles)
+        printed.append(f"{title}, {in_words(of_peaks)}")
     report(options, tables, results)
-    print("\n" + "\n".join(in_words(found) for title, found in results.items() if title.startswith("peaks")))
-    print("\n" + "\n\n".join(printed))
+    print("\n" + "\n".join(printed))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prompts in a second decoder against one decoder for all, in one run: `python -m benchmarks.speed.prefill`."""
+"""A second decoder for the prefill against one decoder for all, in one run: `python -m benchmarks.speed.prefill`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from benchmarks.speed.ttft import open_bundle
-from benchmarks.timing.harness import System, measure
+from benchmarks.timing.harness import measure
 from benchmarks.timing.record import Row, report
-from benchmarks.timing.stages import stages, table, text
+from benchmarks.timing.worker import System
 from benchmarks.timing.workspace import Workspace, add_length, add_options
 from hivtp.export.settings import ExportSettings
 
@@ -22,8 +22,8 @@ INT4 = ExportSettings(preset="192", vision_precision="int8", language_precision=
 BUNDLES = {
     BASELINE: INT4,
     "int4 in blocks of 128": replace(INT4, block_size=128),
-    "int4, prompts in w8a8": replace(INT4, prefill_precision="w8a8"),
-    "int4 in blocks of 128, prompts in w8a8": replace(INT4, block_size=128, prefill_precision="w8a8"),
+    "int4, prefill in w8a8": replace(INT4, prefill_precision="w8a8"),
+    "int4 in blocks of 128, prefill in w8a8": replace(INT4, block_size=128, prefill_precision="w8a8"),
     "int8": replace(INT4, language_precision="int8"),
     "w8a8": replace(INT4, language_precision="w8a8"),
 }
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     workspace = Workspace.open(options, "prefill")
     bundles = workspace.bundles({name: BUNDLES[name] for name in (BASELINE, *options.only)})
     systems = [
-        System(name, open_bundle, {"bundle": bundle, "settings": {}, "num_new_tokens": options.new_tokens})
+        System(name, open_bundle, {"bundle": bundle, "num_new_tokens": options.new_tokens})
         for name, bundle in bundles.items()
     ]
     results = measure(systems, options.rounds, options.threads)
@@ -56,7 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         title: [Row.of(results, name, quantity, BASELINE) for name in bundles] for title, quantity in QUANTITIES.items()
     }
     report(options, tables, {"answers": results})
-    print(f"\n{text(table(stages(results.samples, {})))}")
 
 
 if __name__ == "__main__":

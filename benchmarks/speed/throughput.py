@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from benchmarks.speed.ttft import BUNDLES, HUGGING_FACE, PROMPT, PRUNED, QUANTIZED, UNPRUNED, bundle_systems, photos
-from benchmarks.timing.harness import Pass, Sample, Stopwatch, System, measure
-from benchmarks.timing.hugging_face import devices, load, place
+from benchmarks.speed.ttft import BUNDLES, FLOAT, FLOAT_UNPRUNED, PROMPT, QUANTIZED, drawn_images
+from benchmarks.timing.harness import Stopwatch, measure
+from benchmarks.timing.hugging_face import UNPRUNED, chat_prompt, load
 from benchmarks.timing.record import Row, report
-from benchmarks.timing.stages import number, text
+from benchmarks.timing.worker import System
 from benchmarks.timing.workspace import Workspace, add_options
 from hivtp_ops.errors import HivtpError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from PIL import Image
 
-    from hivtp import Pipeline
+    from benchmarks.timing.worker import Pass, Sample
 
-TIMED = (UNPRUNED, PRUNED, QUANTIZED)
+TIMED = (FLOAT_UNPRUNED, FLOAT, QUANTIZED)
 # Of several lengths, as those that come together by chance.
 QUESTIONS = (
     PROMPT,
@@ -35,11 +34,11 @@ SIZE = ", batch size: "
 
 
 def questions() -> Iterator[tuple[str, Image.Image]]:
-    """Questions in turn, each about a picture of its own."""
-    return zip(itertools.cycle(QUESTIONS), photos(), strict=False)
+    """Questions in turn, each about an image of its own."""
+    return zip(itertools.cycle(QUESTIONS), drawn_images(), strict=False)
 
 
-def open_hugging_face(num_threads: int, checkpoint: Path, device: str, batch_size: int, num_new_tokens: int) -> Pass:
+def open_hugging_face(num_threads: int, checkpoint: Path, batch_size: int, num_new_tokens: int) -> Pass:
     """The checkpoint's own processor, padding on the left, and one `generate` for the batch."""
     import torch
     from transformers import AutoProcessor
@@ -49,55 +48,39 @@ def open_hugging_face(num_threads: int, checkpoint: Path, device: str, batch_siz
     tokenizer.padding_side = "left"
     # Masked, so that any will do where a checkpoint has none.
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = load(checkpoint, num_threads, device)
-    end = model.generation_config.eos_token_id
+    model = load(checkpoint, num_threads)
+    eos = model.generation_config.eos_token_id
     asked = questions()
 
     def run() -> Sample:
         batch = list(itertools.islice(asked, batch_size))
         with torch.inference_mode(), Stopwatch() as watch:
-            prompts = [
-                processor.apply_chat_template(
-                    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-                    add_generation_prompt=True,
-                )
-                for question, _ in batch
-            ]
+            prompts = [chat_prompt(processor, question) for question, _ in batch]
             images = [[image] for _, image in batch]
             inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt")
-            inputs = inputs.to(device, model.dtype)
             settings = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id}
             output = model.generate(**inputs, max_new_tokens=num_new_tokens, **settings)
             answers = output[:, inputs["input_ids"].shape[1] :].tolist()
             processor.batch_decode(answers, skip_special_tokens=True)
-        # What follows an end is padding.
-        lengths = [answer.index(end) + 1 if end in answer else len(answer) for answer in answers]
+        # What follows an eos is padding.
+        lengths = [answer.index(eos) + 1 if eos in answer else len(answer) for answer in answers]
         return sample_of(batch_size, sum(lengths), watch.ms)
 
     return run
 
 
-def open_bundle(
-    num_threads: int, bundle: Path, settings: Mapping[str, Any], batch_size: int, num_new_tokens: int
-) -> Pass:
-    """`Pipeline.generate_batch`."""
-    from hivtp import Pipeline
+def open_bundle(num_threads: int, bundle: Path, batch_size: int, num_new_tokens: int) -> Pass:
+    """`Pipeline.generate_batch`, each request about a new image."""
+    from benchmarks.pipelines import load_pipeline
+    from hivtp import Request, SamplingParams
 
-    return make_pass(Pipeline.load(bundle, num_threads=num_threads, **settings), batch_size, num_new_tokens)
-
-
-def make_pass(pipeline: Pipeline, batch_size: int, num_new_tokens: int) -> Pass:
-    """The answers of one batch, each about a new picture."""
-    from hivtp import Request
-
-    asked = questions()
+    pipeline, asked = load_pipeline(bundle, num_threads), questions()
+    sampling = SamplingParams(max_new_tokens=num_new_tokens)
 
     def run() -> Sample:
-        batch = list(itertools.islice(asked, batch_size))
+        batch = [Request(question, [image], sampling) for question, image in itertools.islice(asked, batch_size)]
         with Stopwatch() as watch:
-            answers = pipeline.generate_batch(
-                [Request(question, [image], max_new_tokens=num_new_tokens) for question, image in batch]
-            )
+            answers = pipeline.generate_batch(batch)
         num_new = 0
         for answer in answers:
             if isinstance(answer, HivtpError):
@@ -119,28 +102,6 @@ def sample_of(batch_size: int, num_new_tokens: int, batch_ms: float) -> Sample:
     }
 
 
-def rates(by_size: Sequence[Mapping[str, Sequence[Sample]]]) -> list[list[str]]:
-    """Head and rows as text: median answers and output tokens per second.
-
-    Args:
-        by_size: samples by system, for each batch size.
-    """
-    sizes = [int(next(iter(samples.values()))[0]["batch_size"]) for samples in by_size]
-    head = [f"{what}, batch of {size}" for what in ("answers/s", "output tokens/s") for size in sizes]
-    found = [["throughput", *head, "tokens of an answer"]]
-    for system in by_size[0]:
-        passes = [samples[system] for samples in by_size]
-        cells = [
-            number(median(sample[key] for sample in timed))
-            for key in ("answers_per_s", "tokens_per_s")
-            for timed in passes
-        ]
-        lengths = {sample["num_new_tokens"] / sample["batch_size"] for timed in passes for sample in timed}
-        length = " to ".join(f"{value:g}" for value in sorted({min(lengths), max(lengths)}))
-        found.append([system, *cells, length])
-    return found
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -151,26 +112,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The bundles are those of benchmarks.speed.ttft.
     workspace = Workspace.open(options, "answers")
     bundles = workspace.bundles({name: BUNDLES[name] for name in TIMED})
-    tables, results, printed = {}, {}, []
-    for device in devices():
-        by_size = []
-        for batch_size in options.batch_sizes:
-            title = f"throughput{place(device)}{SIZE}{batch_size}"
-            print(title)
-            asked = {"batch_size": batch_size, "num_new_tokens": options.new_tokens}
-            model = {"checkpoint": workspace.checkpoint, "device": device, **asked}
-            systems = [
-                System(HUGGING_FACE, open_hugging_face, model),
-                *bundle_systems(workspace.checkpoint, bundles, device, open_bundle, asked),
-            ]
-            found = results[title] = measure(systems, options.rounds, options.threads)
-            tables[f"time of a batch{place(device)}{SIZE}{batch_size}"] = [
-                Row.of(found, name, "batch_ms", HUGGING_FACE) for name in found.samples
-            ]
-            by_size.append(found.samples)
-        printed.append(text(rates(by_size)))
+    tables, results = {}, {}
+    for batch_size in options.batch_sizes:
+        title = f"throughput{SIZE}{batch_size}"
+        print(title)
+        asked = {"batch_size": batch_size, "num_new_tokens": options.new_tokens}
+        systems = [
+            System(UNPRUNED, open_hugging_face, {"checkpoint": workspace.checkpoint, **asked}),
+            *(System(name, open_bundle, {"bundle": bundle, **asked}) for name, bundle in bundles.items()),
+        ]
+        found = results[title] = measure(systems, options.rounds, options.threads)
+        tables[f"time of a batch{SIZE}{batch_size}"] = [
+            Row.of(found, name, "batch_ms", UNPRUNED) for name in found.samples
+        ]
     report(options, tables, results)
-    print("\n" + "\n\n".join(printed))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from benchmarks.timing.harness import Pass, Sample
+    from benchmarks.timing.worker import Pass, Sample
 
 NUM_PROFILED_RUNS = 3
 

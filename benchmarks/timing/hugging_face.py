@@ -13,32 +13,22 @@ if TYPE_CHECKING:
 
     import torch
 
-    from benchmarks.timing.harness import Sample
+    from benchmarks.timing.worker import Sample
 
-# What a user of either takes.
+UNPRUNED = "Hugging Face sdpa, unpruned"
+PAPERS_WAY = "Hugging Face eager, the paper's way"
+# What a user of either device takes.
 DTYPES = {"cpu": "float32", "cuda": "float16"}
 
 
-def devices() -> tuple[str, ...]:
-    """The devices that torch has here."""
-    import torch
-
-    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-
-
-def place(device: str) -> str:
-    """What the title of a table says of its device; nothing of a CPU."""
-    return "" if device == "cpu" else f" on {device} (Hugging Face in {DTYPES[device]})"
-
-
-def load(checkpoint: Path, num_threads: int, device: str, tower_attention: str = "sdpa") -> Any:
+def load(checkpoint: Path, num_threads: int, tower_attention: str = "sdpa", device: str = "cpu") -> Any:
     """The LLaVA-1.5 or LLaVA-NeXT of a checkpoint, ready to run.
 
     Args:
         checkpoint: its folder.
         num_threads: of torch on the CPU.
-        device: one of `devices`.
         tower_attention: "sdpa", or "eager", which gives the attention out; the language model runs in sdpa.
+        device: "cpu" or "cuda".
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -51,18 +41,24 @@ def load(checkpoint: Path, num_threads: int, device: str, tower_attention: str =
     return model.to(device).eval()
 
 
+def chat_prompt(processor: Any, question: str) -> str:
+    """A question about one image, by the checkpoint's chat template."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    prompt: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return prompt
+
+
 class StageClock:
     """Adds up the time of each stage of a pass.
 
     A GPU works on after a call has returned, so it is waited for before a time is read.
 
     Args:
-        device: where the model runs.
         model: whose vision tower and projector are timed whenever they run.
     """
 
-    def __init__(self, device: str, model: Any) -> None:
-        self._device = device
+    def __init__(self, model: Any) -> None:
+        self._device = model.device.type
         self._started: dict[str, float] = {}
         self._spent_ms: dict[str, float] = {}
         parts = {"tower_ms": model.model.vision_tower, "projector_ms": model.model.multi_modal_projector}
@@ -132,14 +128,14 @@ class PapersWay:
         ]
 
     def embed(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Embeddings [1, length, hidden] of one prompt with one picture, its pruned tokens in their place."""
+        """Embeddings [1, length, hidden] of one prompt with one image, its pruned tokens in their place."""
         import torch
 
         [token_ids] = inputs["input_ids"]
         text = self.model.get_input_embeddings()(token_ids)
         places = (token_ids == self.model.config.image_token_id).nonzero()[:, 0]
-        picture = torch.cat(self.encode(inputs["pixel_values"]))
-        return torch.cat([text[: places[0]], picture, text[places[-1] + 1 :]])[None]
+        image = torch.cat(self.encode(inputs["pixel_values"]))
+        return torch.cat([text[: places[0]], image, text[places[-1] + 1 :]])[None]
 
 
 def select_by_masks(scores: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -1,74 +1,73 @@
-"""The rates that a machine reaches in arithmetic and in memory, each by the plainest program that shows it."""
+"""The rates that a CPU reaches in arithmetic and in memory, each by the plainest program that shows it."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.timing.floor import Peaks
-from benchmarks.timing.harness import Results, System, measure
+from benchmarks.timing.harness import Results, measure
+from benchmarks.timing.worker import System
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import torch
-
-    from benchmarks.timing.harness import Pass, Sample
+    from benchmarks.timing.worker import Pass, Sample
 
 NAME = "large products and copies"
-# Rows and columns of the matrices: a product that is large for the device, and takes a fraction of a second.
-PRODUCT_SIDE = {"cpu": 3072, "cuda": 8192}
-# Many times the caches.
-COPIED_SIDE = {"cpu": 8192, "cuda": 24576}
+RATES = tuple(field.name for field in fields(Peaks))
+UNITS = dict(zip(RATES, ("GFLOP/s", "GOP/s in 8 bits", "GB/s"), strict=True))
+# Rows and columns of the matrices: a product that takes a fraction of a second, and many times the caches.
+PRODUCT_SIDE = 3072
+COPIED_SIDE = 8192
 NUM_TRIALS = 3
 
 
-def measure_with_peaks(
-    systems: Sequence[System], num_rounds: int, num_threads: int, device: str, waits_for_quiet: bool = True
-) -> tuple[Results, Peaks, Results]:
-    """Time systems in turns, as `harness.measure` does, and the peaks of their device with them, in the same rounds.
+def measure_with_peaks(systems: Sequence[System], num_rounds: int, num_threads: int) -> tuple[Results, Peaks, Results]:
+    """Time systems in turns, as `harness.measure` does, and the peaks of the machine with them, in the same rounds.
 
     Returns:
         The samples of the systems; the peaks, the best of all rounds; and their samples, which also say how much of
         the machine others left in each round.
     """
-    found = measure([*systems, System(NAME, open_peaks, {"device": device})], num_rounds, num_threads, waits_for_quiet)
+    found = measure([*systems, System(NAME, open_peaks)], num_rounds, num_threads)
     samples = dict(found.samples)
     of_peaks = samples.pop(NAME)
-    best = (max(sample[rate] for sample in of_peaks) for rate in ("flops_per_s", "bytes_per_s"))
-    return Results(samples, found.other_cores), Peaks(*best), Results({NAME: of_peaks}, found.other_cores)
+    best = Peaks(**{rate: max(sample[rate] for sample in of_peaks) for rate in RATES})
+    return Results(samples, found.other_cores), best, Results({NAME: of_peaks}, found.other_cores)
 
 
 def in_words(peaks: Results) -> str:
     """What was reached: the median of the rounds, and their range."""
-    units = {"flops_per_s": "GFLOP/s", "bytes_per_s": "GB/s"}
-    rates = {unit: [value / 1e9 for value in peaks.values(NAME, rate)] for rate, unit in units.items()}
-    parts = [f"{median(found):.0f} {unit} ({min(found):.0f} to {max(found):.0f})" for unit, found in rates.items()]
+    found = {unit: [value / 1e9 for value in peaks.values(NAME, rate)] for rate, unit in UNITS.items()}
+    parts = [f"{median(values):.0f} {unit} ({min(values):.0f} to {max(values):.0f})" for unit, values in found.items()]
     return f"{NAME}: {', '.join(parts)}"
 
 
-def open_peaks(num_threads: int, device: str) -> Pass:
-    """The best of several trials, in the dtype that `benchmarks.timing.hugging_face.DTYPES` names for the device.
+def open_peaks(num_threads: int) -> Pass:
+    """The best of several trials.
 
-    Arithmetic: a square matrix product, on a CPU in ONNX Runtime, which is faster there than PyTorch, and on a GPU in
-    PyTorch. Memory: a copy, which reads and writes, or a matrix by a vector, which reads, whichever moves more.
+    Arithmetic: square products in ONNX Runtime, in float32 and of uint8 by int8, with the kernels that the graphs of
+    bundles get here; rounding and scaling, which those do too, are not counted. Memory: a copy, which reads and writes,
+    or a matrix by a vector, which reads, whichever moves more.
     """
     import torch
 
     torch.set_num_threads(num_threads)
-    side = PRODUCT_SIDE[device]
-    multiply = _onnxruntime_product(side, num_threads) if device == "cpu" else _torch_product(side, device)
-    matrix = _matrix(COPIED_SIDE[device], device)
+    multiply, multiply_int8 = (open_product(PRODUCT_SIDE, num_threads, is_int8=is_int8) for is_int8 in (False, True))
+    matrix = torch.randn(COPIED_SIDE, COPIED_SIDE)
     copy, vector = torch.empty_like(matrix), matrix[0].clone()
 
     def run() -> Sample:
-        copied_per_s = 2 * matrix.nbytes / _least_s(lambda: copy.copy_(matrix), device)
-        read_per_s = matrix.nbytes / _least_s(lambda: torch.mv(matrix, vector), device)
+        copied_per_s = 2 * matrix.nbytes / _min_s(lambda: copy.copy_(matrix))
+        read_per_s = matrix.nbytes / _min_s(lambda: torch.mv(matrix, vector))
         return {
-            "flops_per_s": 2 * side**3 / _least_s(multiply, device),
+            "flops_per_s": 2 * PRODUCT_SIDE**3 / _min_s(multiply),
+            "int8_ops_per_s": 2 * PRODUCT_SIDE**3 / _min_s(multiply_int8),
             "bytes_per_s": max(copied_per_s, read_per_s),
             "copied_bytes_per_s": copied_per_s,
             "read_bytes_per_s": read_per_s,
@@ -77,51 +76,42 @@ def open_peaks(num_threads: int, device: str) -> Pass:
     return run
 
 
-def _matrix(side: int, device: str) -> torch.Tensor:
-    import torch
-
-    from benchmarks.timing.hugging_face import DTYPES
-
-    return torch.randn(side, side, dtype=getattr(torch, DTYPES[device]), device=device)
-
-
-def _torch_product(side: int, device: str) -> Callable[[], object]:
-    first, second = _matrix(side, device), _matrix(side, device)
-    return lambda: first @ second
-
-
-def _onnxruntime_product(side: int, num_threads: int) -> Callable[[], object]:
+def open_product(side: int, num_threads: int, *, is_int8: bool) -> Callable[[], Any]:
+    """A product of two square matrices, the second a constant, in float32 or of uint8 by int8."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
+    from hivtp.engines import EngineSettings
+    from hivtp.engines.onnxruntime import session_options
     from hivtp.export.graph.builder import IR_VERSION, OPSET
 
-    matrix = np.random.default_rng(0).standard_normal((side, side), dtype=np.float32)
+    random, shape = np.random.default_rng(0), (side, side)
+    op_type, inputs, dtypes = "MatMul", ["rows", "matrix"], (TensorProto.FLOAT, TensorProto.FLOAT)
+    rows: np.ndarray[Any, Any]
+    if is_int8:
+        op_type, inputs, dtypes = "MatMulInteger", [*inputs, "zero_point"], (TensorProto.UINT8, TensorProto.INT32)
+        rows, matrix = random.integers(0, 256, shape, np.uint8), random.integers(-127, 128, shape, np.int8)
+    else:
+        rows, matrix = (random.standard_normal(shape, dtype=np.float32) for _ in range(2))
+    constants = {"matrix": matrix, "zero_point": np.array(128, np.uint8)}
     graph = helper.make_graph(
-        [helper.make_node("MatMul", ["rows", "matrix"], ["product"])],
+        [helper.make_node(op_type, inputs, ["product"])],
         "product",
-        [helper.make_tensor_value_info("rows", TensorProto.FLOAT, [side, side])],
-        [helper.make_tensor_value_info("product", TensorProto.FLOAT, [side, side])],
-        [numpy_helper.from_array(matrix, "matrix")],
+        [helper.make_tensor_value_info("rows", dtypes[0], shape)],
+        [helper.make_tensor_value_info("product", dtypes[1], shape)],
+        [numpy_helper.from_array(constants[name], name) for name in inputs[1:]],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
-    options: Any = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = num_threads
+    options = session_options(EngineSettings(num_threads))
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda: session.run(None, {"rows": matrix})
+    return lambda: session.run(None, {"rows": rows})[0]
 
 
-def _least_s(call: Callable[[], object], device: str) -> float:
+def _min_s(call: Callable[[], object]) -> float:
     """Seconds of the fastest of several calls; the first warms up."""
-    import torch
-
     times = []
     for _ in range(1 + NUM_TRIALS):
-        if device == "cuda":
-            torch.cuda.synchronize()
         started = time.perf_counter()
         call()
-        if device == "cuda":
-            torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return min(times[1:])

@@ -1,4 +1,4 @@
-"""What a script leaves behind: its tables on the terminal, and every sample with the environment as JSON."""
+"""What a script leaves: its tables on the terminal, and every sample with the environment as JSON."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.timing.harness import environment
-from benchmarks.timing.stages import number
+from benchmarks.timing.environment import environment
+from benchmarks.timing.rates import rate_tables
+from benchmarks.timing.stages import stage_table, staged
+from benchmarks.timing.table import aligned, number
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping, Sequence
 
     from benchmarks.timing.harness import Results
+    from benchmarks.timing.table import Table
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Row:
         return None if self.floor_ms is None else median(self.values_ms) / self.floor_ms
 
     @property
-    def least_ratio(self) -> float | None:
+    def ratio_at_floor(self) -> float | None:
         """The ratio that it would have at its floor; None where that is not known."""
         return None if self.floor_ms is None else self.floor_ms / median(self.baseline_ms)
 
@@ -75,25 +78,38 @@ class Row:
             return ""
         if self.ratio <= self.goal:
             return "met"
-        return "missed" if self.least_ratio is None or self.least_ratio <= self.goal else "out of reach"
+        return "missed" if self.ratio_at_floor is None or self.ratio_at_floor <= self.goal else "out of reach"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, ready for JSON."""
+        derived = ("ratio", "over_floor", "ratio_at_floor", "verdict")
+        return {name: getattr(self, name) for name in derived} | asdict(self)
 
 
-def table(title: str, rows: Sequence[Row]) -> str:
-    """Medians, ranges, ratios to the baseline and to the floor, that at the floor, and memory, beside the goals."""
-    width = max(len(text) for text in (title, *(row.label for row in rows)))
-    names = {"median ms": 10, "min": 9, "max": 9, "ratio": 8, "/ floor": 8, "at floor": 9, "peak GiB": 9, "goal": 7}
-    head = " ".join(f"{name:>{size}}" for name, size in names.items())
-    lines = [f"{title:<{width}}  {head}"]
+def time_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Medians, ranges, ratios, floors and memory where they are known, and goals, from `Row.to_dict`."""
+    has_memory = any(row.get("peak_memory_bytes") for row in rows)
+    has_floor = any(row.get("over_floor") for row in rows)
+    columns = [*(["time / floor", "ratio at floor"] if has_floor else []), *(["peak GiB"] if has_memory else [])]
+    found = [[title, "median ms", "min", "max", "ratio", *columns, "goal"]]
     for row in rows:
-        values = row.values_ms
+        values = row["values_ms"]
         times = [number(value) for value in (median(values), min(values), max(values))]
-        line = f"{row.label:<{width}}  {times[0]:>10} {times[1]:>9} {times[2]:>9} {row.ratio:8.4f}"
-        memory = "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**30:.2f}"
-        floor = "" if row.over_floor is None else f"{row.over_floor:.2f}"
-        goal = "" if row.goal is None else f"{row.goal:7.3f}  {row.verdict}"
-        least = "" if row.least_ratio is None else f"{row.least_ratio:.3f}"
-        lines.append(f"{line} {floor:>8} {least:>9} {memory:>9} {goal}".rstrip())
-    return "\n".join(lines)
+        memory, floors = row.get("peak_memory_bytes"), [row.get("over_floor"), row.get("ratio_at_floor")]
+        cells = ["–" if ratio is None else number(ratio) for ratio in floors] if has_floor else []
+        if has_memory:
+            cells.append("–" if memory is None else f"{memory / 2**30:.2f}")
+        goal = "" if row["goal"] is None else f"{row['goal']:g}, {row['verdict']}"
+        found.append([row["label"], *times, f"{row['ratio']:.4g}", *cells, goal])
+    return found
+
+
+def tables_of(measured: Mapping[str, Any]) -> list[Table]:
+    """All tables of what a script measured, from the JSON that it wrote."""
+    titles = dict.fromkeys(row["table"] for row in measured["rows"])
+    tables = [time_table(title, [row for row in measured["rows"] if row["table"] == title]) for title in titles]
+    tables += [stage_table(title, found) for title, found in staged(measured["results"]).items()]
+    return tables + rate_tables([result["samples"] for result in measured["results"].values()])
 
 
 def portable_settings(options: argparse.Namespace) -> dict[str, str]:
@@ -101,37 +117,33 @@ def portable_settings(options: argparse.Namespace) -> dict[str, str]:
     return {key: str(value) for key, value in vars(options).items() if not isinstance(value, Path)}
 
 
-def measured(
-    options: argparse.Namespace, tables: Mapping[str, Sequence[Row]], results: Mapping[str, Results]
-) -> dict[str, Any]:
-    """Everything that was measured, and where, ready for JSON."""
-    return {
-        "environment": environment(options.threads),
-        "settings": portable_settings(options),
-        "rows": [
-            {
-                "table": title,
-                "ratio": row.ratio,
-                "over_floor": row.over_floor,
-                "least_ratio": row.least_ratio,
-                "verdict": row.verdict,
-                **asdict(row),
-            }
-            for title, rows in tables.items()
-            for row in rows
-        ],
-        "results": {name: asdict(result) for name, result in results.items()},
-    }
+def write(options: argparse.Namespace, found: Mapping[str, Any], device: Mapping[str, Any] | None = None) -> None:
+    """Print where something was measured, and write it as JSON beside it.
+
+    Args:
+        options: of the command line; `output` is the file.
+        found: what was measured, ready for JSON.
+        device: what to say of the machine beside `environment`.
+    """
+    where = {**environment(options.threads), **(device or {})}
+    print("\n".join(f"{key}: {value}" for key, value in where.items()))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    written = {"environment": where, "settings": portable_settings(options), **found}
+    options.output.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    print(f"all samples: {options.output}")
 
 
-def report(options: argparse.Namespace, tables: Mapping[str, Sequence[Row]], results: Mapping[str, Results]) -> None:
-    """Print the tables and write everything that was measured."""
-    written = measured(options, tables, results)
-    print("\n".join(f"{key}: {value}" for key, value in written["environment"].items()))
+def report(
+    options: argparse.Namespace,
+    tables: Mapping[str, Sequence[Row]],
+    results: Mapping[str, Results],
+    device: Mapping[str, Any] | None = None,
+) -> None:
+    """Print the tables and write everything that was measured; `device` as in `write`."""
+    rows = [{"table": title, **row.to_dict()} for title, rows in tables.items() for row in rows]
+    found = {"rows": rows, "results": {name: asdict(result) for name, result in results.items()}}
+    write(options, found, device)
     most = max(max(result.other_cores) for result in results.values())
     print(f"cores that other processes took: at most {most:.2f} in a round")
-    for title, rows in tables.items():
-        print(f"\n{table(title, rows)}")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    print(f"\nall samples: {options.output}")
+    for table in tables_of(found):
+        print(f"\n{aligned(table)}")

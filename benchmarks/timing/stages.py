@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.timing.table import number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from benchmarks.timing.harness import Sample
+    from benchmarks.timing.table import Table
+    from benchmarks.timing.worker import Sample
 
 # In their order. "vision" stands for the three before it where a system does not tell them apart.
 STAGES = {
@@ -55,26 +58,21 @@ def stages(
     return found
 
 
-def table(found: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
-    """Head and rows as text: a column for every stage that somebody has, a dash where a system has it not."""
+def stage_table(title: str, found: Mapping[str, Mapping[str, float]]) -> Table:
+    """A column for every stage that some system has, a dash where another lacks it."""
     titles = {TOKENS: "image tokens", **STAGES}
     columns = [name for name in titles if any(name in times for times in found.values())]
-    rows = [["where the time goes, median ms", *(titles[name] for name in columns)]]
+    rows = [[f"{title}: where the time goes, median ms", *(titles[name] for name in columns)]]
     for system, times in found.items():
         rows.append([system, *(number(times[name]) if name in times else "–" for name in columns)])
     return rows
 
 
-def number(value: float) -> str:
-    """Three digits at least, and never an exponent."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def text(rows: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return "\n".join(lines)
+def staged(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """`stages` of each of a script's results that tell stages apart, by title."""
+    found = {}
+    for title, result in results.items():
+        samples, profiles = result["samples"], results.get(by_profile(title))
+        if profiles is not None or any("prefill_ms" in sample for passes in samples.values() for sample in passes):
+            found[title] = stages(samples, {} if profiles is None else profiles["samples"])
+    return found

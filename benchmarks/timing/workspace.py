@@ -3,43 +3,38 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.checkpoints import SHAPES, make_checkpoint
 from hivtp.engines.bundle import MANIFEST_NAME
-from hivtp.engines.tensorrt.library import MODULES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from hivtp.export.decoder.build import DecoderKind
     from hivtp.export.settings import ExportSettings
 
-GpuEngine = Literal["torch-cuda", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
-PLAN_ENGINES = ("tensorrt", "tensorrt-rtx")
+WORK_DIR = Path(tempfile.gettempdir()) / "hivtp-benchmarks"
 
 
-def add_options(parser: argparse.ArgumentParser, output: str) -> None:
-    """Add the options that the scripts share."""
+def add_options(parser: argparse.ArgumentParser, output: str, shape: str = "vit-l-0.3b") -> None:
+    """Add the options that the scripts share.
+
+    Args:
+        parser: of the script.
+        output: the default file of its results.
+        shape: the default size of the checkpoint.
+    """
     parser.add_argument("--checkpoint", type=Path, help="a LLaVA checkpoint (default: one with random weights)")
-    add_run_options(parser, Path(output), "vit-l-0.3b", num_threads=2)
-
-
-def add_run_options(parser: argparse.ArgumentParser, output: Path, shape: str, num_threads: int) -> None:
-    """Add those of a script that makes its checkpoints itself."""
-    work_dir = Path(tempfile.gettempdir()) / "hivtp-benchmarks"
     parser.add_argument("--shape", choices=SHAPES, default=shape, help="sizes of what is made (default: %(default)s)")
-    parser.add_argument("--work-dir", type=Path, default=work_dir, help="keeps checkpoint and bundles between runs")
-    parser.add_argument(
-        "--threads", type=int, default=num_threads, help="threads of every system (default: %(default)s)"
-    )
+    parser.add_argument("--work-dir", type=Path, default=WORK_DIR, help="keeps checkpoint and bundles between runs")
+    parser.add_argument("--threads", type=int, default=2, help="threads of every system (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=output, help="results as JSON (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path(output), help="results as JSON (default: %(default)s)")
 
 
 def add_length(parser: argparse.ArgumentParser, num_tokens: int) -> None:
@@ -64,22 +59,30 @@ class Workspace:
     checkpoint: Path
 
     @classmethod
-    def open(cls, options: argparse.Namespace, name: str, **checkpoint: Any) -> Workspace:
-        """Take the checkpoint of the options, or make one of their shape with these overrides."""
-        folder = options.work_dir / name
-        if options.checkpoint is not None:
-            return cls(folder / options.checkpoint.name, options.checkpoint)
-        return cls.make(folder / options.shape, lambda partial: make_checkpoint(partial, options.shape, **checkpoint))
+    def open(
+        cls,
+        options: argparse.Namespace,
+        name: str,
+        write: Callable[..., Path] = make_checkpoint,
+        **settings: Any,
+    ) -> Workspace:
+        """Take the checkpoint of the options, or the one of their shape, which is written where there is none yet.
 
-    @classmethod
-    def make(cls, folder: Path, write_checkpoint: Callable[[Path], Path]) -> Workspace:
-        """A workspace in a folder; its checkpoint is written where there is none yet."""
+        Args:
+            options: of the command line.
+            name: of a folder in the work directory.
+            write: takes a folder, a shape and `settings`.
+            **settings: what is special about the checkpoint.
+        """
+        if options.checkpoint is not None:
+            return cls(options.work_dir / name / options.checkpoint.name, options.checkpoint)
+        folder = options.work_dir / name / options.shape
         finished = folder / "checkpoint"
         if not finished.exists():
             print("  making a checkpoint with random weights", flush=True)
             folder.mkdir(parents=True, exist_ok=True)
             # Renamed when whole, so that an interrupted run leaves nothing that the next one takes.
-            write_checkpoint(folder / "partial").rename(finished)
+            write(folder / "partial", options.shape, **settings).rename(finished)
         return cls(folder, finished)
 
     def bundle(self, name: str, settings: ExportSettings) -> Path:
@@ -92,10 +95,9 @@ class Workspace:
         folder = self.folder / re.sub(r"\W+", "-", name)
         try:
             bundle = Bundle.open(folder)
-            is_current = (
-                bundle.manifest.source["fingerprint"] == Checkpoint.open(self.checkpoint).fingerprint
-                and (folder / MANIFEST_NAME).stat().st_mtime > _last_change()
-            )
+            is_current = bundle.manifest.source.fingerprint == Checkpoint.open(self.checkpoint).fingerprint and (
+                folder / MANIFEST_NAME
+            ).stat().st_mtime > last_change(_exporting_code())
         except BundleError:
             is_current = False
         if not is_current:
@@ -116,44 +118,14 @@ class Workspace:
         return folders
 
 
-def builds_plans(device: str) -> bool:
-    """Whether a library that builds plans is installed where there is a GPU to run them."""
-    return device != "cpu" and any(importlib.util.find_spec(MODULES[name]) for name in PLAN_ENGINES)
+def last_change(folders: Iterable[Path]) -> float:
+    """When a Python file in these folders, or deeper in them, was last written."""
+    return max(file.stat().st_mtime for folder in folders for file in folder.rglob("*.py"))
 
 
-def engines(bundle: Path, device: str) -> list[str]:
-    """The engines that run the vision graph of a bundle on a device; what is left out is named with its reason.
-
-    A TensorRT that is installed builds a plan first, where the bundle has none.
-    """
-    from hivtp.engines import cpu_engine, open_vision_engine
-    from hivtp.engines.bundle import Bundle
-    from hivtp.engines.tensorrt.plan import has_plans
-    from hivtp.export.plan import PlanSettings, export_plan
-    from hivtp_ops.errors import HivtpError
-
-    opened, found = Bundle.open(bundle), []
-    precision = opened.manifest.vision.precision
-    if device == "cpu":
-        return [cpu_engine(precision)]
-    # The operators of an int8 graph are made for the CPU, and those of an fp8 graph for TensorRT.
-    candidates = {"int8": (), "fp8": PLAN_ENGINES}.get(precision, get_args(GpuEngine))
-    for name in candidates:
-        try:
-            if name in PLAN_ENGINES and not has_plans(opened, name):
-                export_plan(bundle, PlanSettings(name), is_quiet=True)
-            open_vision_engine(opened, name)
-        except HivtpError as error:
-            print(f"  {name} is left out for {bundle.name}: {error}", flush=True)
-        else:
-            found.append(name)
-    return found
-
-
-def _last_change() -> float:
+def _exporting_code() -> list[Path]:
     import hivtp.engines
     import hivtp.export
     import hivtp_ops
 
-    folders = [Path(path) for part in (hivtp.engines, hivtp.export, hivtp_ops) for path in part.__path__]
-    return max(file.stat().st_mtime for folder in folders for file in folder.glob("*.py"))
+    return [Path(path).resolve() for part in (hivtp.engines, hivtp.export, hivtp_ops) for path in part.__path__]

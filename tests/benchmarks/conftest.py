@@ -4,13 +4,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks.accuracy.evaluation import Exam
+from benchmarks.accuracy.evaluation import Evaluation
 from benchmarks.miniature.model import make_model, make_tokenizer, save
 from benchmarks.miniature.pictures import HELD_OUT
 from benchmarks.timing import harness
+from benchmarks.timing.harness import Results, measure_in_turns
+from benchmarks.timing.worker import LocalSystem
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from benchmarks.timing.worker import System
 
 NUM_PICTURES = 6
 
@@ -36,8 +41,8 @@ def untrained_miniature(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exam(untrained_miniature: Path) -> Exam:
-    return Exam.open(untrained_miniature, HELD_OUT[:NUM_PICTURES])
+def evaluation(untrained_miniature: Path) -> Evaluation:
+    return Evaluation.open(untrained_miniature, HELD_OUT[:NUM_PICTURES])
 
 
 @pytest.fixture
@@ -46,3 +51,22 @@ def never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "MAX_WAIT_S", 0.0)
     monkeypatch.setattr(harness, "PAUSE_S", 0.0)
     monkeypatch.setattr(harness, "MAX_OTHER_CORES", float("inf"))
+
+
+@pytest.fixture
+def measure_here() -> Callable[[Sequence[System], int, int], Results]:
+    """As `harness.measure`, in this process, which has imported already what a worker would take seconds to import."""
+
+    def measure(systems: Sequence[System], num_rounds: int, num_threads: int) -> Results:
+        opened = [
+            LocalSystem(system.name, system.open(num_threads=num_threads, **system.arguments)) for system in systems
+        ]
+        return measure_in_turns(opened, num_rounds)
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def int8_bundle(make_bundle: Callable[..., Path]) -> Path:
+    """As `exact_bundle`, with vision in int8 and a decoder of int4 weights."""
+    return make_bundle(preset="192", vision_precision="int8", language_precision="int4")

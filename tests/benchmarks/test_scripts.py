@@ -1,44 +1,49 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks.speed import budgets, exact_int8, latency, prefill, throughput, ttft
-from benchmarks.speed import prefetch as lookahead
-from benchmarks.timing.bundle_floors import Floors
+from benchmarks.speed import budgets, exact_int8, latency, prefetch, prefill, throughput, ttft
 from benchmarks.timing.floor import Peaks
-from benchmarks.timing.harness import Results, measure
+from benchmarks.timing.harness import Results
+from benchmarks.timing.hugging_face import PAPERS_WAY, UNPRUNED
 from benchmarks.timing.peaks import NAME
 from hivtp.engines.int8 import overflows_int8
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
     from types import ModuleType
 
-    from benchmarks.timing.harness import System
+    from benchmarks.timing.worker import System
 
-PEAKS = Peaks(flops_per_s=1e12, bytes_per_s=1e11)
+PEAKS = Peaks(flops_per_s=1e12, int8_ops_per_s=4e12, bytes_per_s=1e11)
 
 pytestmark = pytest.mark.usefixtures("never_waits")
 
 
-def with_given_peaks(systems: Sequence[System], num_rounds: int, num_threads: int, _device: str) -> Any:
-    """As `measure_with_peaks`, which takes as long as all else together."""
-    rates = {"flops_per_s": PEAKS.flops_per_s, "bytes_per_s": PEAKS.bytes_per_s}
-    return measure(systems, num_rounds, num_threads), PEAKS, Results({NAME: [rates]}, [0.0])
-
-
 @pytest.fixture
-def run(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(
+    tiny_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    measure_here: Callable[..., Results],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Any:
     """Runs a script on the tiny checkpoint with one round; returns what it wrote."""
+
+    def with_given_peaks(systems: Sequence[System], num_rounds: int, num_threads: int) -> Any:
+        """As `measure_with_peaks`, which takes as long as all else together."""
+        return measure_here(systems, num_rounds, num_threads), PEAKS, Results({NAME: [asdict(PEAKS)]}, [0.0])
+
     # The other bundles take the same lines, and time.
     monkeypatch.setattr(latency, "BUNDLES", {"fp32, preset 192": latency.BUNDLES["fp32, preset 192"]})
     monkeypatch.setattr(latency, "PROFILED", ("fp32, preset 192",))
-    monkeypatch.setattr(ttft, "BUNDLES", {ttft.PRUNED: ttft.BUNDLES[ttft.PRUNED]})
-    monkeypatch.setattr(throughput, "TIMED", (ttft.PRUNED,))
+    monkeypatch.setattr(ttft, "BUNDLES", {ttft.FLOAT: ttft.BUNDLES[ttft.FLOAT]})
+    monkeypatch.setattr(throughput, "TIMED", (ttft.FLOAT,))
+    monkeypatch.setattr(throughput, "measure", measure_here)
     for script in (latency, ttft):
         monkeypatch.setattr(script, "measure_with_peaks", with_given_peaks)
     # One for all tests, so that they share the bundles.
@@ -46,7 +51,13 @@ def run(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, monkeyp
 
     def run_script(script: ModuleType, *options: str) -> dict[str, Any]:
         output = work_dir / "results.json"
-        shared = [f"--checkpoint={tiny_checkpoint}", f"--work-dir={work_dir}", "--rounds=1", f"--output={output}"]
+        shared = [
+            f"--checkpoint={tiny_checkpoint}",
+            f"--work-dir={work_dir}",
+            "--rounds=1",
+            "--threads=1",
+            f"--output={output}",
+        ]
         script.main([*shared, *options])
         written: dict[str, Any] = json.loads(output.read_text())
         assert str(work_dir) not in output.read_text()
@@ -66,21 +77,20 @@ def labels(written: dict[str, Any], table: str) -> set[str]:
 def test_latency_times_the_vision_stage_and_its_parts(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     written = run(latency, "--tiles", "2")
     bundle = "fp32, preset 192"
-    assert labels(written, "vision stage, tiles: 2") == {latency.HUGGING_FACE, latency.PAPERS_WAY, bundle}
+    assert labels(written, "vision stage, tiles: 2") == {UNPRUNED, PAPERS_WAY, bundle}
     samples = written["results"]["vision stage, tiles: 2"]["samples"]
-    assert set(samples[latency.PAPERS_WAY][0]) >= {"vision_ms", "tower_ms", "selection_ms", "projector_ms"}
+    assert set(samples[PAPERS_WAY][0]) >= {"vision_ms", "tower_ms", "selection_ms", "projector_ms"}
     [inside] = written["results"]["vision stage, tiles: 2, by profile"]["samples"][bundle]
     assert inside["selection_ms"] > 0
     assert sum(inside[stage] for stage in ("tower_ms", "selection_ms", "projector_ms")) == pytest.approx(
         inside["vision_ms"]
     )
     assert all(row["ratio"] > 0 for row in written["rows"])
-    assert all(row["peak_memory_bytes"] > 0 for row in written["rows"] if row["table"] == "vision stage, tiles: 2")
     assert {row["verdict"] for row in written["rows"] if row["goal"] is not None} <= {"met", "missed", "out of reach"}
     over_floor = over_floors(written, "vision stage, tiles: 2")
     assert over_floor.pop(bundle) > 1
     assert set(over_floor.values()) == {None}
-    assert written["environment"]["num_threads"] == 2
+    assert written["environment"]["num_threads"] == 1
     printed = capsys.readouterr().out
     assert all(row["label"] in printed for row in written["rows"])
     assert "projector" in printed
@@ -88,52 +98,33 @@ def test_latency_times_the_vision_stage_and_its_parts(run: Any, capsys: pytest.C
 
 def test_ttft_times_whole_answers_also_the_papers_way(run: Any) -> None:
     written = run(ttft, "--new-tokens=3")
-    systems = {ttft.HUGGING_FACE, ttft.PAPERS_WAY, ttft.PRUNED}
+    systems = {UNPRUNED, PAPERS_WAY, ttft.FLOAT}
     for title in ("time to first token", "decode per token", "whole answer, 3 tokens"):
         assert labels(written, title) == systems
     samples = {name: passes[0] for name, passes in written["results"]["answers"]["samples"].items()}
     for title in ("time to first token", "decode per token"):
         over_floor = over_floors(written, title)
-        assert over_floor.pop(ttft.PRUNED) > 1
+        assert over_floor.pop(ttft.FLOAT) > 1
         assert set(over_floor.values()) == {None}
     # Of the 8 x 8 patches the paper's counts keep 28 to 32.
     kept = {name: sample["num_kept_tokens"] for name, sample in samples.items()}
-    assert (kept[ttft.HUGGING_FACE], kept[ttft.PRUNED]) == (64, 21)
-    assert 28 <= kept[ttft.PAPERS_WAY] <= 32
-    for name in (ttft.HUGGING_FACE, ttft.PAPERS_WAY):
+    assert (kept[UNPRUNED], kept[ttft.FLOAT]) == (64, 21)
+    assert 28 <= kept[PAPERS_WAY] <= 32
+    for name in (UNPRUNED, PAPERS_WAY):
         sample = samples[name]
         assert sample["num_image_tokens"] == 64
         assert sample["num_text_tokens"] > 30
-        assert ("selection_ms" in sample) == (name == ttft.PAPERS_WAY)
+        assert ("selection_ms" in sample) == (name == PAPERS_WAY)
         parts = ("preprocess_ms", "tower_ms", "selection_ms", "projector_ms", "prefill_ms")
         assert sum(sample.get(stage, 0) for stage in parts) == pytest.approx(sample["ttft_ms"])
         assert sample["prefill_ms"] > 0
     assert all(1 < sample["num_new_tokens"] <= 3 for sample in samples.values())
 
 
-def test_a_floor_follows_tokens_and_precision_and_rounded_weights_have_none(
-    tiny_checkpoint: Path, exact_bundle: Path, unpruned_bundle: Path, bf16_bundle: Path
-) -> None:
-    floors = Floors(tiny_checkpoint, "cpu", PEAKS)
-    assert floors.vision_ms(exact_bundle, 2) < floors.vision_ms(unpruned_bundle, 2)
-    assert floors.ttft_ms(exact_bundle, "fp32", 21 + 40) < floors.ttft_ms(exact_bundle, "fp32", 64 + 40)
-    assert floors.decode_ms_per_token("fp16", 60, 16) < floors.decode_ms_per_token("fp32", 60, 16)
-    # The mean of the steps after 60 and 61 positions.
-    both = [floors.decode_ms_per_token("fp32", num_tokens, 2) for num_tokens in (60, 61)]
-    assert floors.decode_ms_per_token("fp32", 60, 3) == pytest.approx(sum(both) / 2)
-    assert floors.ttft_ms(exact_bundle, "int4", 60) is floors.decode_ms_per_token("int4", 60, 16) is None
-    on_gpu = Floors(tiny_checkpoint, "cuda", PEAKS)
-    assert on_gpu.vision_ms(exact_bundle) is on_gpu.ttft_ms(exact_bundle, "fp16", 60) is None
-    assert on_gpu.decode_ms_per_token("fp16", 60, 16) is not None
-    # Half precision of either kind runs at one rate there; on a CPU only what is multiplied in float32 has a floor.
-    assert on_gpu.vision_ms(bf16_bundle) > 0
-    assert floors.vision_ms(bf16_bundle) is None
-
-
 def test_throughput_counts_answers_and_tokens(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     written = run(throughput, "--batch-sizes", "3", "--new-tokens=3")
     samples = written["results"]["throughput, batch size: 3"]["samples"]
-    assert set(samples) == {ttft.HUGGING_FACE, ttft.PRUNED}
+    assert set(samples) == {UNPRUNED, ttft.FLOAT}
     for [sample] in samples.values():
         assert 3 <= sample["num_new_tokens"] <= 9
         assert sample["answers_per_s"] == pytest.approx(3e3 / sample["batch_ms"])
@@ -141,10 +132,10 @@ def test_throughput_counts_answers_and_tokens(run: Any, capsys: pytest.CaptureFi
     assert "output tokens/s, batch of 3" in capsys.readouterr().out
 
 
-def test_lookahead_is_compared_with_one_request_after_the_other(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lookahead, "SIDES", {"small": (64, 48)})
-    written = run(lookahead, "--new-tokens=2")
-    assert labels(written, "small, time to first token") == {lookahead.ONE_BY_ONE, lookahead.AHEAD}
+def test_prefetching_is_compared_with_one_request_after_the_other(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "SIDES", {"small": (64, 48)})
+    written = run(prefetch, "--new-tokens=2")
+    assert labels(written, "small, time to first token") == {prefetch.ONE_BY_ONE, prefetch.PREFETCH}
     assert all(row["ratio"] > 0 for row in written["rows"])
 
 
@@ -164,9 +155,9 @@ def test_budgets_share_one_decoder(tiny_checkpoint: Path, tmp_path: Path, capsys
 
 
 def test_prefill_compares_what_is_asked_for_with_one_int4_decoder(run: Any) -> None:
-    written = run(prefill, "--only", "int4, prompts in w8a8", "--new-tokens", "2")
+    written = run(prefill, "--only", "int4, prefill in w8a8", "--new-tokens", "2")
     for quantity in prefill.QUANTITIES:
-        assert labels(written, quantity) == {prefill.BASELINE, "int4, prompts in w8a8"}
+        assert labels(written, quantity) == {prefill.BASELINE, "int4, prefill in w8a8"}
     samples = written["results"]["answers"]["samples"]
     assert {len(found) for found in samples.values()} == {1}
     assert all(found["prefill_ms"] < found["ttft_ms"] for [found] in samples.values())
@@ -178,6 +169,8 @@ def test_exact_int8_times_both_kernels_against_float32(run: Any, capsys: pytest.
     written = run(exact_int8)
     systems = {exact_int8.FLOAT, exact_int8.USUAL, exact_int8.EXACT}
     assert labels(written, "vision stage, preset 192") == systems
+    # Each has a process of its own, whose memory is known.
+    assert all(row["peak_memory_bytes"] > 2**20 for row in written["rows"])
     samples = {name: sample for name, [sample] in written["results"]["vision"]["samples"].items()}
     assert samples[exact_int8.FLOAT]["relative_importance_error"] < 1e-6
     exact, usual = (samples[name]["relative_importance_error"] for name in (exact_int8.EXACT, exact_int8.USUAL))

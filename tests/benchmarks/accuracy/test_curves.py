@@ -7,12 +7,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from benchmarks.accuracy import ablation
-from benchmarks.accuracy import curves as accuracy
+from benchmarks.accuracy import ablation, curves
 from benchmarks.accuracy.calibration import Calibration, LayerRange
-from benchmarks.accuracy.comparison import HIVTP, UNPRUNED, Comparison, Result
+from benchmarks.accuracy.comparison import (
+    HIVTP,
+    UNPRUNED,
+    Comparison,
+    Result,
+    accuracy_table,
+    kinds_table,
+    leads_table,
+)
 from benchmarks.accuracy.curves import goals
-from benchmarks.accuracy.evaluation import Exam
+from benchmarks.accuracy.evaluation import Evaluation
 from benchmarks.accuracy.intervals import Bootstrap
 from benchmarks.accuracy.rivals import all_rules
 from benchmarks.miniature.pictures import KINDS
@@ -60,12 +67,12 @@ def test_a_lead_is_taken_on_the_same_questions() -> None:
 
 
 def test_tables_name_every_rule_and_star_sure_leads() -> None:
-    measured = comparison(unpruned=1.0, HIVTP_36=0.9, random_36=0.5, oracle_36=0.9)
-    leads = {line.split()[0]: line for line in measured.leads_table().splitlines()}
-    assert leads["random"].endswith("40.0*")
-    assert leads["oracle"].rstrip().endswith("0.0")
-    assert "  90.0" in measured.table("number")
-    assert all(rule in measured.kinds_table(36) for rule in (UNPRUNED, HIVTP, "random", "oracle"))
+    results = comparison(unpruned=1.0, HIVTP_36=0.9, random_36=0.5, oracle_36=0.9).to_dicts()
+    assert accuracy_table(results, "number")[1] == ["HIVTP", "90.0 ± 4.2"]
+    assert leads_table(results) == [["HIVTP leads, tokens kept", "36"], ["random", "40.0*"], ["oracle", "0.0"]]
+    by_rule = {row[0]: row[1:] for row in kinds_table(results, 36)}
+    assert list(by_rule) == ["36 tokens", UNPRUNED, HIVTP, "random", "oracle"]
+    assert by_rule["random"] == ["36.0", "50.0", "80.0", *["50.0"] * (len(KINDS) + 1)]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +81,7 @@ def written(untrained_miniature: Path, tmp_path_factory: pytest.TempPathFactory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ablation, "SHARES", (0.25,))
         arguments = [f"--checkpoint={untrained_miniature}", "--pictures=3", "--calibration-pictures=2", "--ablation"]
-        accuracy.main([*arguments, "--threads=1", f"--output={output}"])
+        curves.main([*arguments, "--threads=1", f"--output={output}"])
     measured: dict[str, Any] = json.loads(output.read_text())
     return measured
 
@@ -101,28 +108,28 @@ def test_the_oracle_keeps_what_is_shown_and_its_adversary_does_not(written: dict
 
 
 def test_a_model_that_answers_without_what_is_shown_is_called_no_evidence(
-    exam: Exam, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    evaluation: Evaluation, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = argparse.Namespace(threads=1, ablation=False, output=tmp_path / "accuracy.json")
     calibration = Calibration([LayerRange(1, 2, 50.0)], 2, 1)
     rules = {name: rule for name, rule in all_rules(1, 2, 2).items() if name in ("HIVTP", "random", "adversary")}
     shares = (1 / 2, 1 / 4, 1 / 9)
     for is_right in (False, True):
-        every_answer = np.full((len(exam.pictures), len(KINDS)), is_right)
-        monkeypatch.setattr(Exam, "is_right", lambda _self, _kept, found=every_answer: found)
-        accuracy.report(options, exam, calibration, accuracy.evaluate(exam, rules, shares))
-        assert (accuracy.NO_EVIDENCE in capsys.readouterr().out) is is_right
+        every_answer = np.full((len(evaluation.pictures), len(KINDS)), is_right)
+        monkeypatch.setattr(Evaluation, "is_right", lambda _self, _kept, found=every_answer: found)
+        curves.report(options, evaluation, calibration, curves.compare(evaluation, rules, shares))
+        assert (curves.NO_EVIDENCE in capsys.readouterr().out) is is_right
 
 
 def test_layers_are_calibrated_on_pictures_that_nothing_is_measured_with(
     untrained_miniature: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
-    monkeypatch.setattr(accuracy, "calibrate", lambda exam: exam)
-    monkeypatch.setattr(accuracy.Exam, "open", lambda _checkpoint, seeds: opened.append(set(seeds)) or seeds)
+    monkeypatch.setattr(curves, "calibrate", lambda evaluation: evaluation)
+    monkeypatch.setattr(curves.Evaluation, "open", lambda _checkpoint, seeds: opened.append(set(seeds)) or seeds)
     parser = argparse.ArgumentParser()
-    accuracy.add_options(parser, "accuracy.json")
-    accuracy.prepare(parser.parse_args([f"--checkpoint={untrained_miniature}"]))
+    curves.add_options(parser, "accuracy.json")
+    curves.prepare(parser.parse_args([f"--checkpoint={untrained_miniature}", "--threads=1"]))
     calibration, held_out = opened
     assert calibration
     assert held_out
@@ -142,16 +149,11 @@ def test_the_ablation_has_hivtp_itself_in_every_setting(written: dict[str, Any])
     assert sum(row["setting"] == "layers" for row in written["ablation"]) == 21
 
 
-def test_plots_are_drawn_from_what_was_written(
-    written: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plots_are_drawn_from_what_was_written(written: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    results = tmp_path / "accuracy.json"
-    results.write_text(json.dumps(written))
-    plots.main([str(results), f"--output={tmp_path / 'plots'}"])
-    drawn = [tmp_path / "plots" / f"accuracy-{kind}.png" for kind in ("all", "number")]
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in drawn)
-    assert capsys.readouterr().out.split() == [str(file) for file in drawn]
+    for kind in ("all", "number"):
+        plots.draw(written, kind, tmp_path / f"{kind}.png")
+        assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_plots_say_which_extra_they_need(

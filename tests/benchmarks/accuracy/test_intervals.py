@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.accuracy.intervals import Bootstrap, Goal, Score
+from benchmarks.accuracy.intervals import Bootstrap, Goal, Score, goal_table, with_margin
 
 
 def test_a_score_is_the_mean_within_its_interval() -> None:
@@ -48,5 +48,10 @@ def test_draws_are_the_same_every_time() -> None:
 def test_a_goal_is_reached_up_to_its_bound(value: float, sense: str, is_reached: bool) -> None:
     goal = Goal("points", Score(value, value - 1, value + 1), sense, 1.5 if sense == "at most" else 15.0)  # type: ignore[arg-type]
     assert goal.is_reached is is_reached
-    assert goal.to_dict()["is_reached"] is is_reached
-    assert str(goal).startswith("reached" if is_reached else "NOT reached")
+    found = f"{value:.1f} [{value - 1:.1f}, {value + 1:.1f}]"
+    row = [f"points: {sense} {goal.bound:g}", found, "reached" if is_reached else "missed"]
+    assert goal_table([goal.to_dict()]) == [["goal", "found", ""], row]
+
+
+def test_a_margin_is_half_of_the_interval() -> None:
+    assert with_margin({"value": 97.44, "low": 96.0, "high": 99.0}) == "97.4 ± 1.5"

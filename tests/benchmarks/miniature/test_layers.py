@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
-from benchmarks.miniature.layers import PRESETS, LayerRange, layer_scores, rank_layers
-from benchmarks.miniature.model import NUM_VISION_LAYERS, make_model
+from benchmarks.miniature.layers import PRESETS, LayerRange, foreground_share, rank_layers
+from benchmarks.miniature.model import make_model
 from benchmarks.miniature.pictures import CALIBRATION, draw
 
 if TYPE_CHECKING:
@@ -19,12 +20,10 @@ def model() -> torch.nn.Module:
     return model
 
 
-def test_the_scores_of_a_layer_are_shares_of_its_attention(model):
-    pictures = [draw(seed) for seed in CALIBRATION[:3]]
-    scores = layer_scores(model, pictures)
-    assert scores.shape == (NUM_VISION_LAYERS, 3, 144)
-    assert (scores > 0).all()
-    assert (scores.sum(axis=-1) < 1).all(), "the class token has the rest"
+def test_what_is_kept_of_the_foreground_counts_by_what_could_be_kept():
+    is_foreground = np.array([[True, True, True, False], [True, False, False, False]])
+    # Two of two that could be kept, and none of one.
+    assert foreground_share(is_foreground, np.array([[0, 2], [1, 3]])) == pytest.approx(2 / 3)
 
 
 def test_every_range_is_ranked_once_and_the_best_comes_first(model):

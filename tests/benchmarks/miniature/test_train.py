@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import pytest
 import torch
 
 from benchmarks.miniature import train
@@ -100,43 +97,18 @@ def test_the_tower_learns_first_and_stays_as_it_is_while_the_language_model_lear
     assert learning_rates(settings, settings.num_steps - 1)[1] < settings.learning_rate / 500
 
     monkeypatch.setattr(train, "check", lambda *_: "")
-    monkeypatch.setattr(train, "STATE_STEPS", 2)
     states = []
     for num_language_steps in (0, 2):
         settings = TrainingSettings(
             num_tower_steps=2, num_language_steps=num_language_steps, warm_up=2, batch=4, num_processes=1
         )
         train.train(0, settings, tmp_path)
-        states.append(torch.load(tmp_path / train.STATE_NAME)["model"])
+        states.append(torch.load(tmp_path / train.WEIGHTS_NAME))
         (tmp_path / "rendezvous").unlink(missing_ok=True)
     changed = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
     assert changed
     assert not [name for name in changed if "vision_tower" in name]
     assert not torch.equal(states[0]["lm_head.weight"], states[1]["lm_head.weight"])
-
-
-def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
-    settings = TrainingSettings(num_tower_steps=2, num_language_steps=3, warm_up=2, batch=4, num_processes=1)
-    monkeypatch.setattr(train, "STATE_STEPS", 3)
-    monkeypatch.setattr(train, "check", lambda *_: "")
-    for name in ("whole", "parted"):
-        (tmp_path / name).mkdir()
-    train.train(0, settings, tmp_path / "whole")
-
-    def make_some(tokenizer: Any, seeds: range) -> dict[str, torch.Tensor]:
-        if seeds.start == 4 * settings.batch:
-            raise KeyboardInterrupt
-        return make_batch(tokenizer, seeds)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "make_batch", make_some)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(0, settings, tmp_path / "parted")
-    torch.distributed.destroy_process_group()
-    assert torch.load(tmp_path / "parted" / train.STATE_NAME)["step"] == 3
-    train.train(0, settings, tmp_path / "parted")
-    whole, parted = (torch.load(tmp_path / name / train.STATE_NAME)["model"] for name in ("whole", "parted"))
-    assert all(torch.equal(whole[name], parted[name]) for name in whole)
 
 
 def test_a_batch_is_a_function_of_its_seeds():

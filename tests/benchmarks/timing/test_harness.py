@@ -6,21 +6,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks.timing import harness
-from benchmarks.timing.harness import (
-    LocalSystem,
-    Pass,
-    Results,
-    Sample,
-    Stopwatch,
-    System,
-    measure,
-    measure_in_turns,
-    measure_once,
-)
+from benchmarks.timing import environment, harness
+from benchmarks.timing.harness import Results, Stopwatch, measure, measure_in_turns, measure_once
+from benchmarks.timing.worker import LocalSystem, System
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from benchmarks.timing.worker import Pass, Sample
 
 
 def open_counting(num_threads: int, log: Path, name: str) -> Pass:
@@ -43,10 +36,6 @@ def open_counting(num_threads: int, log: Path, name: str) -> Pass:
 
 def open_failing(num_threads: int) -> Pass:
     raise ValueError(f"nothing to time with {num_threads} threads")
-
-
-def open_several(num_threads: int, log: Path) -> dict[str, Pass]:
-    return {name: open_counting(num_threads, log, name) for name in "BC"}
 
 
 def open_dying(num_threads: int) -> Pass:
@@ -81,7 +70,7 @@ def test_the_warm_up_is_dropped(tmp_path: Path) -> None:
 
 
 def test_the_quietest_rounds_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "_pause", lambda _max_wait_s: None)
+    monkeypatch.setattr(harness, "_pause", lambda: None)
     noise = iter([0.9, 0.5, 0.0, 0.8, 0.05])
     honest_round = harness._round
     monkeypatch.setattr(harness, "_round", lambda *arguments: (next(noise), honest_round(*arguments)[1]))
@@ -117,37 +106,6 @@ def test_a_worker_that_dies_is_named_with_its_exit_code() -> None:
         measure([System("dying", open_dying)], num_rounds=1, num_threads=7)
 
 
-@pytest.mark.usefixtures("never_waits")
-def test_systems_may_share_a_process_and_take_turns_all_the_same(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    systems = [*counting(log, "A"), System("both", open_several, {"log": log})]
-    results = measure(systems, num_rounds=1, num_threads=1)
-    assert log.read_text().splitlines() == [f"{name} {event}" for name in "ABC" for event in ("starts", "ends")] * 2
-    assert results.values("B", "process") == results.values("C", "process") != results.values("A", "process")
-    # The peak is that of a process, so it is none of theirs.
-    assert "peak_memory_bytes" not in results.samples["B"][0]
-
-
-@pytest.mark.usefixtures("never_waits")
-def test_an_optional_system_that_cannot_be_opened_is_named_and_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    systems = [System("broken", open_failing, is_optional=True), *counting(tmp_path / "log", "A")]
-    assert set(measure(systems, num_rounds=1, num_threads=2).samples) == {"A"}
-    assert "broken is left out: ValueError: nothing to time with 2 threads" in capsys.readouterr().out
-
-
-def test_all_rounds_count_where_quiet_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pauses: list[float] = []
-    monkeypatch.setattr(harness, "_pause", pauses.append)
-    monkeypatch.setattr(harness, "MAX_OTHER_CORES", -1.0)
-    system = LocalSystem("A", open_counting(num_threads=1, log=tmp_path / "log", name="A"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    results = measure_in_turns([system], num_rounds=3, waits_for_quiet=False)
-    assert sorted(results.values("A", "pass")) == [2, 3, 4]
-    assert pauses == [harness.PAUSE_S] * 4
-
-
 def test_a_stopwatch_counts_milliseconds() -> None:
     with Stopwatch() as watch:
         time.sleep(0.02)
@@ -155,8 +113,9 @@ def test_a_stopwatch_counts_milliseconds() -> None:
 
 
 def test_results_hold_one_quantity_by_round() -> None:
-    results = Results({"A": [{"ttft_ms": 1.0}, {"ttft_ms": 2.0}]}, [0.0, 0.0])
+    results = Results({"A": [{"ttft_ms": 1.0, "num_tiles": 5.0}, {"ttft_ms": 2.0, "num_tiles": 5.0}]}, [0.0, 0.0])
     assert results.values("A", "ttft_ms") == [1.0, 2.0]
+    assert results.first("A", "num_tiles") == 5
 
 
 @pytest.mark.usefixtures("never_waits")
@@ -171,9 +130,9 @@ def test_systems_of_one_process_take_turns(tmp_path: Path) -> None:
 
 def test_the_environment_names_what_products_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "cpuinfo"
-    monkeypatch.setattr(harness, "CPU_INFO", info)
+    monkeypatch.setattr(environment, "CPU_INFO", info)
     info.write_text("processor : 0\nmodel name : A cpu\nflags : fma avx2 avx512_vnni\nprocessor : 1\nmodel name : B\n")
-    found = harness.environment(num_threads=2)
+    found = environment.environment(num_threads=2)
     assert (found["cpu"], found["instruction_sets"]) == ("A cpu", ["avx2", "avx512_vnni"])
     info.unlink()
-    assert harness.environment(num_threads=2)["instruction_sets"] == []
+    assert environment.environment(num_threads=2)["instruction_sets"] == []

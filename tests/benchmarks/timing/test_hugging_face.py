@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.timing.hugging_face import PapersWay, StageClock, devices, load, place, select_by_masks
+from benchmarks.timing.hugging_face import PapersWay, StageClock, load, select_by_masks
 from hivtp_ops import PruningSpec, select
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ def test_selecting_by_masks_is_the_rule(grid: tuple[int, int]) -> None:
 
 
 def test_the_papers_way_keeps_what_the_rule_keeps(tiny_checkpoint: Path) -> None:
-    model = load(tiny_checkpoint, 1, "cpu", tower_attention="eager")
-    way = PapersWay(model, StageClock("cpu", model))
+    model = load(tiny_checkpoint, 1, tower_attention="eager")
+    way = PapersWay(model, StageClock(model))
     side = model.config.vision_config.image_size
     pixels = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, side, side), dtype=np.float32))
     with torch.inference_mode():
@@ -38,8 +38,8 @@ def test_the_papers_way_keeps_what_the_rule_keeps(tiny_checkpoint: Path) -> None
 
 
 def test_a_clock_times_tower_and_projector_and_starts_anew(tiny_checkpoint: Path) -> None:
-    model = load(tiny_checkpoint, 1, "cpu")
-    clock = StageClock("cpu", model)
+    model = load(tiny_checkpoint, 1)
+    clock = StageClock(model)
     side = model.config.vision_config.image_size
     with torch.inference_mode():
         clock.start("vision_ms")
@@ -49,9 +49,3 @@ def test_a_clock_times_tower_and_projector_and_starts_anew(tiny_checkpoint: Path
     assert set(times) == {"vision_ms", "tower_ms", "projector_ms"}
     assert 0 < times["tower_ms"] + times["projector_ms"] <= times["vision_ms"]
     assert clock.take() == {}
-
-
-def test_the_devices_are_those_of_torch() -> None:
-    assert devices() == (("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
-    assert place("cpu") == ""
-    assert place("cuda") == " on cuda (Hugging Face in float16)"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.timing.harness import Results
-from benchmarks.timing.record import Row, portable_settings, table
+from benchmarks.timing.record import Row, portable_settings, time_table
 
 
 def test_the_ratio_is_taken_round_by_round() -> None:
@@ -20,7 +20,7 @@ def test_the_ratio_is_taken_round_by_round() -> None:
 def test_a_goal_is_met_up_to_its_value(goal: float, verdict: str) -> None:
     row = Row("ours", [1.0], [2.0], goal)
     assert row.verdict == verdict
-    assert table("title", [row]).splitlines()[1].endswith(f"{goal:.3f}  {verdict}")
+    assert time_table("title", [row.to_dict()])[1][-1] == f"{goal}, {verdict}"
 
 
 def test_a_row_of_results_compares_with_another_system_and_holds_its_peak_memory() -> None:
@@ -35,28 +35,29 @@ def test_a_row_of_results_compares_with_another_system_and_holds_its_peak_memory
     assert Row.of(results, "theirs", "ttft_ms", "theirs").peak_memory_bytes is None
 
 
-def test_a_table_shows_peak_memory_where_it_is_known() -> None:
-    lines = table("title", [Row("ours", [1.0], [2.0], 0.5, 3 * 2**29), Row("shared", [1.0], [2.0])]).splitlines()
-    assert lines[1].split()[-3:] == ["1.50", "0.500", "met"]
-    assert lines[2].endswith("0.5000")
-
-
 def test_a_row_says_how_far_it_is_from_its_floor() -> None:
     row = Row("ours", [1.0, 4.0, 3.0], [2.0, 4.0, 4.0], floor_ms=2.0)
     assert row.over_floor == 1.5
     assert Row("theirs", [1.0], [1.0]).over_floor is None
     results = Results({"ours": [{"ttft_ms": 6.0}]}, [0.0])
     assert Row.of(results, "ours", "ttft_ms", "ours", floor_ms=2.0).over_floor == 3.0
-    title, line = table("title", [row]).splitlines()
-    assert title.split()[5:10] == ["ratio", "/", "floor", "at", "floor"]
-    assert line.split()[-2:] == ["1.50", "0.500"]
+
+
+def test_a_table_has_floors_and_memory_where_they_are_known() -> None:
+    ours = Row("ours", [1.0, 4.0, 3.0], [2.0, 4.0, 4.0], 0.5, 3 * 2**29, floor_ms=2.0).to_dict()
+    theirs = Row("theirs", [1.0], [2.0]).to_dict()
+    head, *lines = time_table("title", [ours, theirs])
+    assert head[5:] == ["time / floor", "ratio at floor", "peak GiB", "goal"]
+    assert lines[0] == ["ours", "3", "1", "4", "0.75", "1.5", "0.5", "1.50", "0.5, missed"]
+    assert lines[1][5:] == ["–", "–", "–", ""]
+    assert time_table("title", [theirs])[0][5:] == ["goal"]
 
 
 @pytest.mark.parametrize(("floor_ms", "verdict"), [(None, "missed"), (1.0, "missed"), (1.3, "out of reach")])
 def test_a_goal_below_the_ratio_at_the_floor_is_out_of_reach(floor_ms: float | None, verdict: str) -> None:
     row = Row("ours", [1.4, 1.6, 1.5], [4.0, 4.0, 4.0], goal=0.3, floor_ms=floor_ms)
     assert row.verdict == verdict
-    assert row.least_ratio == (None if floor_ms is None else floor_ms / 4)
+    assert row.ratio_at_floor == (None if floor_ms is None else floor_ms / 4)
 
 
 def test_settings_hold_no_paths() -> None:

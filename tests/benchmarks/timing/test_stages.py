@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.timing.stages import number, stages, table, text
+from benchmarks.timing.stages import stage_table, stages
+from benchmarks.timing.table import aligned, markdown, number
 
 
 def test_the_profile_of_a_bundle_divides_the_time_of_its_vision_stage() -> None:
@@ -28,14 +29,16 @@ def test_decoding_is_what_follows_the_first_token() -> None:
     assert stages({"A": [{"ttft_ms": 30.0, "answer_ms": 45.0}]}, {}) == {"A": {"decode_ms": 15.0}}
 
 
-def test_a_table_has_the_columns_that_somebody_has() -> None:
-    rows = table({"A": {"num_kept_tokens": 576, "tower_ms": 9.0}, "B": {"num_kept_tokens": 64, "vision_ms": 1234.5}})
+def test_a_table_has_the_columns_that_some_system_has() -> None:
+    found = {"A": {"num_kept_tokens": 576, "tower_ms": 9.0}, "B": {"num_kept_tokens": 64, "vision_ms": 1234.5}}
+    rows = stage_table("answers", found)
     assert rows == [
-        ["where the time goes, median ms", "image tokens", "vision tower", "vision"],
+        ["answers: where the time goes, median ms", "image tokens", "vision tower", "vision"],
         ["A", "576", "9", "–"],
         ["B", "64", "–", "1,234"],
     ]
-    assert len({len(line) for line in text(rows).splitlines()}) == 1
+    assert len({len(line) for line in aligned(rows).splitlines()}) == 1
+    assert markdown(rows).splitlines()[1:3] == ["|---|---|---|---|", "| A | 576 | 9 | – |"]
 
 
 @pytest.mark.parametrize(("value", "shown"), [(0.4264, "0.426"), (5.0, "5"), (99.96, "100"), (22480.1, "22,480")])

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from benchmarks.timing import workspace as module
-from benchmarks.timing.workspace import Workspace, builds_plans, engines
+from benchmarks.timing.workspace import Workspace, last_change
 from hivtp.export.settings import ExportSettings
 
 if TYPE_CHECKING:
@@ -42,30 +41,9 @@ def test_a_bundle_is_written_once(workspace: Workspace) -> None:
     assert (workspace.bundle("a", settings) / "manifest.json").stat().st_mtime_ns == written
 
 
-def test_the_engine_of_the_cpu_is_one_that_runs_the_precision(exact_bundle: Path, bf16_bundle: Path) -> None:
-    assert engines(exact_bundle, "cpu") == ["onnxruntime"]
-    assert engines(bf16_bundle, "cpu") == ["torch"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_engines_that_cannot_run_here_are_named_with_their_reason(
-    workspace: Workspace, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = workspace.bundle("a", ExportSettings(preset="192"))
-    assert engines(folder, "cuda") == []
-    printed = capsys.readouterr().out
-    for name in ("torch-cuda", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"):
-        assert f"{name} is left out for a: " in printed
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_an_fp8_graph_is_for_tensorrt_alone(fp8_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert engines(fp8_bundle, "cuda") == []
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["tensorrt", "tensorrt-rtx"]
-
-
-def test_plans_are_built_where_a_library_and_a_gpu_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    for installed, device, expected in (("tensorrt", "cuda", True), ("tensorrt", "cpu", False), ("", "cuda", False)):
-        monkeypatch.setattr(module.importlib.util, "find_spec", lambda name, installed=installed: name == installed)
-        assert builds_plans(device) == expected
+def test_code_deep_in_a_folder_counts_as_changed(tmp_path: Path) -> None:
+    for depth, name in enumerate(("a.py", "room/b.py", "room/nook/c.py")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1000, 1000 + depth))
+    assert last_change([tmp_path]) == 1002
