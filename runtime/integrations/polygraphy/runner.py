@@ -12,7 +12,7 @@ from hivtp.engines import EngineSettings, open_vision_engine
 from hivtp.engines.gpu import find_gpu
 from hivtp.engines.onnxruntime import run_errors
 from hivtp.engines.tensorrt.library import load_library
-from hivtp.engines.tensorrt.plan_record import PlanRecord, read_plan
+from hivtp.engines.tensorrt.plan import read_plan
 from hivtp.engines.tensorrt.session import TensorRtEngine
 from hivtp.runtime.integrations.polygraphy.base import BaseRunner, polygraphy_errors
 from hivtp.runtime.integrations.polygraphy.comparison import RunnerSettings
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from hivtp.engines.base import Arrays, Engine
     from hivtp.engines.bundle import Bundle
+    from hivtp.engines.tensorrt.plan_record import PlanRecord
 
 
 class EngineRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy ships no types
