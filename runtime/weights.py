@@ -119,10 +119,10 @@ class CheckpointWeights:
             by_file.setdefault(self.locations[name].file, []).append(name)
         samples = {}
         for file, held in by_file.items():
+            self.locations[held[0]].check_unchanged()
             try:
                 with safe_open(file, framework="pt") as shard:
                     for name in held:
-                        self.locations[name].check_unchanged()
                         values = shard.get_tensor(self.locations[name].name).flatten()
                         spread = values[:: max(1, len(values) // NUM_SAMPLES)][:NUM_SAMPLES]
                         samples[name] = spread.float().numpy().tobytes()

@@ -14,7 +14,7 @@ from hivtp import Answer, Pipeline, Request
 from hivtp.runtime import prefetch
 from hivtp.runtime.inputs.images import load_image
 from hivtp.runtime.language.onnxruntime import OnnxRuntimeSlots
-from hivtp_ops.errors import EngineError, ImageError, OutOfMemoryError, PromptError
+from hivtp_ops.errors import ContextLengthError, EngineError, ImageError, OutOfMemoryError, PromptError
 from tests.support.answers import PHOTOS, alone, ask, load, same
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def test_a_request_that_fails_costs_no_other(pipeline, requests, before_run):
         requests[0],
     ]
     answers = list(pipeline.generate_each(mixed))
-    kinds = [Answer, ImageError, EngineError, PromptError, OutOfMemoryError, PromptError, Answer]
+    kinds = [Answer, ImageError, EngineError, PromptError, OutOfMemoryError, ContextLengthError, Answer]
     assert [type(answer) for answer in answers] == kinds
     assert same(answers[0], expected)
     assert same(answers[-1], expected)

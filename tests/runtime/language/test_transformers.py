@@ -324,7 +324,7 @@ def pickled(folder: Path) -> None:
         (absent, "is not a folder; give the folder of the checkpoint 'checkpoint'"),
         (without_config, "has no config.json; give the folder of the checkpoint 'checkpoint'"),
         (cut, "is truncated or not a safetensors file"),
-        (pickled, "holds only pickled weights"),
+        (pickled, "holds no weights"),
     ],
 )
 def test_a_checkpoint_that_does_not_belong_to_the_bundle_is_refused(llava: Both, tmp_path, damage, message) -> None:
