@@ -93,6 +93,7 @@ class ChatTemplate:
     def _write(self, messages: Sequence[Message], takes_parts: Mapping[Role, bool]) -> str:
         text = self._renderer.render(
             {
+                **self._tokens,
                 "messages": [
                     {"role": message.role, "content": self._content(message, takes_parts.get(message.role, True))}
                     for message in messages
@@ -100,7 +101,6 @@ class ChatTemplate:
                 "tools": None,
                 "documents": None,
                 "add_generation_prompt": True,
-                **self._tokens,
             }
         )
         check_text(text)
