@@ -11,7 +11,7 @@ import numpy as np
 
 from hivtp.runtime.vision.stage import EncodedTile, KeptPatches
 from hivtp_ops import select
-from hivtp_ops.errors import BundleError, ScoreError, SpecError
+from hivtp_ops.errors import BundleError, EngineError, ScoreError, SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -174,14 +174,20 @@ def trim_tile(tile: EncodedTile, keep: int, grid: tuple[int, int], spec: Pruning
         keep: tokens to keep; 0 gives an empty tile.
         grid: rows and columns of patches in one tile.
         spec: what the tile was pruned with; only its `keep` is replaced.
+
+    Raises:
+        EngineError: the tile was pruned by another rule, or keeps fewer.
     """
     assert tile.patches.importance is not None, "an unpruned tile has no scores"
-    assert 0 <= keep <= len(tile.patches.kept_indices) == len(tile.embeds), (
-        "trimming never adds, and knows no prefix tokens"
-    )
+    assert keep >= 0, "a count"
+    assert len(tile.patches.kept_indices) == len(tile.embeds), "trimming knows no prefix tokens"
     kept = np.zeros(0, np.int64)
     if keep:
         kept = select(tile.patches.importance[None], grid, replace(spec, keep=keep)).indices[0]
     places = np.flatnonzero(np.isin(tile.patches.kept_indices, kept))
-    assert len(places) == keep, "the tile was pruned by another spec"
+    if len(places) != keep:
+        raise EngineError(
+            f"the vision graph kept {len(places)} of the {keep} patches that the bundle's rule keeps by its scores; "
+            "export the bundle again"
+        )
     return EncodedTile(tile.embeds[places], KeptPatches(tile.patches.kept_indices[places], tile.patches.importance))
