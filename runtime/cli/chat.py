@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from hivtp.runtime.cli.console import shown
+from hivtp.runtime.cli.interrupts import INTERRUPTS
 from hivtp.runtime.cli.options import (
     add_model_options,
     add_sampling_options,
@@ -107,6 +108,7 @@ class Conversation:
             say(str(error))
         except KeyboardInterrupt:
             # The second one: it may have come at any moment, so nothing of before is sure.
+            INTERRUPTS.forget()
             self._begin()
             say("\nStopped; this is a new conversation.")
 
@@ -183,6 +185,7 @@ def read_line() -> str | None:
             print(PROMPT, end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
     except KeyboardInterrupt:
+        INTERRUPTS.forget()
         say("")
         return ""
     except EOFError:

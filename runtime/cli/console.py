@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 import sys
 import warnings
 from typing import TYPE_CHECKING
 
+from hivtp.runtime.cli.interrupts import INTERRUPTS
 from hivtp.runtime.cli.streams import safe_streams
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ def run_guarded(program: str, work: Callable[[], int | None], *, is_output_optio
     Returns:
         0, or 1 after an error, or 2 for wrong usage, or 130 after Ctrl-C, or 141 where the reader of the output left.
     """
-    interrupts = signal.getsignal(signal.SIGINT)
-    with safe_streams(is_output_optional=is_output_optional) as lenient:
+    with safe_streams(is_output_optional=is_output_optional) as lenient, INTERRUPTS:
         try:
             try:
                 code = work() or 0
@@ -42,9 +41,6 @@ def run_guarded(program: str, work: Callable[[], int | None], *, is_output_optio
             _flush_output()
         except BaseException as error:  # noqa: BLE001 - what is not foreseen is raised again
             code = _explain(program, error)
-        finally:
-            with contextlib.suppress(ValueError):
-                signal.signal(signal.SIGINT, interrupts)
         if lenient is not None and lenient.error is not None and not isinstance(lenient.error, BrokenPipeError):
             code = _fail(program, f"done, but the output could not be written: {lenient.error.strerror}")
         _give_up_output()
@@ -65,6 +61,7 @@ def run_command(
         run: what it does.
         arguments: the command line without the name.
     """
+    INTERRUPTS.check()
     # Options may stand between positional arguments, which argparse alone does not take of an optional one.
     options = parser.parse_intermixed_args(arguments)
     if sys.stdout is None:
@@ -90,10 +87,9 @@ def shown(text: str) -> str:
 
 def _explain(program: str, error: BaseException) -> int:
     """Say what ended a command; its exit code."""
-    if _is_interrupt(error):
-        with contextlib.suppress(ValueError):
-            # Once is enough.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if INTERRUPTS.has_come or isinstance(error, KeyboardInterrupt):
+        # Once is enough.
+        INTERRUPTS.ignore()
         reason = f"; {error}" if isinstance(error, KeyboardInterrupt) and str(error) else ""
         print(file=sys.stderr)
         _print_line(f"{program}: stopped{reason}")
@@ -112,17 +108,6 @@ def _explain(program: str, error: BaseException) -> int:
     if isinstance(error, OSError) and error.errno in OUTPUT_ERRORS:
         return _fail(program, f"cannot write the output: {error.strerror}")
     raise error
-
-
-def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is the cause: a library that is interrupted while it is imported raises an ImportError."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, KeyboardInterrupt):
-            return True
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _fail(program: str, message: str) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
-from typing import TYPE_CHECKING
 
+# As typing has it. Nothing else is imported here: until `main` runs, nobody answers to Ctrl-C.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -70,9 +69,14 @@ def _guard(program: str, work: Callable[[], int], *, is_script: bool, is_output_
         return 130
     finally:
         if is_script:
-            # Nothing is left that could be stopped but Python's own end.
-            with contextlib.suppress(ValueError):
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            _ignore_interrupts()
+
+
+def _ignore_interrupts() -> None:
+    """Nothing is left that Ctrl-C could stop but Python's own end."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _describe(arguments: Sequence[str]) -> int:

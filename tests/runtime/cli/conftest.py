@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,8 +15,12 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def endless_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that goes on for minutes: a long context, and an eos that it does not write."""
+    """A model that goes on for minutes: a long context, and nothing that ends an answer."""
     folder = tmp_path_factory.mktemp("endless")
-    text = {"initializer_range": 0.2, "max_position_embeddings": 65536, "eos_token_id": 0}
+    text = {"initializer_range": 0.2, "max_position_embeddings": 65536}
     checkpoint = make_checkpoint(folder / "checkpoint", text=text)
-    return export_bundle(checkpoint, folder / "bundle", ExportSettings(preset="64"), is_quiet=True).folder
+    bundle = export_bundle(checkpoint, folder / "bundle", ExportSettings(preset="64"), is_quiet=True).folder
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["language"]["eos_token_ids"] = []
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    return bundle

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -26,11 +27,10 @@ def raising(error: BaseException) -> Callable[[], int]:
 
 
 def interrupted_import() -> int:
-    """As libraries in C end when they are interrupted while they are imported."""
-    try:
-        raise KeyboardInterrupt
-    except KeyboardInterrupt as error:
-        raise ImportError("initialization failed") from error
+    """As numpy ends when it is interrupted while it is imported."""
+    with contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    raise ImportError('PyCapsule_Import could not import module "datetime"')
 
 
 @pytest.mark.parametrize(
@@ -96,3 +96,26 @@ def test_a_signal_that_comes_while_the_end_is_told_changes_nothing(capsys, monke
     monkeypatch.setattr(sys.stderr, "write", interrupted_write)
     assert run_guarded("hivtp x", work) == 130
     assert capsys.readouterr().err == "\nhivtp x: stopped\n"
+
+
+def test_an_interrupt_that_was_swallowed_is_raised_where_the_command_begins(capsys):
+    def work() -> int:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        return run_command("hivtp x", argparse.ArgumentParser(), lambda _options: None, [])
+
+    assert run_guarded("hivtp x", work) == 130
+    assert run_guarded("hivtp x", lambda: 0) == 0
+    assert capsys.readouterr().err == "\nhivtp x: stopped\n"
+
+
+def test_a_job_in_the_background_ignores_interrupts():
+    def work() -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        return 5
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert run_guarded("hivtp x", work) == 5
+    finally:
+        signal.signal(signal.SIGINT, before)
