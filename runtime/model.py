@@ -126,13 +126,16 @@ class Model:
     ) -> Model:
         """Load a bundle; see `Pipeline.load`."""
         bundle = Bundle.open(folder, check_hashes=check_hashes)
+        template = PromptTemplate.from_json(bundle.read_json("prompt.json"))
+        # Its process is up by the time that the model is loaded.
+        template.start()
         decoder = create_language(bundle, language)
         try:
             engine = _open_vision(bundle, vision, language, trust_plans=trust_plans)
             return cls(
                 bundle,
                 create_image_encoder(bundle, engine, vision),
-                PromptTemplate.from_json(bundle.read_json("prompt.json")),
+                template,
                 Tokenizer.load(bundle.processor_folder),
                 decoder,
             )

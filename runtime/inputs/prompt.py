@@ -104,6 +104,11 @@ class PromptTemplate:
             )
         return ids
 
+    def start(self) -> None:
+        """Start the process that renders, without waiting for it; otherwise the first conversation does."""
+        if self._chat is not None:
+            self._chat.start()
+
     def close(self) -> None:
         """Release the process that renders."""
         if self._chat is not None:

@@ -86,6 +86,10 @@ class ChatTemplate:
                 raise problems[0]
         return TemplateForm(takes_parts, "\n".join(written))
 
+    def start(self) -> None:
+        """Start the process that renders, without waiting for it."""
+        self._renderer.start()
+
     def close(self) -> None:
         """Release the process that renders."""
         self._renderer.close()

@@ -46,6 +46,11 @@ class TemplateRenderer:
         # The worker answers one after the other.
         self._lock = Lock()
 
+    def start(self) -> None:
+        """Start the process, without waiting until it is ready; where that fails, `render` says so."""
+        with self._lock, contextlib.suppress(OSError):
+            self._start()
+
     def render(self, variables: Mapping[str, Any]) -> str:
         """Render the template.
 

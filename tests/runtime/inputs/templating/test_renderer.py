@@ -167,6 +167,21 @@ def test_closing_ends_the_process_and_rendering_starts_another(make):
     assert template.render({"name": "you"}) == "Hello you."
 
 
+def test_a_process_that_was_started_before_is_the_one_that_renders(make):
+    template = make(HELLO)
+    started = time.perf_counter()
+    template.start()
+    pid = worker_of(template)
+    template.start()
+    assert template.render({"name": "you"}) == "Hello you."
+    assert worker_of(template) == pid
+    before = time.perf_counter() - started
+    template.close()
+    started = time.perf_counter()
+    template.start()
+    assert time.perf_counter() - started < before
+
+
 def test_a_renderer_that_is_dropped_ends_its_process():
     template = TemplateRenderer(HELLO)
     template.render({"name": "you"})
@@ -219,6 +234,7 @@ def test_a_process_that_was_killed_is_replaced(make):
 
 def test_a_python_that_cannot_be_started_is_named(make, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    make(HELLO).start()
     with pytest.raises(PromptError, match=r"failed: .*No such file or directory: '/nowhere/python'"):
         make(HELLO).render({})
 
