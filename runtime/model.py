@@ -126,11 +126,11 @@ class Model:
     ) -> Model:
         """Load a bundle; see `Pipeline.load`."""
         bundle = Bundle.open(folder, check_hashes=check_hashes)
-        template = PromptTemplate.from_json(bundle.read_json("prompt.json"))
-        # Its process is up by the time that the model is loaded.
-        template.start()
         decoder = create_language(bundle, language)
         try:
+            template = PromptTemplate.from_json(bundle.read_json("prompt.json"))
+            # Its process is up by the time that the vision graph is loaded.
+            template.start()
             engine = _open_vision(bundle, vision, language, trust_plans=trust_plans)
             return cls(
                 bundle,
