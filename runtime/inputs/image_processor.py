@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from hivtp.runtime.inputs.images import MAX_IMAGE_PIXELS
+from hivtp.runtime.inputs.resizing import MAX_SIDE, Size, is_height_width, is_size, read_size, resized_size
 from hivtp_ops.errors import CheckpointError, ImageError
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 CLIP_TYPES = ("CLIPImageProcessor", "CLIPFeatureExtractor")
 LLAVA_TYPES = ("LlavaImageProcessor",)
+# Of what pixels are computed with, so that float32 holds them.
+MAX_VALUE = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class ImageProcessor:
     Args:
         do_pad: pad to a square with the mean colour, the image in the middle (LlavaImageProcessor only).
         do_resize: whether to resize.
-        size: what to resize to, in pixels: the length of the shorter side, or (height, width).
+        size: what to resize to; see Size.
         resample: the filter, a number of `PIL.Image.Resampling`.
         do_center_crop: whether to cut out the middle; where the image is smaller, black surrounds it.
         crop_size: (height, width) of the crop in pixels.
@@ -49,7 +51,7 @@ class ImageProcessor:
 
     do_pad: bool = False
     do_resize: bool = True
-    size: int | tuple[int, int] = 224
+    size: Size = 224
     resample: int = Image.Resampling.BICUBIC.value
     do_center_crop: bool = True
     crop_size: tuple[int, int] = (224, 224)
@@ -62,15 +64,17 @@ class ImageProcessor:
     def __post_init__(self) -> None:
         for name in ("do_pad", "do_resize", "do_center_crop", "do_rescale", "do_normalize"):
             self._expect(name, "true or false", isinstance(getattr(self, name), bool))
-        is_size = _is_length(self.size) or _is_height_width(self.size)
-        self._expect("size", "the shorter side or (height, width) in pixels", is_size)
-        self._expect("crop_size", "(height, width) in pixels", _is_height_width(self.crop_size))
+        sides = f"the shorter side or (height, width) in pixels, up to {MAX_SIDE}"
+        self._expect("size", sides, is_size(self.size))
+        self._expect("crop_size", f"(height, width) in pixels, up to {MAX_SIDE}", is_height_width(self.crop_size))
         filters = [resample.value for resample in Image.Resampling]
         self._expect("resample", f"one of Pillow's filters {filters}", self.resample in filters)
         self._expect("rescale_factor", "a number", _is_number(self.rescale_factor))
         self._expect("image_mean", "three numbers", _is_rgb(self.image_mean))
-        self._expect("image_std", "three numbers, none 0", _is_rgb(self.image_std) and all(self.image_std))
-        if not (self.do_center_crop or (self.do_resize and (self.do_pad or isinstance(self.size, tuple)))):
+        has_std = _is_rgb(self.image_std) and min(map(abs, self.image_std)) >= 1 / MAX_VALUE
+        self._expect("image_std", "three numbers, none 0", has_std)
+        is_fixed = isinstance(self.size, tuple) or (self.do_pad and isinstance(self.size, int))
+        if not (self.do_center_crop or (self.do_resize and is_fixed)):
             raise CheckpointError(
                 "image preprocessing: the output would vary in size, and a vision graph takes one size; "
                 "expected do_center_crop, or do_resize with do_pad or with a size of height and width"
@@ -86,8 +90,8 @@ class ImageProcessor:
 
         In a checkpoint of transformers 5 it is the "image_processor" of `processor_config.json`. What is
         absent takes its default and a null step is off, as in transformers; keys that do not bear on the
-        pixels are ignored. `size` may be an int, [height, width], {"shortest_edge"} or
-        {"height", "width"}; `crop_size` the same without "shortest_edge".
+        pixels are ignored. `size` may be an int, [height, width], {"height", "width"}, {"shortest_edge"} with or
+        without "longest_edge", or {"max_height", "max_width"}; `crop_size` one of the first three.
 
         Raises:
             CheckpointError: if the type of processor is not supported, or a value is not.
@@ -108,11 +112,11 @@ class ImageProcessor:
         if kind in CLIP_TYPES:
             # CLIP's do_pad evens out a batch, and one size leaves nothing to even out.
             settings["do_pad"] = False
-        settings["size"] = _read_size(settings["size"], is_square=bool(config.get("default_to_square")))
-        settings["crop_size"] = _read_size(settings["crop_size"], is_square=True)
+        settings["size"] = read_size(settings["size"], is_square=bool(config.get("default_to_square")))
+        settings["crop_size"] = read_size(settings["crop_size"], is_square=True)
         for name in ("image_mean", "image_std"):
             value = settings[name]
-            settings[name] = (value,) * 3 if _is_number(value) else _as_tuple(value)
+            settings[name] = (value,) * 3 if _is_number(value) else tuple(value) if isinstance(value, list) else value
         return cls(**settings)
 
     @property
@@ -120,6 +124,7 @@ class ImageProcessor:
         """(height, width) in pixels of what comes out, whatever goes in."""
         if self.do_center_crop:
             return self.crop_size
+        assert isinstance(self.size, int | tuple), "others come out in a size that varies"
         return self.size if isinstance(self.size, tuple) else (self.size, self.size)
 
     def __call__(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
@@ -149,7 +154,9 @@ class ImageProcessor:
         if self.do_pad:
             image = self._pad(image)
         if self.do_resize:
-            height, width = _resized_size(image, self.size)
+            height, width = resized_size((image.height, image.width), self.size)
+            if not isinstance(self.size, tuple):
+                _check_num_pixels(image, height, width)
             image = image.resize((width, height), self.resample)
         if self.do_center_crop:
             height, width = self.crop_size
@@ -187,50 +194,16 @@ def _flatten(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _resized_size(image: Image.Image, size: int | tuple[int, int]) -> tuple[int, int]:
-    if isinstance(size, tuple):
-        return size
-    short, long = sorted(image.size)
-    long = int(size * long / short)
-    height, width = (long, size) if image.width <= image.height else (size, long)
-    _check_num_pixels(image, height, width)
-    return height, width
-
-
 def _check_num_pixels(image: Image.Image, height: int, width: int) -> None:
-    if height * width > MAX_IMAGE_PIXELS:
+    if not 0 < height * width <= MAX_IMAGE_PIXELS:
         raise ImageError(
             f"an image of {image.width} x {image.height} pixels is too long and thin: resizing or padding it "
             f"for the model would make {width} x {height} pixels; crop it first"
         )
 
 
-def _read_size(size: Any, is_square: bool) -> Any:
-    """Bring the forms that a size has on the hub to an int (the shorter side) or (height, width)."""
-    match size:
-        case {"shortest_edge": length, **rest} if not rest and not is_square:
-            return length
-        case {"height": height, "width": width, **rest} if not rest:
-            return height, width
-        case int() if is_square:
-            return size, size
-    return _as_tuple(size)
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_length(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_height_width(value: object) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_length, value))
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_VALUE
 
 
 def _is_rgb(value: object) -> bool:

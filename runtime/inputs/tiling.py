@@ -18,8 +18,13 @@ from hivtp_ops.errors import CheckpointError, ImageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from hivtp.runtime.inputs.resizing import Size
+
 
 PROCESSOR_TYPE = "LlavaNextImageProcessor"
+
+# In pixels; more than any grid of tiles that `max_tiles` lets through.
+MAX_PINPOINT = 10**6
 
 # What transformers' class has where a config names none; llava-v1.6 has the same five.
 DEFAULT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -153,7 +158,7 @@ class Tiler:
 
         return max(self.pinpoints, key=goodness)
 
-    def _resize(self, image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    def _resize(self, image: Image.Image, size: Size) -> Image.Image:
         resizer = dataclasses.replace(
             self.image_processor, do_pad=False, do_resize=True, size=size, do_center_crop=False
         )
@@ -182,4 +187,4 @@ def _is_pinpoint(value: object, tile_size: int) -> bool:
 
 
 def _is_length(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_PINPOINT
