@@ -1,4 +1,4 @@
-"""The options that the commands which run a bundle share; each default is that of the dataclass behind it."""
+"""The options that the commands which run a bundle share; each default is that of its dataclass."""
 
 from __future__ import annotations
 

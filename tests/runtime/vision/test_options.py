@@ -41,7 +41,7 @@ def test_a_number_of_threads_that_makes_no_sense_is_refused(num_threads: Any) ->
 
 
 @pytest.mark.parametrize("uses_cuda_graph", [1, "yes", None])
-def test_a_flag_that_is_none_is_refused(uses_cuda_graph: Any) -> None:
+def test_a_flag_that_is_neither_true_nor_false_is_refused(uses_cuda_graph: Any) -> None:
     with pytest.raises(SettingsError, match="uses_cuda_graph must be True or False"):
         VisionOptions(uses_cuda_graph=uses_cuda_graph)
 
