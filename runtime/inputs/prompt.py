@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from hivtp.runtime.inputs.messages import Message
     from hivtp.runtime.inputs.tokenizer import Tokenizer
 
+# Of a special token.
+MAX_TOKEN_LENGTH = 256
+
 
 @dataclass(frozen=True)
 class PromptTemplate:
@@ -48,8 +51,11 @@ class PromptTemplate:
             if not isinstance(values[name], kind):
                 raise BundleError(f"prompt.json: {name} is a {type(values[name]).__name__}; export it again")
         tokens = [values["image_token"], *values["tokens"].values()]
-        if not all(isinstance(token, str) and token.strip() for token in tokens):
-            raise BundleError("prompt.json: a token is empty, or is not text; export it again")
+        if not all(isinstance(token, str) and token.strip() and len(token) <= MAX_TOKEN_LENGTH for token in tokens):
+            raise BundleError(
+                f"prompt.json: a token is empty, has more than {MAX_TOKEN_LENGTH} characters, or is not text; "
+                "export it again"
+            )
         try:
             for text in (values["chat_template"] or "", *tokens):
                 check_text(text)

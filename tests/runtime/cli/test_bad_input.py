@@ -106,8 +106,8 @@ def make_newer(bundle: Path) -> None:
     [
         (make_absent, "is not a folder; give the folder that hivtp export wrote"),
         (make_empty, "has no manifest.json; give the folder that hivtp export wrote"),
-        (lose_a_file, "language/decoder.onnx.data of the bundle"),
-        (cut_a_file, "it is truncated or altered: copy or export it again"),
+        (lose_a_file, "language/decoder.onnx.data"),
+        (cut_a_file, "it is truncated or altered"),
         (alter_the_tokenizer, "tokenizer.json cannot be used: it cannot be read as a tokenizer"),
         (alter_the_graph, "vision/model.onnx"),
         (damage_the_manifest, "not a manifest of hivtp"),
