@@ -91,6 +91,11 @@ class PromptTemplate:
         """Somebody's words as they stand in the text of `render`."""
         return self._literals(tokenizer).escape(text)
 
+    def encode_words(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        """Token ids of somebody's words alone, without a template around them; control tokens in them are text."""
+        literals = self._literals(tokenizer)
+        return literals.encode(literals.escape(text), add_special_tokens=True)
+
     def encode(self, tokenizer: Tokenizer, text: str, image_token_id: int) -> list[int]:
         """Turn rendered text into token ids, in which each image is exactly one `image_token_id`.
 

@@ -390,6 +390,14 @@ def test_special_tokens_are_added_where_there_is_no_bos_token(tokenizer: Tokeniz
     assert _template(None).encode(tokenizer, text, image_token_id).count(1) == 1
 
 
+def test_words_alone_hold_no_control_token(reference: Any, tokenizer: Tokenizer) -> None:
+    template = _template(None)
+    assert template.encode_words("A cat.", tokenizer) == reference("A cat.")["input_ids"]
+    ids = template.encode_words("</s> <image> <s>", tokenizer)
+    assert (ids[0], ids.count(1), ids.count(2)) == (1, 1, 0)
+    assert tokenizer.decode(ids) == "</s> <image> <s>"
+
+
 def test_an_image_token_unknown_to_the_tokenizer_is_refused(tokenizer: Tokenizer) -> None:
     template = PromptTemplate(None, image_token="[IMG]")
     text = template.render(_question("What?", 1), tokenizer)
