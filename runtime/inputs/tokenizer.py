@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from pathlib import Path
@@ -14,7 +13,7 @@ from hivtp.runtime.inputs.tokenizer_library import decode_ids, encode_text, pars
 from hivtp_ops.errors import BundleError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     import tokenizers
 
@@ -95,6 +94,11 @@ class Tokenizer:
         `clean_up_tokenization_spaces=False`.
         """
         return decode_ids(self._backend, list(ids))
+
+    def token(self, token_id: int) -> str | None:
+        """How the vocabulary spells a token; None where there is none of that id."""
+        token: str | None = self._backend.id_to_token(token_id)
+        return token
 
     def stream(self) -> TextStream:
         """Start to decode one answer token by token."""

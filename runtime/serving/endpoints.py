@@ -85,7 +85,7 @@ class Endpoints:
         fields = parse_object(body)
         check_model(fields.text("model"), service.names)
         if (prompt := fields.text("prompt")) is not None:
-            token_ids = model.tokenizer.encode(model.tokenizer.escape(prompt))
+            token_ids = model.template.encode_words(prompt, model.tokenizer)
             return {"count": len(token_ids), "max_model_len": service.engine.max_positions, "tokens": token_ids}
         messages = parse_messages(fields.list("messages"), settings.max_images)
         references = [image for message in messages for image in message.images]

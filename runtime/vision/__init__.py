@@ -46,7 +46,8 @@ def create_image_encoder(bundle: Bundle, engine: Engine, options: VisionOptions)
         if manifest.tiling is None:
             processor = ImageProcessor.from_config(bundle.read_json("image_processor.json"))
             _check_size(processor, manifest.vision.image_size)
-            encoder = SingleTileEncoder(processor, stage)
+            has_exact_count = manifest.pruning is not None and manifest.pruning.keep is not None
+            encoder = SingleTileEncoder(processor, stage, has_exact_count=has_exact_count)
         else:
             encoder = _open_tiled(bundle, manifest.tiling, stage, options.max_tiles)
     except (CheckpointError, ValueError) as error:
@@ -64,26 +65,11 @@ def _open_tiled(bundle: Bundle, tiling: TilingManifest, stage: VisionStage, max_
     _check_size(tiler.image_processor, vision.image_size)
     if tiler.pinpoints != tiling.pinpoints:
         raise ValueError(f"its pinpoints are {tiler.pinpoints}, the manifest's {tiling.pinpoints}")
-    newline = _read_newline(bundle.read_bytes(tiling.newline_file), vision.hidden_size)
-    return TiledEncoder(tiler, stage, bundle.manifest.pruning, tiling, newline)
+    newline = map_array(bundle.folder / tiling.newline_file, (vision.hidden_size,))
+    return TiledEncoder(tiler, stage, bundle.manifest.pruning, tiling, np.array(newline, np.float32))
 
 
 def _check_size(processor: ImageProcessor, side: int) -> None:
     if processor.output_size != (side, side):
         height, width = processor.output_size
         raise ValueError(f"it makes images of {height} x {width} pixels, and the vision graph takes {side} x {side}")
-
-
-def _read_newline(content: bytes, hidden_size: int) -> NDArray[np.float32]:
-    """The embedding of the newline token; its header is read first, since it can declare any size."""
-    file = io.BytesIO(content)
-    try:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    # A damaged header raises nearly anything.
-    except Exception as error:
-        raise ValueError(f"its newline is not an array of numpy: {error}") from error
-    values = file.read()
-    if shape != (hidden_size,) or dtype != np.float32 or len(values) != 4 * hidden_size:
-        raise ValueError(f"its newline is {dtype} of shape {list(shape)}, in {len(values)} bytes")
-    return np.frombuffer(values, np.float32)

@@ -19,8 +19,8 @@ COMMANDS = {
     "serve": ("hivtp.runtime.cli.serve", "serve a bundle as OpenAI's chat completions"),
     "compare": ("hivtp.runtime.cli.compare", "compare engines and bundles on your own images"),
 }
-# These write files, and go on where nobody reads what they print.
-WRITERS = ("export", "plan")
+# These write files or serve, and go on where nobody reads what they print.
+WRITERS = ("export", "plan", "serve")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,8 @@ import pytest
 
 from hivtp.engines import open_vision_engine
 from hivtp.engines.base import EngineSettings
-from hivtp.engines.bundle import Bundle, VisionManifest
+from hivtp.engines.bundle import Bundle
+from hivtp.engines.manifest import VisionManifest
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
 from hivtp.runtime.inputs.image_processor import ImageProcessor
