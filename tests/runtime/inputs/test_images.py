@@ -250,7 +250,7 @@ def test_bytes_that_cannot_be_read_are_refused(photo):
         np.zeros((4, 4, 2), np.uint8),
         np.zeros((4, 4, 3), np.int8),
     ],
-    ids=str,
+    ids=lambda array: f"{array.dtype} {array.shape}",
 )
 def test_arrays_of_any_other_kind_are_refused(array):
     with pytest.raises(ImageError, match="the array of shape"):
