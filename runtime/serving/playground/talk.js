@@ -75,8 +75,8 @@ export class Turn {
     this.element.classList.remove("running");
     this.element.classList.add("failed");
     this.status.remove();
-    const message = Object.entries(names).reduce((text, [path, name]) => text.replaceAll(path, name), error.message);
-    const words = [make("p", { class: "title" }, titleOf(error)), make("p", {}, asSentence(message))];
+    const message = Object.entries(names).reduce((text, [path, name]) => text.replaceAll(path, name), asSentence(error.message));
+    const words = [make("p", { class: "title" }, titleOf(error)), make("p", {}, message)];
     if (error.retryAfter) words.push(make("p", {}, `There may be room in ${counted(error.retryAfter, "second")}.`));
     const last = make("p", { class: "row" });
     if (retry) {
@@ -141,7 +141,9 @@ function figures(timing, server, usage) {
 }
 
 function asSentence(message) {
-  return `${message.charAt(0).toUpperCase()}${message.slice(1)}${/[.!?]$/.test(message) ? "" : "."}`;
+  // A path into the request stays as it is.
+  const first = /^\w+ /.test(message) ? message.charAt(0).toUpperCase() : message.charAt(0);
+  return `${first}${message.slice(1)}${/[.!?]$/.test(message) ? "" : "."}`;
 }
 
 /** A button that says for how long to wait. */

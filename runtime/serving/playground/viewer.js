@@ -99,7 +99,7 @@ export class Viewer {
     const fewer = Math.round((1 - kept / before) * 100);
     find("tokens").replaceChildren(
       make("span", { class: "figure" }, count(before)),
-      make("span", { class: "arrow", "aria-label": "before pruning, after it" }, "→"),
+      " → ",
       make("span", { class: "figure" }, count(kept)),
       ` image tokens${fewer > 0 ? `, ${fewer} % fewer` : ""}`,
     );
