@@ -3,7 +3,7 @@
 import { fetchModel, ServerError, streamAnswer } from "./client.js";
 import { find, make } from "./dom.js";
 import { readImage, Refused, toDataUri } from "./images.js";
-import { Turn } from "./talk.js";
+import { follow, Turn } from "./talk.js";
 import { Viewer } from "./viewer.js";
 import { counted, describeModel, megabytes } from "./words.js";
 
@@ -194,6 +194,7 @@ async function ask(question) {
   }
   viewer.show(state.images);
   showButtons();
+  if (error) follow();
 }
 
 /** Take what a chunk brings. */

@@ -32,7 +32,7 @@ export class Turn {
       this.answer,
     );
     find("turns").append(this.element);
-    follow(true);
+    follow();
   }
 
   /** Some more of the answer. */
@@ -87,7 +87,6 @@ export class Turn {
     }
     last.append(make("span", { class: "fine" }, [error.status, error.code].filter(Boolean).join(" · ")));
     this.answer.append(make("div", { class: "error", role: "alert" }, ...words, last));
-    follow(true);
   }
 
   /** It was stopped before its first word. */
@@ -131,13 +130,16 @@ function figures(timing, server, usage) {
     make("tbody", {}, ...rows.map((row) => make("tr", {}, ...cells("td", row)))),
   );
   const image = `${count(details.unpruned_multimodal_tokens.image)} → ${count(details.multimodal_tokens.image)} image tokens`;
-  return make(
+  const found = make(
     "details",
     { class: "figures" },
     make("summary", {}, summary.join(" · ")),
     table,
     make("p", { class: "fine" }, `Prompt: ${counted(usage.prompt_tokens, "token")}${cached}. In it: ${image}.`),
   );
+  // Opened at the end of the log, it would open out of sight.
+  found.addEventListener("toggle", () => found.open && found.scrollIntoView({ block: "nearest" }));
+  return found;
 }
 
 function asSentence(message) {
@@ -168,6 +170,7 @@ function isNearEnd() {
   return element.scrollHeight - element.scrollTop - element.clientHeight < 80;
 }
 
-function follow(isWanted) {
+/** Scroll to the end. */
+export function follow(isWanted = true) {
   if (isWanted) scroller().scrollTop = scroller().scrollHeight;
 }
