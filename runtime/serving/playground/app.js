@@ -2,7 +2,8 @@
 
 import { fetchModel, ServerError, streamAnswer } from "./client.js";
 import { find, make } from "./dom.js";
-import { readImage, Refused, toDataUri } from "./images.js";
+import { toDataUri } from "./images.js";
+import { Intake } from "./intake.js";
 import { follow, Turn } from "./talk.js";
 import { Viewer } from "./viewer.js";
 import { counted, describeModel, megabytes } from "./words.js";
@@ -62,29 +63,15 @@ find("key-form").addEventListener("submit", async (event) => {
 
 /* Images */
 
-async function addFiles(files) {
-  find("notices").replaceChildren();
-  for (const file of files) await addFile(file);
-}
-
-async function addFile(file) {
-  if (!state.card) return notice("The server has not said yet which images it takes.");
-  const { limits } = state.card;
-  if (state.images.length >= limits.images) {
-    const most = counted(limits.images, "image");
-    return notice(`${file.name} was not added: the server takes ${most} in one conversation. Remove one, or begin a new conversation.`);
-  }
-  try {
-    const image = await readImage(file, limits);
+const intake = new Intake(
+  () => ({ limits: state.card?.limits, number: state.images.length }),
+  (image) => {
     state.images.push({ ...image, isSent: false, told: null });
     viewer.show(state.images, state.images.at(-1));
     find("question").focus({ preventScroll: true });
-  } catch (error) {
-    if (!(error instanceof Refused)) throw error;
-    notice(error.message, error.remedy);
-  }
-  showButtons();
-}
+    showButtons();
+  },
+);
 
 function removeImage(image) {
   state.images = state.images.filter((other) => other !== image);
@@ -92,65 +79,6 @@ function removeImage(image) {
   find(state.images.length ? "attach" : "choose").focus();
   showButtons();
 }
-
-/** Something about images that people should know, with a way out of it where there is one. */
-function notice(message, remedy = null) {
-  const line = make("p", { class: "note" }, make("span", {}, message));
-  if (remedy) {
-    const button = make("button", { type: "button", class: "quiet" }, remedy.label);
-    button.addEventListener("click", async () => {
-      button.disabled = true;
-      try {
-        const file = await remedy.run();
-        line.remove();
-        await addFile(file);
-      } catch (error) {
-        if (!(error instanceof Refused)) throw error;
-        line.replaceChildren(error.message);
-      }
-    });
-    line.append(button);
-  }
-  const close = make("button", { type: "button", class: "remove", "aria-label": "Dismiss" }, "×");
-  close.addEventListener("click", () => line.remove());
-  line.append(close);
-  find("notices").append(line);
-}
-
-for (const id of ["choose", "attach"]) find(id).addEventListener("click", () => find("file").click());
-find("file").addEventListener("change", async (event) => {
-  const files = [...event.target.files];
-  // So that the same file can be chosen again.
-  event.target.value = "";
-  await addFiles(files);
-});
-document.addEventListener("paste", (event) => {
-  const files = [...(event.clipboardData?.files ?? [])];
-  if (!files.length) return;
-  event.preventDefault();
-  addFiles(files);
-});
-
-let depth = 0; // of elements that a dragged file is over
-const isFile = (event) => ["Files", "text/uri-list"].some((type) => event.dataTransfer?.types.includes(type));
-document.addEventListener("dragenter", (event) => {
-  if (isFile(event)) document.body.classList.toggle("dropping", ++depth > 0);
-});
-document.addEventListener("dragleave", (event) => {
-  if (isFile(event)) document.body.classList.toggle("dropping", --depth > 0);
-});
-document.addEventListener("dragover", (event) => {
-  if (isFile(event)) event.preventDefault();
-});
-document.addEventListener("drop", (event) => {
-  if (!isFile(event)) return;
-  event.preventDefault();
-  depth = 0;
-  document.body.classList.remove("dropping");
-  const files = [...event.dataTransfer.files];
-  if (files.length) addFiles(files);
-  else notice("That is the address of an image, and this page loads nothing from elsewhere. Save the image, and drop the file.");
-});
 
 /* Questions and answers */
 
@@ -245,7 +173,7 @@ async function bodyOf(messages) {
   const size = JSON.stringify(body).length;
   const most = state.card.limits.body_bytes;
   if (size > most) {
-    const message = `The conversation takes ${megabytes(size)} with its images, and the server takes ${megabytes(most)}. Remove an image, or begin a new conversation.`;
+    const message = `The conversation takes ${megabytes(size)} with its images, and the server takes ${megabytes(most)}. Remove an image, or start over.`;
     throw new ServerError(message, { code: "body_too_large", status: 413 });
   }
   return body;
@@ -304,7 +232,8 @@ find("restart").addEventListener("click", () => {
   state.images = [];
   state.messages = [];
   state.failed = null;
-  for (const id of ["turns", "spoken", "notices"]) find(id).replaceChildren();
+  for (const id of ["turns", "spoken"]) find(id).replaceChildren();
+  intake.clear();
   viewer.show([]);
   showButtons();
   find("question").focus();
