@@ -17,7 +17,7 @@ from hivtp.export.decoder.build import (
     write_embeddings,
 )
 from hivtp.export.decoder.reuse import take_decoder
-from hivtp.export.verify.checks import verify_language
+from hivtp.export.verify.language import verify_language
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -131,7 +131,7 @@ class ClipTower:
     def importance(self, name: str) -> ir.Value:
         """Scores [tiles, patches] float32: the mean attention that each patch receives, over layers, heads and queries.
 
-        Source: HIVTP (arXiv 2509.23663), importance; DESIGN.md, section 2, step 1.
+        Source: HIVTP (arXiv 2509.23663), importance.
         """
         graph = self.graph
         means = [self._received(item) for item in self.attention_maps]

@@ -33,7 +33,7 @@ from hivtp.export.graph.clip import VisionShape
 from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.plan import Builder, PlanSettings, export_plan
 from hivtp.export.settings import ExportSettings
-from hivtp.export.verify.checks import sample_pixels
+from hivtp.export.verify.samples import sample_pixels
 from hivtp_ops import PRESETS, PruningSpec, tensorrt_plugin
 from hivtp_ops.errors import BundleError, EngineError, EngineWarning, KernelError, MissingExtraError
 from tests.engines.tensorrt import fake_gpu

@@ -24,7 +24,8 @@ from hivtp.export.graph.calibration import activation_ranges, first_fp8_layer
 from hivtp.export.graph.clip import VisionShape
 from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.settings import ExportSettings
-from hivtp.export.verify.checks import relative_error, sample_pixels
+from hivtp.export.verify.checks import relative_error
+from hivtp.export.verify.samples import sample_pixels
 from hivtp_ops import PruningSpec
 from hivtp_ops.errors import EngineError, EngineWarning, SpecError
 

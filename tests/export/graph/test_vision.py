@@ -18,7 +18,8 @@ from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.graph.builder import quantize_per_channel, save_model
 from hivtp.export.graph.clip import VisionShape
 from hivtp.export.graph.vision import build_vision_graph
-from hivtp.export.verify.checks import jaccard, relative_error, sample_pixels
+from hivtp.export.verify.checks import jaccard, relative_error
+from hivtp.export.verify.samples import sample_pixels
 from hivtp_ops import PruningSpec, select
 
 if TYPE_CHECKING:
