@@ -123,7 +123,7 @@ class ExportSettings:
             return
         if self.language_precision not in NUM_BITS:
             raise SpecError(
-                f"block_size is for weights that are rounded in blocks, and those of {self.language_precision} are not; "
+                f"block_size is for weights rounded in blocks, and those of {self.language_precision} are not; "
                 f"drop it, or choose a language_precision of {' or '.join(NUM_BITS)}"
             )
         if self.block_size not in BLOCK_SIZES:

@@ -125,8 +125,8 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         "--graph",
         choices=get_args(GraphKind),
         default=defaults.graph,
-        help="vision: a bundle that answers; encoder: only a graph that gives features and the attention of the scoring "
-        "layers (default: %(default)s)",
+        help="vision: a bundle that answers; encoder: only a graph that gives features and the attention of the "
+        "scoring layers (default: %(default)s)",
     )
     parser.add_argument(
         "--engine",
@@ -248,7 +248,8 @@ def run(options: argparse.Namespace) -> None:
 def _choose_layers(options: argparse.Namespace, settings: ExportSettings) -> None:
     if options.bundle is not None or options.engine is not None:
         raise SpecError(
-            "--choose-layers writes nothing: leave the bundle and --engine out, then export with the layers that it prints"
+            "--choose-layers writes nothing: leave the bundle and --engine out, then export with the options that it "
+            "prints"
         )
     ranking = choose_layers(
         options.checkpoint, options.choose_layers, settings, ChoiceSettings(), is_quiet=options.quiet

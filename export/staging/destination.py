@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,9 @@ from pathlib import Path
 from hivtp.export.staging.contents import is_empty, listed_files, other_file
 from hivtp.export.staging.leftovers import finish_leftovers
 from hivtp_ops.errors import BundleError
+
+# As long as any path in a bundle.
+LONGEST_NAME = "x" * 64
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,16 @@ def check_destination(destination: Path, overwrite: bool, checkpoint: Path) -> D
         path = _resolved(destination)
         if os.path.isdir(checkpoint) and path.is_relative_to(os.path.realpath(checkpoint)):
             raise BundleError(f"{destination} lies in the checkpoint {checkpoint}; give a destination outside of it")
+        if os.path.lexists(path) and not path.is_dir():
+            raise BundleError(f"{destination} exists and is not a folder; give another destination")
+        with contextlib.suppress(FileNotFoundError):
+            # A path may be short enough by itself, and too long with what comes into it.
+            (path / LONGEST_NAME).lstat()
         finish_leftovers(path)
         try:
             found = path.lstat()
         except FileNotFoundError:
             return Destination(path)
-        if not stat.S_ISDIR(found.st_mode):
-            raise BundleError(f"{destination} exists and is not a folder; give another destination")
         if is_empty(path):
             return Destination(path, is_empty_folder=True)
         _check_bundle(destination, path, overwrite)

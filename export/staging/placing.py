@@ -25,6 +25,8 @@ def put_in_place(staging: StagingFolder, destination: Destination) -> None:
         OSError: the bundle cannot be synced or moved.
     """
     path = destination.path
+    if destination.is_empty_folder and not is_empty(path):
+        raise _changed(path)
     _sync_all(staging.bundle)
     staging.complete.touch()
     _sync(staging.path)
@@ -51,8 +53,6 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 def _fill(staging: StagingFolder, folder: Path) -> None:
     """Move the bundle's contents into an empty folder, which may be a mount point; the manifest makes it a bundle."""
-    if not is_empty(folder):
-        raise _changed(folder)
     moved: list[Path] = []
     try:
         for entry in staging.contents():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hivtp.engines.bundle import MANIFEST_NAME
+from hivtp.export.staging.destination import LONGEST_NAME
 from hivtp.export.staging.folder import StagingFolder
 from hivtp.export.staging.placing import identity, put_in_place
 from hivtp_ops.errors import BundleError
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 # What an exhausted disk, quota or file-size limit looks like; numpy's own message comes without a number.
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NUMPY_SHORT_WRITE = "requested and"
-# As long as any name in a bundle, so that a path that is too long is found before the work.
-_LONGEST_NAME = "x" * 64
 
 
 @contextlib.contextmanager
@@ -79,7 +78,7 @@ def _make_parents(folder: Path, made: list[Path]) -> None:
 
 
 def _probe(folder: Path) -> None:
-    file = folder / _LONGEST_NAME
+    file = folder / LONGEST_NAME
     file.write_bytes(b"x")
     file.unlink()
 

@@ -102,7 +102,9 @@ def test_unknown_settings_are_refused() -> None:
         ExportSettings(vision_precision="int2")
     with pytest.raises(SpecError, match="block_size is 48; choose one of 16, 32, 64, 128, 256"):
         ExportSettings(language_precision="int4", block_size=48)
-    with pytest.raises(SpecError, match="those of fp32 are not; drop it, or choose a language_precision of int8 or int4"):
+    with pytest.raises(
+        SpecError, match="those of fp32 are not; drop it, or choose a language_precision of int8 or int4"
+    ):
         ExportSettings(block_size=64)
     with pytest.raises(SpecError, match="encoder graph"):
         ExportSettings(graph="encoder", is_pruned=False)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hivtp.export.pictures import read_pictures
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp import Pipeline
@@ -14,7 +15,6 @@ from hivtp.export.checkpoint.processor import Processor
 from hivtp.export.cli.export import main
 from hivtp.export.layers.choice import _kept_sets, _run_tower, choose_layers, layer_ranges
 from hivtp.export.layers.ranking import ChoiceSettings, LayerRange
-from hivtp.export.pictures import read_pictures
 from hivtp.export.settings import ExportSettings
 from hivtp_ops import PruningSpec
 from hivtp_ops.errors import CheckpointError, ImageError, SpecError

@@ -121,7 +121,7 @@ def main(folder: Path, kind: str, how: str) -> None:
             prepare(destination, kind)
             num_kills += killed(destination, "new", after=random.uniform(0, 1.2 * duration))
             check(destination, kind, "new")
-    print(num_kills)
+    sys.stdout.write(f"{num_kills}\n")
 
 
 if __name__ == "__main__":

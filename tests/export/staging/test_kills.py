@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.mark.parametrize(
@@ -25,7 +22,8 @@ if TYPE_CHECKING:
 )
 @pytest.mark.parametrize("how", ["steps", "random"])
 def test_kills_at_every_step_and_at_100_random_instants(tmp_path: Path, kind: str, min_steps: int, how: str) -> None:
+    root = Path(__file__).parents[3]
     command = [sys.executable, "-m", "tests.export.staging.kills", str(tmp_path), kind, how]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=root)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= (min_steps if how == "steps" else 100)
