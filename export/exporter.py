@@ -23,7 +23,7 @@ from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.checkpoint.processor import Processor
 from hivtp.export.decoder.reuse import open_source
 from hivtp.export.graph.builder import save_model
-from hivtp.export.graph.calibration import activation_ranges
+from hivtp.export.graph.calibration import activation_maxima
 from hivtp.export.graph.clip import VisionShape
 from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.language import export_decoder, language_manifest, num_decoder_steps
@@ -93,13 +93,13 @@ def export_bundle(
                 source = open_source(settings.decoder_from, checkpoint, kind)
             check_space(checkpoint, settings, folder)
         verification: dict[str, Any] = {}
-        ranges = None
+        maxima = None
         if settings.calibration:
             with progress.step(f"Calibration on {len(settings.calibration)} images"):
                 runs = _calibration_runs(settings, processor or Processor.open(checkpoint), progress)
-                ranges = activation_ranges(checkpoint, spec, runs, folder)
+                maxima = activation_maxima(checkpoint, spec, runs, folder)
         with progress.step(f"Vision graph, {settings.vision_precision}"):
-            graph = build_vision_graph(checkpoint, spec, settings.vision_precision, settings.graph, ranges)
+            graph = build_vision_graph(checkpoint, spec, settings.vision_precision, settings.graph, maxima)
             save_model(graph, folder / VISION_FILE, progress.update)
         with progress.step("Vision graph against PyTorch"):
             verification["vision"] = verify_vision(

@@ -1,4 +1,4 @@
-"""The language part of a bundle: a decoder, written or taken over, or none; and what the manifest says of it."""
+"""The language part of a bundle: a decoder, written or copied from another bundle, or none; and its manifest."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def export_decoder(
         with progress.step("Decoder against PyTorch"):
             verification = {"language": verify_language(checkpoint, decoder, kind.precision)}
         if kind.prefill_precision is not None:
-            with progress.step(f"Decoder for prompts, {kind.prefill_precision}"):
+            with progress.step(f"Prefill decoder, {kind.prefill_precision}"):
                 prefill = write_decoder(
                     checkpoint, language, kind.prefill_precision, progress.update, name=PREFILL_NAME
                 )
-            with progress.step("Decoder for prompts against PyTorch"):
+            with progress.step("Prefill decoder against PyTorch"):
                 verification["prefill"] = verify_language(
                     checkpoint, prefill, kind.prefill_precision, is_for_prompts=True
                 )

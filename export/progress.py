@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 # Between lines in a log.
 SECONDS_BETWEEN_LINES = 20.0
 # What tqdm writes: while the length is not known, and once it is.
-_BEGUN = "{desc} ... {elapsed}"
+_BEGUN = "{desc} ..."
 _COUNTED = "{desc}: {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt}, {remaining} left"
 
 
@@ -28,8 +28,8 @@ class Progress:
     def __init__(self, num_steps: int, is_quiet: bool = False) -> None:
         self._num_steps = num_steps
         self._step = 0
-        self._is_quiet = is_quiet
-        self._is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._is_quiet = is_quiet or sys.stderr is None
+        self._is_terminal = not self._is_quiet and sys.stderr.isatty()
         self._title = ""
         self._bar: Any = None
         self._started = self._shown = 0.0
@@ -59,7 +59,7 @@ class Progress:
 
     @contextlib.contextmanager
     def _open_bar(self) -> Iterator[None]:
-        if self._is_quiet or not self._is_terminal:
+        if not self._is_terminal:
             self._print(f"{self._title} ...")
             yield
             return
@@ -71,4 +71,6 @@ class Progress:
 
     def _print(self, text: str) -> None:
         if not self._is_quiet:
-            print(text, file=sys.stderr, flush=True)
+            # The work goes on where nobody reads of it.
+            with contextlib.suppress(OSError):
+                print(text, file=sys.stderr, flush=True)

@@ -102,7 +102,7 @@ class ExportSettings:
         return DecoderKind(self.language_precision, block_size, self.prefill_precision)
 
     def check_calibration(self) -> None:
-        """Refuse an export in fp8 without pictures; who only chooses layers needs none.
+        """Refuse an export in fp8 without images; the choice of layers needs none.
 
         Raises:
             SpecError: there are none.

@@ -15,7 +15,7 @@ from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.checkpoint.processor import Processor
 from hivtp.export.graph.clip import VisionShape
 from hivtp.export.layers.choice import choose_layers
-from hivtp.export.layers.criteria import AnswerJudge
+from hivtp.export.layers.criteria import AnswerCriterion
 from hivtp.export.layers.ranking import ChoiceSettings, Criterion, LayerRange
 from hivtp.export.settings import ExportSettings
 from hivtp.export.verify.reference import language_reference, vision_reference
@@ -66,7 +66,7 @@ class Truth:
         self.is_foreground = np.stack([picture.foreground for picture in pictures])
 
         tokenizer = processor.tokenizer
-        judge = AnswerJudge(self.checkpoint, [tokenizer.eos_token_id], max_answer_tokens=3)
+        judge = AnswerCriterion(self.checkpoint, [tokenizer.eos_token_id], max_answer_tokens=3)
         self.questions = [
             (
                 number,
@@ -155,7 +155,7 @@ def _measure_rule(checkpoint: Path, spec: PruningSpec, files: Sequence[Path], tr
         criterion: {
             "layers": str(ranking.best),
             "accuracy": accuracy[ranking.best],
-            "is_telling": ranking.is_telling,
+            "is_significant": ranking.is_significant,
             **{
                 f"correlation_with_{label}": rank_correlation(
                     [-costs[criterion][layers] for layers in ranges], [values[layers] for layers in ranges]

@@ -57,8 +57,8 @@ VISION_TOLERANCES: Mapping[str, VisionTolerance] = {
 # Measured likewise. Products of int8 are exact on what they multiply, and so the rounding of that is apart.
 LAYER_TOLERANCES: Mapping[str, LayerTolerance] = {
     "fp32": LayerTolerance(operation=1e-4, product=1e-4),
-    "fp16": LayerTolerance(operation=2e-2, product=1e-2),
-    "fp8": LayerTolerance(operation=2e-2, product=1e-2, rounding=0.5, weights=0.3),
+    "fp16": LayerTolerance(operation=8e-3, product=4e-3),
+    "fp8": LayerTolerance(operation=8e-3, product=4e-3, rounding=0.5, weights=0.3),
     "int8": LayerTolerance(operation=1e-4, product=1e-4, rounding=0.5, weights=0.3),
 }
 NUM_TILES = 2
