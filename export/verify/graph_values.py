@@ -31,9 +31,9 @@ class GraphValues:
 
         model = ir.load(file)
         known = {str(value.name): value for node in model.graph for value in node.outputs if value.name}
-        names = [name for name in dict.fromkeys(wanted) if name in known]
-        outputs = {value.name for value in model.graph.outputs}
-        model.graph.outputs.extend(known[name] for name in names if name not in outputs)
+        outputs = [str(value.name) for value in model.graph.outputs]
+        names = [*outputs, *(name for name in dict.fromkeys(wanted) if name in known and name not in outputs)]
+        model.graph.outputs.extend(known[name] for name in names[len(outputs) :])
         copy = file.with_name(f"checked-{file.name}")
         try:
             # The weights stay where they are; both files name them relative to their folder.
@@ -45,6 +45,12 @@ class GraphValues:
             copy.unlink(missing_ok=True)
         self._file = file
         self._values: dict[str, NDArray[Any]] = {**inputs, **dict(zip(names, found, strict=True))}
+        self._outputs = outputs
+
+    @property
+    def outputs(self) -> dict[str, NDArray[Any]]:
+        """What the graph gives without being asked for more."""
+        return {name: self._values[name] for name in self._outputs}
 
     def __contains__(self, name: str) -> bool:
         return name in self._values

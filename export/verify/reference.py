@@ -65,6 +65,8 @@ def vision_reference(
     with no_init_weights():
         tower = CLIPVisionModel._from_config(config.vision_config, attn_implementation="eager").eval()
         projector = LlavaMultiModalProjector(config).eval()
+    fused = deepcopy(tower.config)
+    fused._attn_implementation = "sdpa"
     for part, module in (("vision.", tower), ("projector.", projector)):
         weights = {name: tensor.float() for name, tensor in checkpoint.part(part).items()}
         # The tower's last norm serves an output that LLaVA does not use.
@@ -76,9 +78,12 @@ def vision_reference(
         # Mean over heads and queries, CLS column dropped (HIVTP, importance; DESIGN.md 2.1).
         received.append(outputs[1].float().mean(dim=(1, 2))[:, 1:])
 
-    if spec is not None:
-        for index in spec.scoring_layers:
-            tower.encoder.layers[index].self_attn.register_forward_hook(record)
+    for index, layer in enumerate(tower.encoder.layers):
+        if spec is not None and index in spec.scoring_layers:
+            layer.self_attn.register_forward_hook(record)
+        else:
+            # Attention that nobody reads need not be written out.
+            layer.self_attn.config = fused
     with torch.inference_mode():
         outputs = tower(torch.from_numpy(pixel_values), output_hidden_states=True)
         features = outputs.hidden_states[config.vision_feature_layer]

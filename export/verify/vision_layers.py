@@ -65,6 +65,7 @@ class VisionLayers:
         num_feature_layers: those before the features.
 
     Attributes:
+        outputs: of the graph.
         found: the comparisons, once it was called.
     """
 
@@ -75,6 +76,7 @@ class VisionLayers:
         self._num_feature_layers = num_feature_layers
         self._weights = VisionWeights(file)
         self._values = values = GraphValues(file, inputs, _wanted(num_layers))
+        self.outputs = values.outputs
         # A pruned graph computes its last layer for the tokens that it keeps.
         self._kept = values["rows"][0, :, 0].tolist() if "rows" in values else []
 
