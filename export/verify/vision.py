@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,9 @@ def verify_vision(
     engine = create_engine("onnxruntime", file)
     tiles = [*(engine.run(tile) for tile in others), layers.outputs]
     outputs = {name: np.concatenate([tile[name] for tile in tiles]) for name in engine.output_names}
+    # The graph's values and PyTorch's modules take gigabytes, some of them in cycles, and a decoder may come next.
+    del layers, engine, tiles
+    gc.collect()
     report = _compare(outputs, reference, inputs.get("patch_mask"), shape, spec)
     tolerance = VISION_TOLERANCES[precision]
     refuse(
