@@ -7,15 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hivtp.export.verify.checks import (
-    VISION_TOLERANCES,
-    jaccard,
-    largest_difference,
-    refuse,
-    relative_error,
-    sample_patch_mask,
-    sample_pixels,
-)
+from hivtp.export.verify.checks import jaccard, refuse, relative_error, score_error
+from hivtp.export.verify.samples import sample_patch_mask, sample_pixels
+from hivtp.export.verify.vision import VISION_TOLERANCES
 from hivtp_ops.errors import VerificationError
 from hivtp_ops.selection import select
 
@@ -34,7 +28,7 @@ class PlanReport:
 
     Attributes:
         relative_error: of the embeddings of the tokens that both keep, or of all where nothing is pruned.
-        importance_error: largest absolute difference of a score; None where there are none.
+        importance_error: of the scores, see `score_error`; None where there are none.
         kept_jaccard: least agreement of the kept sets; None where nothing is pruned.
     """
 
@@ -100,7 +94,7 @@ def _sample_inputs(manifest: Manifest, reference: Engine, num_tiles: int) -> Arr
 def _compare(found: Mapping[str, Any], expected: Mapping[str, Any], manifest: Manifest) -> PlanReport:
     importance_error = None
     if "importance" in expected:
-        importance_error = largest_difference(found["importance"], expected["importance"])
+        importance_error = score_error(found["importance"], expected["importance"])
     if "kept_indices" not in expected:
         error = max(relative_error(found[name], expected[name]) for name in expected if name != "importance")
         return PlanReport(error, importance_error, None)
