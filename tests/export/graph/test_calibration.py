@@ -206,7 +206,7 @@ def test_fp8_goes_with_every_other_choice(
         num_rounded
     )
     if "decoder_from" in settings:
-        with pytest.warns(EngineWarning, match="in fp8"):
+        with pytest.warns(EngineWarning, match="rounds to fp8"):
             pipeline = Pipeline.load(bundle.folder)
         answer = pipeline.generate("what", [photo], SamplingParams(max_new_tokens=4))
         assert (answer.num_image_tokens, answer.num_kept_tokens) == (64, 21)
@@ -224,5 +224,5 @@ def test_layers_are_chosen_without_calibration(
 
 def test_other_engines_than_tensorrt_warn(fp8_bundle: Path) -> None:
     bundle = Bundle.open(fp8_bundle)
-    with pytest.warns(EngineWarning, match=r"onnxruntime rounds .* multiplies it in a wider type, .* build a plan"):
+    with pytest.warns(EngineWarning, match=r"onnxruntime rounds to fp8 .* multiplies in a wider type, .* build a plan"):
         open_vision_engine(bundle, "onnxruntime")
