@@ -12,9 +12,9 @@ from hivtp.engines.manifest import DecoderManifest, LanguageManifest, SamplingDe
 from hivtp.engines.onnxruntime import open_session
 from hivtp.export.decoder.build import EMBEDDINGS_NAME, ROUNDED_PRECISIONS, decoder_dtype
 from hivtp.export.verify.checks import ADVICE, refuse, relative_error
-from hivtp.export.verify.decoder_layers import DecoderLayers
-from hivtp.export.verify.decoder_weights import DecoderWeights
-from hivtp.export.verify.layers import LayerTolerance, check_layers
+from hivtp.export.verify.operations.decoder_layers import DecoderLayers
+from hivtp.export.verify.operations.decoder_weights import DecoderWeights
+from hivtp.export.verify.operations.layers import LayerTolerance, check_layers
 from hivtp.export.verify.reference import language_reference
 from hivtp.runtime.language.kv_cache import KvCache
 from hivtp.runtime.language.onnxruntime import OnnxRuntimeSlots

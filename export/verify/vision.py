@@ -10,11 +10,12 @@ import numpy as np
 
 from hivtp.engines import create_engine
 from hivtp.export.graph.clip import VisionShape
-from hivtp.export.verify.checks import jaccard, refuse, relative_error, row_errors, score_error
-from hivtp.export.verify.layers import LayerTolerance, check_layers
+from hivtp.export.verify.checks import jaccard, refuse, relative_error, row_errors
+from hivtp.export.verify.operations.layers import LayerTolerance, check_layers
+from hivtp.export.verify.operations.vision_layers import VisionLayers
 from hivtp.export.verify.reference import vision_reference
 from hivtp.export.verify.samples import sample_patch_mask, sample_pixels
-from hivtp.export.verify.vision_layers import VisionLayers
+from hivtp.runtime.vision.agreement import VisionTolerance, score_error
 from hivtp_ops.errors import VerificationError
 from hivtp_ops.selection import select
 
@@ -29,31 +30,17 @@ if TYPE_CHECKING:
     from hivtp_ops.spec import PruningSpec
 
 
-@dataclass(frozen=True)
-class VisionTolerance:
-    """How far a vision graph may be from PyTorch in float32: what rounding may cost, all layers together.
-
-    Attributes:
-        relative_error: of embeddings or features, ||a - b|| / ||b||, of all and of the median row.
-        importance_error: of the scores, see `score_error`.
-        min_jaccard: least agreement of the kept sets, |A ∩ B| / |A ∪ B|, over all tiles.
-    """
-
-    relative_error: float
-    importance_error: float
-    min_jaccard: float
-
-
+# What rounding may cost against PyTorch in float32, all layers together.
 # Measured on towers of random weights of several sizes, and on a trained ViT-S/14, with 24 x 24 patches or fewer.
 # Scores: fp32 up to 4e-6 (4e-5 where attention is all but flat), fp16 up to 2e-3, int8 0.01 to 0.03 with random
 # weights and 0.15 with trained ones. Kept sets agreed to 0.95 of 24 x 24 patches and to 0.91 of smaller grids, and to
 # 0.87 where 7 patches were kept and one of two tiles had another. Embeddings: int8 0.02 and 0.06; fp8, which rounds to
 # 4 bits in the layers after the scores alone, 0.03 and 0.07.
 VISION_TOLERANCES: Mapping[str, VisionTolerance] = {
-    "fp32": VisionTolerance(1e-4, 1e-3, 0.99),
-    "fp16": VisionTolerance(1e-2, 2e-2, 0.95),
-    "fp8": VisionTolerance(1e-1, 2e-2, 0.95),
-    "int8": VisionTolerance(1e-1, 2e-1, 0.80),
+    "fp32": VisionTolerance(relative_error=1e-4, min_jaccard=0.99, importance_error=1e-3),
+    "fp16": VisionTolerance(relative_error=1e-2, min_jaccard=0.95, importance_error=2e-2),
+    "fp8": VisionTolerance(relative_error=1e-1, min_jaccard=0.95, importance_error=2e-2),
+    "int8": VisionTolerance(relative_error=1e-1, min_jaccard=0.80, importance_error=2e-1),
 }
 # Measured likewise. Products of int8 are exact on what they multiply, and so the rounding of that is apart.
 LAYER_TOLERANCES: Mapping[str, LayerTolerance] = {
@@ -67,7 +54,7 @@ NUM_TILES = 2
 
 @dataclass(frozen=True)
 class VisionReport:
-    """What the check of a vision graph found; errors as in VisionTolerance."""
+    """What the check of a vision graph found; errors as in Agreement, and kept sets over all tiles."""
 
     relative_error: float
     median_row_error: float

@@ -24,7 +24,7 @@ from hivtp.export.graph.builder import quantize_per_channel
 from hivtp.export.settings import ExportSettings
 from hivtp.export.verify import language as verification
 from hivtp.export.verify.checks import relative_error
-from hivtp.export.verify.decoder_weights import DecoderWeights
+from hivtp.export.verify.operations.decoder_weights import DecoderWeights
 from hivtp.main import export
 from hivtp_ops.errors import SpecError, VerificationError
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hivtp.export.verify.checks import MIN_SPREAD, jaccard, refuse, relative_error, row_errors, score_error
+from hivtp.export.verify.checks import jaccard, refuse, relative_error, row_errors
+from hivtp.runtime.vision.agreement import MIN_SPREAD, score_error
 from hivtp_ops.errors import VerificationError
 
 

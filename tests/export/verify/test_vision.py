@@ -285,9 +285,9 @@ def test_nan_is_refused(checkpoint: Checkpoint, model: Any) -> None:
 @pytest.mark.parametrize(
     ("strict", "message"),
     [
-        (vision.VisionTolerance(1e-9, 1, 0), "relative error is .*, allowed is at most 1e-09"),
-        (vision.VisionTolerance(1, 1e-9, 0), "importance error is .*, allowed is at most 1e-09"),
-        (vision.VisionTolerance(1, 1, 1.01), r"kept-token agreement is .*, allowed is at least 1\.01"),
+        (vision.VisionTolerance(1e-9, 0, 1), "relative error is .*, allowed is at most 1e-09"),
+        (vision.VisionTolerance(1, 0, 1e-9), "importance error is .*, allowed is at most 1e-09"),
+        (vision.VisionTolerance(1, 1.01, 1), r"kept-token agreement is .*, allowed is at least 1\.01"),
     ],
 )
 def test_rounding_that_costs_too_much_as_a_whole_is_refused(

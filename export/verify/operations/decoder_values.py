@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hivtp.export.decoder.w8a8 import ZERO_POINT
-from hivtp.export.verify.graph_values import GraphValues
+from hivtp.export.verify.operations.graph_values import GraphValues
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hivtp.export.verify.decoder_values import DecoderValues
-from hivtp.export.verify.steering import Comparison, Steering, take_weights
+from hivtp.export.verify.operations.decoder_values import DecoderValues
+from hivtp.export.verify.operations.steering import Comparison, Steering, take_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from hivtp.export.verify.decoder_weights import DecoderWeights
+    from hivtp.export.verify.operations.decoder_weights import DecoderWeights
 
 # The last layer computes the last position only, after its attention.
 _LAST = (-1,)

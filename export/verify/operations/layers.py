@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hivtp.export.verify.checks import ADVICE
-from hivtp.export.verify.steering import worst
+from hivtp.export.verify.operations.steering import worst
 from hivtp_ops.errors import VerificationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from hivtp.export.verify.steering import Comparison
+    from hivtp.export.verify.operations.steering import Comparison
 
 
 @dataclass(frozen=True)

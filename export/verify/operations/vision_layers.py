@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hivtp.export.verify.graph_values import GraphValues
-from hivtp.export.verify.steering import Comparison, Steering, take_weights
-from hivtp.export.verify.vision_weights import VisionWeights
+from hivtp.export.verify.operations.graph_values import GraphValues
+from hivtp.export.verify.operations.steering import Comparison, Steering, take_weights
+from hivtp.export.verify.operations.vision_weights import VisionWeights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
