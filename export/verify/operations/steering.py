@@ -43,13 +43,13 @@ class Steering:
     Args:
         place: of the module, for messages.
         found: gets the comparisons.
-        positions: those that the graph has where it computed some positions only.
+        positions: those that the graph has, where it computed some positions only; a position may come twice.
     """
 
-    def __init__(self, place: str, found: list[Comparison], positions: Sequence[int]) -> None:
+    def __init__(self, place: str, found: list[Comparison], positions: Sequence[int] | None = None) -> None:
         self._place = place
         self._found = found
-        self._positions = list(positions)
+        self._positions = None if positions is None else list(positions)
         self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -63,13 +63,14 @@ class Steering:
         import torch
 
         found = torch.from_numpy(np.ascontiguousarray(value, np.float32))
-        is_whole = found.shape[1] == own.shape[1]
-        expected = own if is_whole else own[:, self._positions]
+        positions = self._positions
+        is_whole = positions is None or found.shape[1] != len(positions)
+        expected = own if is_whole else own[:, positions]
         self._found.append(Comparison(kind, f"{self._place}, {name}", _largest_error(found, expected)))
         if is_whole:
             return found
         merged = own.clone()
-        merged[:, self._positions] = found
+        merged[:, positions] = found
         return merged
 
     def gives(self, kind: Kind, name: str, module: torch.nn.Module, value: NDArray[Any]) -> None:
