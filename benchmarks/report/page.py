@@ -12,6 +12,7 @@ from benchmarks.accuracy.ablation import ablation_tables
 from benchmarks.accuracy.comparison import UNPRUNED, accuracy_table
 from benchmarks.accuracy.intervals import goal_table
 from benchmarks.accuracy.parity import table as parity_table
+from benchmarks.report.excerpts import write_excerpts
 from benchmarks.report.plots import TITLES, draw
 from benchmarks.report.time_plots import draw_budgets, draw_stages, draw_throughput
 from benchmarks.timing.record import tables_of
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 RESULTS = Path(__file__).parents[1] / "results"
-PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "benchmarks.md"
+# Pages that hold some of the tables.
+EXCERPTED = (ROOT / "README.md", ROOT / "docs" / "speed.md")
 HEAD = """\
 # Benchmarks
 
@@ -248,3 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     write_page(options.results, options.page)
     print(options.page)
+    # Results of elsewhere leave the repository's own pages alone.
+    if options.results == RESULTS:
+        for page in EXCERPTED:
+            write_excerpts(options.results, page)
+            print(page)
