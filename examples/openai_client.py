@@ -1,4 +1,4 @@
-"""Ask a running `hivtp serve` with OpenAI's client (pip install openai): python examples/openai_client.py URL IMAGE Q."""
+"""Ask a running `hivtp serve` with the client of OpenAI: python examples/openai_client.py URL IMAGE QUESTION."""
 
 import base64
 import mimetypes

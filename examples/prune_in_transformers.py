@@ -1,4 +1,4 @@
-"""Prune a loaded Hugging Face model: python examples/prune_in_transformers.py CHECKPOINT IMAGE "What is in the image?"."""
+"""Prune a loaded Hugging Face model: python examples/prune_in_transformers.py CHECKPOINT IMAGE "What is it?"."""
 
 import sys
 

@@ -1,7 +1,8 @@
-"""Builds the wheel from the sdist, installs it with the core dependencies alone, imports all of it, shows every help."""
+"""Builds the wheel from the sdist, installs it with the core dependencies alone, and imports and starts all of it."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,8 @@ print(f"imported {len(names)} modules from the wheel with the core alone")
 
 def run(*command: str | Path) -> None:
     """Run a command away from the checkout; raises if it fails."""
-    subprocess.run([str(part) for part in command], check=True, cwd=tempfile.gettempdir())
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([str(part) for part in command], check=True, cwd=tempfile.gettempdir(), env=environment)
 
 
 def main() -> None:

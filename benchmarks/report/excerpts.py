@@ -55,13 +55,19 @@ def figures(results: Path) -> Table:
 def answers(results: Path) -> Table:
     """A whole answer by system, on a CPU with AVX-512 VNNI and on one with AVX2 alone."""
     vnni, avx2 = (
-        {table: _rows(results, name, table) for table in (FIRST_TOKEN, DECODE)} for name in ("ttft-cpu", "ttft-cpu-avx2")
+        {table: _rows(results, name, table) for table in (FIRST_TOKEN, DECODE)}
+        for name in ("ttft-cpu", "ttft-cpu-avx2")
     )
     head = ["vision / language", "first token, ms", "ratio", "decode, ms per token", "ratio", "peak GiB"]
     rows: list[list[str]] = [[*head, "AVX2: first token", "decode"]]
     for label, first in vnni[FIRST_TOKEN].items():
         decode = vnni[DECODE][label]
-        here = [f"{median(first['values_ms']):,.0f}", _ratio(first), f"{median(decode['values_ms']):.3g}", _ratio(decode)]
+        here = [
+            f"{median(first['values_ms']):,.0f}",
+            _ratio(first),
+            f"{median(decode['values_ms']):.3g}",
+            _ratio(decode),
+        ]
         memory = f"{first['peak_memory_bytes'] / 2**30:.2f}"
         rows.append([label, *here, memory, *(_ratio(avx2[table][label]) for table in (FIRST_TOKEN, DECODE))])
     return rows

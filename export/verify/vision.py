@@ -34,7 +34,7 @@ class VisionTolerance:
     """How far a vision graph may be from PyTorch in float32: what rounding may cost, all layers together.
 
     Attributes:
-        relative_error: of embeddings or features, ||a - b|| / ||b||, of all and of the median row.
+        relative_error: of embeddings or features, ||a - b|| / ||b||, of all and of the median token.
         importance_error: of the scores, see `score_error`.
         min_jaccard: least agreement of the kept sets, |A ∩ B| / |A ∪ B|, over all tiles.
     """
@@ -118,7 +118,7 @@ def verify_vision(
         subject,
         [
             ("relative error", report.relative_error, "at most", tolerance.relative_error),
-            ("median row error", report.median_row_error, "at most", tolerance.relative_error),
+            ("median token error", report.median_row_error, "at most", tolerance.relative_error),
             ("importance error", report.importance_error, "at most", tolerance.importance_error),
             ("kept-token agreement", report.kept_jaccard, "at least", tolerance.min_jaccard),
         ],
@@ -170,5 +170,5 @@ def _check_rule(outputs: Mapping[str, NDArray[Any]], shape: VisionShape, spec: P
 
 
 def _errors(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float, float]:
-    """The relative error of all, and of the median row: few large rows can hide the others in a norm."""
+    """The relative error of all, and of the median token: few large tokens can hide the others in a norm."""
     return relative_error(found, expected), float(np.median(row_errors(found, expected)))

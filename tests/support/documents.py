@@ -23,7 +23,9 @@ def blocks(text: str, language: str) -> list[str]:
 def shell_lines(text: str) -> list[str]:
     """The command lines of a document: those of `sh` blocks and of indented ones, each as one line."""
     lines = [line for block in blocks(text, "sh") for line in block.replace("\\\n", "").splitlines()]
-    lines += re.findall(r"^ {4}(?:\$ )?(\S.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), re.M)
+    lines += re.findall(
+        r"^ {4}(?:\$ )?(\S.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), re.M
+    )
     return lines
 
 
