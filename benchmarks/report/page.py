@@ -51,8 +51,7 @@ training. Each rival is written from its paper ([rivals.py](../benchmarks/accura
 [accuracy.md](accuracy.md) says what the numbers mean. `python -m benchmarks.accuracy --ablation`"""
 PARITY_TEXT = """\
 The same miniature, at half of its tokens: bundles against PyTorch. Where a bundle keeps other patches, the widest swap is
-the largest difference between the scores of a patch that only one of the two keeps and one that only the other keeps,
-over the mean score. `python -m benchmarks.accuracy.parity`"""
+the largest difference between the scores of patches that only one of the two keeps, over the mean score. `python -m benchmarks.accuracy.parity`"""
 
 
 @dataclass(frozen=True)
