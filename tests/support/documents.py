@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Documents are what a reader finds from the README.
 DOCUMENTS = {
     file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")
     for file in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
@@ -20,13 +19,15 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
+def without_blocks(text: str) -> str:
+    """A document without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
 def shell_lines(text: str) -> list[str]:
     """The command lines of a document: those of `sh` blocks and of indented ones, each as one line."""
     lines = [line for block in blocks(text, "sh") for line in block.replace("\\\n", "").splitlines()]
-    lines += re.findall(
-        r"^ {4}(?:\$ )?(\S.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), re.M
-    )
-    return lines
+    return lines + re.findall(r"^ {4}(?:\$ )?(\S.*)$", without_blocks(text), re.MULTILINE)
 
 
 def commands(text: str, program: str) -> list[list[str]]:
@@ -43,11 +44,10 @@ def commands(text: str, program: str) -> list[list[str]]:
 
 def inline_code(text: str) -> list[str]:
     """What stands between single backquotes, outside of blocks."""
-    return re.findall(r"(?<!`)`([^`]+)`(?!`)", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE))
+    return re.findall(r"(?<!`)`([^`]+)`(?!`)", without_blocks(text))
 
 
 def slugs(text: str) -> set[str]:
     """The anchors of a document's headings, as GitHub makes them."""
-    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", without_blocks(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
