@@ -9,6 +9,7 @@ import subprocess
 import tomllib
 from pathlib import Path
 from typing import get_args
+from xml.etree import ElementTree
 
 import pytest
 
@@ -49,6 +50,20 @@ def test_every_page_and_image_can_be_found() -> None:
         for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
     }
     assert set((ROOT / "docs").iterdir()) - links == set()
+
+
+def test_the_picture_of_the_parts_is_whole_and_says_what_it_shows() -> None:
+    root = ElementTree.parse(ROOT / "docs" / "parts.svg").getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    assert root.tag == f"{space}svg"
+    assert root.get("role") == "img"
+    for name in ("title", "desc"):
+        found = root.find(space + name)
+        assert found is not None
+        assert found.text
+        assert found.get("id") in (root.get("aria-labelledby") or "").split()
+    # Readable on a dark page too.
+    assert "prefers-color-scheme: dark" in (root.findtext(f"{space}style") or "")
 
 
 def test_every_command_of_hivtp_parses(document: str) -> None:
