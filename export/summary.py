@@ -80,7 +80,7 @@ def _row(
 
 
 def _vision_notes(found: Mapping[str, Any]) -> list[str]:
-    notes = [f"median row {found['median_row_error']:.1e}"]
+    notes = [f"median token {found['median_row_error']:.1e}"]
     if found["importance_error"] is not None:
         notes.append(f"scores {found['importance_error']:.1e}")
     if found["kept_jaccard"] is not None:

@@ -12,6 +12,7 @@ from benchmarks.accuracy.ablation import ablation_tables
 from benchmarks.accuracy.comparison import UNPRUNED, accuracy_table
 from benchmarks.accuracy.intervals import goal_table
 from benchmarks.accuracy.parity import table as parity_table
+from benchmarks.report.excerpts import write_excerpts
 from benchmarks.report.plots import TITLES, draw
 from benchmarks.report.time_plots import draw_budgets, draw_stages, draw_throughput
 from benchmarks.timing.record import tables_of
@@ -22,32 +23,36 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 RESULTS = Path(__file__).parents[1] / "results"
-PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "benchmarks.md"
+# Pages that hold some of the tables.
+EXCERPTED = (ROOT / "README.md", ROOT / "docs" / "speed.md")
 HEAD = """\
 # Benchmarks
 
 Written by `make report` from the raw samples in [benchmarks/results](../benchmarks/results); `make bench` measures
 again. All systems of a table ran in one session, in turns, round after round; a ratio is the median over the rounds of
-a time by the baseline's of the same round. Rounds in which other processes took more than 0.1 core were dropped where
-there were enough others. Weights are random at real shapes, except for the accuracy of the miniature. Peak memory is
-that of a system's own process, weights mapped from files included.
+a time divided by the baseline's time in the same round. Rounds in which other processes took more than 0.1 core were
+dropped where enough others were left. Weights are random at real shapes, except for the accuracy of the miniature. Peak
+memory is that of a system's own process, weights mapped from files included.
 """
 NO_GPU = "Nothing here ran on a GPU; `python -m benchmarks.gpu` measures there.\n"
 FLOOR_TEXT = """\
-A floor is the time that a stage cannot go below, however it is written: the larger of its matrix products by the rate
-of a large product of the same kind (float32, or uint8 by int8), and of its weights and KV cache by the rate of a large
-copy, all measured in the same run ([floor.py](../benchmarks/timing/floor.py)); that of a first token is the sum of
-vision and prefill. "Ratio at floor" is the ratio of a system that takes no more than that: where a goal is below it,
-the goal is out of reach of what computes the same at that rate. A floor has the noise of its run: what is at its floor
-may be found a few percent below it. A dash says that the run found none.
+A floor is the time that a stage takes at best: its matrix products at the rate of a large product of the same kind
+(float32, or uint8 by int8), or the reading of its weights and KV cache at the rate of a large copy, whichever takes
+longer. Both rates are measured in the same run ([floor.py](../benchmarks/timing/floor.py)). The floor of a first token
+is the sum of those of vision and prefill. "Ratio at floor" is the ratio of a system that takes exactly its floor: a
+goal below it is out of reach. A floor has the noise of its run, so a system may be found a few percent below it. A dash
+says that the run found no floor.
 """
 ACCURACY_TEXT = """\
 The trained [miniature](../benchmarks/miniature/README.md), 144 patches, whose language model saw dropped tokens in
 training. Each rival is written from its paper ([rivals.py](../benchmarks/accuracy/rivals.py));
 [accuracy.md](accuracy.md) says what the numbers mean. `python -m benchmarks.accuracy --ablation`"""
 PARITY_TEXT = """\
-The same miniature, at half of its tokens: bundles against PyTorch. Where one keeps other patches, the widest swap is
-the largest difference between their scores, by the mean score. `python -m benchmarks.accuracy.parity`"""
+The same miniature, at half of its tokens: bundles against PyTorch. Where a bundle keeps other patches, the widest swap
+is the largest difference between the scores of patches that only one of the two keeps, over the mean score. `python -m
+benchmarks.accuracy.parity`"""
 
 
 @dataclass(frozen=True)
@@ -248,3 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     write_page(options.results, options.page)
     print(options.page)
+    # Results of elsewhere leave the repository's own pages alone.
+    if options.results == RESULTS:
+        for page in EXCERPTED:
+            write_excerpts(options.results, page)
+            print(page)

@@ -33,20 +33,42 @@ def make_bundle_parser(program: str, description: str, examples: str) -> argpars
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add how tokens are chosen."""
     defaults = SamplingParams()
-    of_bundle = "default: what the checkpoint's generation config says"
+    of_bundle = "default: the checkpoint's generation config"
     group = parser.add_argument_group("answer")
     group.add_argument(
-        "--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="default: %(default)s"
+        "--max-new-tokens",
+        type=int,
+        default=defaults.max_new_tokens,
+        metavar="N",
+        help="tokens of the answer at most (default: %(default)s)",
     )
     group.add_argument(
-        "--temperature", type=float, metavar="T", help=f"0 takes the best token always ({of_bundle}, mostly 0)"
+        "--temperature",
+        type=float,
+        metavar="T",
+        help=f"0 always takes the most likely token ({of_bundle}, usually 0)",
     )
-    group.add_argument("--top-p", type=float, metavar="P", help=of_bundle)
-    group.add_argument("--top-k", type=int, metavar="K", help=f"0 is no limit ({of_bundle})")
-    group.add_argument("--repetition-penalty", type=float, metavar="R", help=f"1 is none ({of_bundle})")
+    group.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help=f"draw from the most likely tokens that together reach this probability ({of_bundle})",
+    )
+    group.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help=f"draw from this many most likely tokens; 0 is no limit ({of_bundle})",
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        help=f"above 1, tokens that occurred become less likely; 1 is none ({of_bundle})",
+    )
     group.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
-    group.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    group.add_argument("--system", metavar="TEXT", help="system prompt")
 
 
 def sampling_from(options: argparse.Namespace) -> SamplingParams:
