@@ -37,7 +37,8 @@ class Process:
             assert self.process.poll() is None, self.log.read_text()
             with contextlib.suppress(json.JSONDecodeError, StopIteration):
                 line = next(line for line in log_lines(self.log) if line["event"] == "listening")
-                return line["urls"][0]
+                if httpx.get(line["urls"][0] + "/ready", trust_env=False).status_code == 200:
+                    return line["urls"][0]
             time.sleep(0.05)
         raise AssertionError(self.log.read_text())
 

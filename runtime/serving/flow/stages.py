@@ -87,6 +87,10 @@ class Stages:
         """Run something short."""
         return await asyncio.get_running_loop().run_in_executor(self._text, lambda: function(*args, **kwargs))
 
+    async def in_vision_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run something that uses the vision engine."""
+        return await asyncio.get_running_loop().run_in_executor(self._vision, lambda: function(*args, **kwargs))
+
     async def parse(self, body: bytes) -> Work:
         """Read a request, and the images that stand in it.
 
@@ -136,8 +140,7 @@ class Stages:
         work.prepared = {}
         if not prompt.pixels:
             return self._model.encode(prompt)
-        loop = asyncio.get_running_loop()
-        images, vision_ms = await loop.run_in_executor(self._vision, self._encode, work, prompt.pixels)
+        images, vision_ms = await self.in_vision_thread(self._encode, work, prompt.pixels)
         return prompt.encoded(images, vision_ms)
 
     def _parse(self, body: bytes) -> Work:
