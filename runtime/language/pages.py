@@ -46,7 +46,8 @@ class Pages:
         """Give memory back; what lay there reads as zeros after this, or as it was where a page is shared.
 
         Args:
-            start, stop: bytes of the array. Pages that lie in the range only in part stay.
+            start: first byte of the array that nobody needs.
+            stop: the byte after the last one. Pages that lie in the range only in part stay.
         """
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         last = stop // mmap.PAGESIZE * mmap.PAGESIZE

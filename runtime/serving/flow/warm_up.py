@@ -85,6 +85,6 @@ def warm_up_model(model: Model) -> None:
         model.images.encode_anew([model.images.prepare(image)])
         # Words with special tokens in them take another form of the tokenizer than words without.
         words = " ".join(["What is it?", model.template.image_token])
-        for parts in ([ImagePart(b""), "What is it?"], [words]):
-            text = model.template.render([Message("user", parts)], model.tokenizer)
+        for message in (Message("user", [ImagePart(b""), "What is it?"]), Message("user", [words])):
+            text = model.template.render([message], model.tokenizer)
             model.template.encode(model.tokenizer, text, model.manifest.image_token_id)
