@@ -78,7 +78,8 @@ class Engine:
         context = min(settings.max_context or model.language.context_length, model.language.context_length)
         self._position_bytes = position_bytes = model.language.kv_bytes_per_position
         most = settings.num_slots * context * position_bytes
-        self._max_kv_bytes = min(settings.max_kv_bytes or kv_budget() or most, most)
+        budget = settings.max_kv_bytes or kv_budget()
+        self._max_kv_bytes = most if budget is None else min(budget, most)
         self.max_positions = min(context, self._max_kv_bytes // position_bytes)
         if self.max_positions < 2:
             raise SettingsError(
