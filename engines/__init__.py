@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from hivtp.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
 
 __all__ = ["Engine", "EngineName", "EngineSettings", "create_engine", "open_vision_engine"]
+
+# onnxruntime for Linux otherwise reports to Microsoft how it is used, and keeps a database in the user's home. It reads
+# this when it is imported; whoever wants the reports sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 EngineName = Literal["auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 

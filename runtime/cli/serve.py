@@ -93,6 +93,7 @@ OPTIONS = (
     ),
     ("load", "--steps-per-chunk", "steps_per_chunk", "N", "decode steps between two chunks"),
     ("load", "--no-prefix-reuse", "reuses_prefix", None, "compute each turn of a chat from its start"),
+    ("load", "--idle-seconds", "idle_seconds", "S", "without a request, then the KV cache gives its memory back"),
     ("load", "--image-threads", "num_image_threads", "N", "images that are decoded and resized at once"),
     ("limits", "--max-images", "max_images", "N", "images of a conversation at most"),
     ("limits", "--max-image-bytes", "max_image_bytes", "N", "bytes of one encoded image at most"),

@@ -69,7 +69,10 @@ class Slots(Protocol):
         """
 
     def truncate(self, slot: int, length: int) -> None:
-        """Forget all but the first positions of a slot; `length` is at most what it holds."""
+        """Forget all but the first positions of a slot; `length` is at most what it holds.
+
+        On the CPU the memory of the others goes back to the system, so that all slots together take what they hold.
+        """
 
     def reserve(self, capacity: int) -> None:
         """Make room for this many positions in each slot; what the slots hold stays.

@@ -169,6 +169,8 @@ class OnnxRuntimeSlots:
     def truncate(self, slot: int, length: int) -> None:
         """See Slots.truncate."""
         assert length <= self._lengths[slot], "a slot cannot be truncated to more than it holds"
+        if length < self._lengths[slot]:
+            self._cache.release(slot, length)
         self._lengths[slot] = length
 
     def reserve(self, capacity: int) -> None:

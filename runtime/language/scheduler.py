@@ -128,7 +128,7 @@ class Scheduler:
 
         Raises:
             PromptError: the prompt does not fit the context.
-        SettingsError: it can never fit into a slot or the KV budget.
+            SettingsError: it can never fit into a slot or the KV budget.
         """
         length, keys = len(request.embeds), request.keys
         context_length = self._language.context_length
@@ -156,6 +156,10 @@ class Scheduler:
         for sequence in [*self._prefilling, *self._decoding]:
             if sequence.request is request:
                 self._leave(sequence)
+
+    def forget(self) -> None:
+        """Empty the slots that are kept for sequences to come; on the CPU their memory goes back to the system."""
+        self._pool.forget_all()
 
     def step(self) -> bool:
         """Schedule one run of the decoder, run it, and hand out its tokens; whether there is more to do.

@@ -30,6 +30,7 @@ class ServerSettings:
         steps_per_chunk: decode steps between two chunks.
         reuses_prefix: a chat's next turn finds the KV cache of the last one. Never across API keys; and never with a
             prefill decoder, which would round it otherwise.
+        idle_seconds: after this time without a request the KV cache of finished ones is given up, and its memory.
         max_prepared: requests whose images are decoded or encoded, and that wait for a slot.
         num_image_threads: images that are decoded and resized at once.
         image_domains: hosts from which images are downloaded; `*.example.org` is every host below example.org, and
@@ -67,6 +68,7 @@ class ServerSettings:
     chunk_size: int | None = 64
     steps_per_chunk: int = 4
     reuses_prefix: bool = True
+    idle_seconds: float = 300.0
     max_prepared: int = 4
     num_image_threads: int = 2
     image_domains: tuple[str, ...] = ()

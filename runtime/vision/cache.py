@@ -87,13 +87,17 @@ class CachedEncoder:
         digests = [image.digest for image in images]
         found = {digest: encoded for digest in set(digests) if (encoded := self.cache.get(digest)) is not None}
         missing = {image.digest: image for image in images if image.digest not in found}
-        for encoded in self._encoder.encode(list(missing.values())):
+        for encoded in self.encode_anew(list(missing.values())):
             found[encoded.digest] = encoded
             # Later answers come from the same arrays.
             for array in encoded.arrays:
                 array.flags.writeable = False
             self.cache.put(encoded)
         return [found[digest] for digest in digests]
+
+    def encode_anew(self, images: Sequence[PreparedImage]) -> list[EncodedImage]:
+        """The same without the cache."""
+        return self._encoder.encode(images)
 
     def frames(self, image: Image.Image) -> list[TileFrame]:
         """See ImageEncoder.frames."""

@@ -13,6 +13,7 @@ from hivtp.runtime.attempt import attempt
 from hivtp.runtime.language.scheduler import Scheduler, SchedulerOptions
 from hivtp.runtime.serving.flow.job import Failed, Job
 from hivtp.runtime.serving.flow.memory import kv_budget
+from hivtp.runtime.serving.flow.warm_up import warm_up_decoder
 from hivtp.runtime.serving.protocol.errors import ApiError
 from hivtp.runtime.serving.telemetry.logs import log, where
 from hivtp_ops.errors import HivtpError, SettingsError
@@ -77,7 +78,8 @@ class Engine:
         context = min(settings.max_context or model.language.context_length, model.language.context_length)
         self._position_bytes = position_bytes = model.language.kv_bytes_per_position
         most = settings.num_slots * context * position_bytes
-        self._max_kv_bytes = min(settings.max_kv_bytes or kv_budget() or most, most)
+        budget = settings.max_kv_bytes or kv_budget()
+        self._max_kv_bytes = most if budget is None else min(budget, most)
         self.max_positions = min(context, self._max_kv_bytes // position_bytes)
         if self.max_positions < 2:
             raise SettingsError(
@@ -96,19 +98,21 @@ class Engine:
             keeps_slots=settings.reuses_prefix and not has_prefill_decoder,
         )
         self._scheduler = Scheduler(model.language, options)
+        self._language = model.language
+        self._idle_seconds = settings.idle_seconds
         self._deliver = deliver
         self._happened: list[tuple[Job, Event]] = []
         self._jobs: set[Job] = set()
         # None ends the thread.
         self._commands: SimpleQueue[_Command | None] = SimpleQueue()
         self._lock = Lock()
-        self._is_dead = False
+        self._is_warm = self._is_dead = False
         self._thread = Thread(target=self._run, name="hivtp-engine", daemon=True)
 
     @property
     def is_ready(self) -> bool:
-        """Whether it takes jobs."""
-        return self._thread.is_alive() and not self._is_dead
+        """Whether it has run once, and takes jobs."""
+        return self._is_warm and not self._is_dead
 
     @property
     def is_dead(self) -> bool:
@@ -146,6 +150,8 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            warm_up_decoder(self._scheduler, self._language, self.max_positions)
+            self._is_warm = True
             is_busy = False
             while self._obey(is_busy):
                 is_busy = self._scheduler.step()
@@ -158,7 +164,7 @@ class Engine:
     def _obey(self, is_busy: bool) -> bool:
         """Carry out what was asked for, after waiting for it where there is nothing to do; whether to go on."""
         with contextlib.suppress(Empty):
-            command = self._commands.get(block=not is_busy)
+            command = self._commands.get_nowait() if is_busy else self._wait()
             while command is not None:
                 if command.is_new:
                     self._add(command.job)
@@ -167,6 +173,14 @@ class Engine:
                 command = self._commands.get_nowait()
             return False
         return True
+
+    def _wait(self) -> _Command | None:
+        """The next command; when it is long in coming, the memory of slots that are kept goes back to the system."""
+        try:
+            return self._commands.get(timeout=self._idle_seconds)
+        except Empty:
+            self._scheduler.forget()
+            return self._commands.get()
 
     def _add(self, job: Job) -> None:
         self._jobs.add(job)

@@ -72,7 +72,7 @@ def api_error(error: Exception) -> ApiError:
             return invalid(str(error), "messages", "invalid_prompt")
         case SettingsError():
             return invalid(str(error))
-        case OutOfMemoryError():
+        case OutOfMemoryError() | MemoryError():
             return ApiError(503, "memory ran out for this request; ask again later", "out_of_memory", retry_after=5)
         case HivtpError() | Exception():
             return ApiError(500, "the server failed on this request; its log says more", "internal_error")
