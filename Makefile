@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 IMAGE ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types layers tests wheel bench bench-gpu report tensorrt clean
+.PHONY: demo test lint types layers tests wheel browser bench bench-gpu report tensorrt clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,10 @@ wheel: $(VENV)/.installed
 # A worker for each core, each with about 2 GiB; the files of tests stay whole, since those of one share what they export.
 tests: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# The playground in Chromium, which CONTRIBUTING.md says how to install.
+browser: $(VENV)/.installed
+	$(BIN)/python -m pytest -m browser tests/runtime/serving/playground
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.speed.latency --tiles 1 --output benchmarks/results/vision-cpu.json

@@ -69,8 +69,9 @@ def _open_reader(model: Model, continuation: Continuation) -> _Reader:
         raise PromptError(f"a continuation must be a str, not a {type(continuation.text).__name__}")
     check_text(continuation.text)
     prepared = model.prepare(request)
-    text = model.template.render(request.messages, model.tokenizer) + model.tokenizer.escape(continuation.text)
-    token_ids = model.template.encode(model.tokenizer, text, model.manifest.image_token_id)
+    template, tokenizer = model.template, model.tokenizer
+    text = template.render(request.messages, tokenizer) + template.escape(continuation.text, tokenizer)
+    token_ids = template.encode(tokenizer, text, model.manifest.image_token_id)
     # A tokenizer may join the last letters of the prompt with the first ones that follow.
     pairs = zip(prepared.token_ids, token_ids, strict=False)
     num_shared = next((place for place, (old, new) in enumerate(pairs) if old != new), len(prepared.token_ids))

@@ -128,11 +128,14 @@ class Model:
         bundle = Bundle.open(folder, check_hashes=check_hashes)
         decoder = create_language(bundle, language)
         try:
+            template = PromptTemplate.from_json(bundle.read_json("prompt.json"))
+            # Its process is up by the time that the vision graph is loaded.
+            template.start()
             engine = _open_vision(bundle, vision, language, trust_plans=trust_plans)
             return cls(
                 bundle,
                 create_image_encoder(bundle, engine, vision),
-                PromptTemplate.from_json(bundle.read_json("prompt.json")),
+                template,
                 Tokenizer.load(bundle.processor_folder),
                 decoder,
             )

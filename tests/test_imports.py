@@ -11,10 +11,12 @@ import pytest
 
 import hivtp
 import hivtp_ops
+from hivtp.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("export", "engines", "runtime")
 CORE = {"numpy", "PIL", "tokenizers", "jinja2", "markupsafe"}
+STANDARD = sys.stdlib_module_names
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "safetensors", "onnxruntime_genai"}
 
 # Makes every package absent but those named: what an installation with few extras is like.
@@ -62,33 +64,75 @@ print(json.dumps([names, sorted({name.partition(".")[0] for name in sys.modules}
     assert done.returncode == 0, done.stderr
     modules, packages = json.loads(done.stdout)
     files = [file for part in (*PARTS, "hivtp_ops") for file in (ROOT / part).rglob("*.py")]
-    # `hivtp_ops` itself is no module below a package, and each of the other parts is.
-    assert len(modules) == len(files) - 1
+    # `hivtp_ops` itself is not a module below a package, and each of the other parts is; so is `hivtp.main`.
+    assert len(modules) == len(files) - 1 + 1
+    assert "hivtp.main" in modules
     assert not (HEAVY | {"onnxruntime"}) & set(packages)
 
 
-@pytest.mark.parametrize(
-    ("command", "module"), [("hivtp-export", "export"), ("hivtp-export engine", "export"), ("hivtp-run", "runtime")]
-)
-def test_each_command_shows_its_help_with_the_core_alone(command, module):
-    arguments = [*command.split()[1:], "--help"]
-    done = run_python(f"from hivtp.{module}.cli import main; main({arguments})", CORE)
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_each_command_shows_its_help_with_the_core_alone(command):
+    done = run_python(f"from hivtp.main import main; main([{command!r}, '--help'])", CORE)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"usage: {command}")
+    assert done.stdout.startswith(f"usage: hivtp {command}")
     assert "examples:" in done.stdout
+
+
+def test_the_script_of_the_export_shows_its_help_under_its_name():
+    done = run_python("from hivtp.main import export; export(['--help'])", CORE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: hivtp-export")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"]])
+def test_help_names_every_command_and_loads_nothing_but_the_standard_library(arguments):
+    code = f"import sys; from hivtp.main import main; code = main({arguments}); print(*sys.modules); sys.exit(code)"
+    done = run_python(code)
+    assert (done.returncode, done.stderr) == (0, "")
+    *lines, modules = done.stdout.splitlines()
+    assert lines[0] == "usage: hivtp COMMAND ..."
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
+    packages = {name.partition(".")[0] for name in modules.split()}
+    assert not {name for name in packages if not name.startswith("_")} - STANDARD - {"hivtp"}
+
+
+def test_the_version_is_that_of_the_package():
+    done = run_python("from hivtp.main import main; main(['--version'])")
+    assert done.stdout == f"hivtp {importlib.metadata.version('hivtp')}\n"
+    code = """
+import importlib.metadata
+
+def version(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+importlib.metadata.version = version
+from hivtp.main import main
+main(["--version"])
+"""
+    done = run_python(code)
+    assert done.stdout == "hivtp of unknown version: it was not installed\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["serv"], ["--colour"], ["Run"]])
+def test_what_is_not_a_command_exits_with_2_and_the_usage(arguments):
+    done = run_python(f"import sys; from hivtp.main import main; sys.exit(main({arguments}))", CORE)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "usage: hivtp COMMAND ..." in done.stderr
+    assert not arguments or done.stderr.startswith(f"hivtp: there is no command {arguments[0]!r}\n")
 
 
 def test_the_commands_are_installed():
     scripts = importlib.metadata.entry_points(group="console_scripts")
-    assert scripts["hivtp-run"].load() is importlib.import_module("hivtp.runtime.cli.run").main
-    assert scripts["hivtp-export"].load() is importlib.import_module("hivtp.export.cli.export").main
+    front_door = importlib.import_module("hivtp.main")
+    assert scripts["hivtp"].load() is front_door.main
+    assert scripts["hivtp-export"].load() is front_door.export
 
 
 def test_running_without_an_engine_names_the_extra_that_brings_it(pruned_bundle):
-    code = f"from hivtp.runtime.cli.run import main; sys.exit(main([{str(pruned_bundle)!r}, 'what']))"
+    code = f"from hivtp.main import main; sys.exit(main(['run', {str(pruned_bundle)!r}, 'what']))"
     done = run_python(code, CORE)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "hivtp-run: onnxruntime is not installed; install it with: pip install 'hivtp[cpu]'\n"
+    assert done.stderr == "hivtp run: onnxruntime is not installed; install it with: pip install 'hivtp[cpu]'\n"
 
 
 def test_exporting_without_torch_names_the_extra_that_brings_it(tiny_checkpoint, tmp_path):
@@ -105,7 +149,7 @@ def test_exporting_no_decoder_needs_no_model_builder(tiny_checkpoint, tmp_path):
     code = f"""
 import sys
 sys.modules["onnxruntime_genai"] = None
-from hivtp.export.cli.export import main
+from hivtp.main import export as main
 
 def export(precision):
     arguments = [{str(tiny_checkpoint)!r}, {str(tmp_path)!r} + "/" + precision, "--language-precision", precision]
@@ -124,14 +168,17 @@ def test_running_a_bundle_never_imports_what_exporting_needs(pruned_bundle, phot
     overlay = tmp_path / "kept.png"
     code = f"""
 import sys
-from hivtp import Pipeline
-from hivtp.runtime.cli.run import main
+from hivtp import Pipeline, SamplingParams
+from hivtp.main import main
 
 pipeline = Pipeline.load({str(pruned_bundle)!r}, check_hashes=True)
-answer = pipeline.generate("what", [{str(photo)!r}], max_new_tokens=3, temperature=1.0, top_k=9, seed=1)
-assert answer.token_ids
-"".join(pipeline.stream("how many dogs", max_new_tokens=3))
-arguments = [{str(pruned_bundle)!r}, "what", "--image", {str(photo)!r}, "--max-new-tokens", "2"]
+sampling = SamplingParams(max_new_tokens=3, temperature=1.0, top_k=9, seed=1)
+assert pipeline.generate("what", [{str(photo)!r}], sampling).token_ids
+chat = pipeline.chat()
+for question in ("how many dogs", "</s>"):
+    "".join(chat.stream(question, sampling=sampling))
+pipeline.close()
+arguments = ["run", {str(pruned_bundle)!r}, "what", "--image", {str(photo)!r}, "--max-new-tokens", "2"]
 assert main([*arguments, "--overlay", {str(overlay)!r}]) == 0
 print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
 """

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import stat
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hivtp.runtime.inputs.images import MAX_IMAGE_BYTES
@@ -12,6 +13,7 @@ from hivtp_ops.errors import ImageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
     from typing import BinaryIO
 
     from hivtp.runtime.inputs.images import ImageSource
@@ -26,19 +28,26 @@ def read_image(file: str) -> ImageSource:
         ImageError: the pipe cannot be read, or gives nothing.
     """
     if file == "-":
+        if sys.stdin.isatty():
+            raise ImageError("standard input is a terminal; pipe an image into it, or give a file")
         return _read_pipe(sys.stdin.buffer, "standard input")
     try:
-        if not stat.S_ISFIFO(Path(file).stat().st_mode):
+        if not stat.S_ISFIFO(os.stat(file).st_mode):
             return file
         with open(file, "rb") as pipe:
             return _read_pipe(pipe, file)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if isinstance(error, ImageError):
+            raise
         # `load_image` says what is wrong with a path.
         return file
 
 
 def _read_pipe(pipe: BinaryIO, name: str) -> bytes:
-    content = pipe.read(MAX_IMAGE_BYTES + 1)
+    try:
+        content = pipe.read(MAX_IMAGE_BYTES + 1)
+    except OSError as error:
+        raise ImageError(f"{name} cannot be read: {error.strerror}") from error
     if not content:
         raise ImageError(f"{name} gave no image: it ended at once")
     if len(content) > MAX_IMAGE_BYTES:
@@ -46,8 +55,20 @@ def _read_pipe(pipe: BinaryIO, name: str) -> bytes:
     return content
 
 
+def check_images(images: Sequence[ImageSource]) -> None:
+    """Refuse images that cannot be read, before the model is loaded.
+
+    Raises:
+        ImageError: see `load_image`.
+    """
+    from hivtp.runtime.inputs.images import load_image
+
+    for image in images:
+        load_image(image)
+
+
 def check_overlay(target: Path, images: Sequence[str]) -> None:
-    """Refuse a drawing of the kept tokens that could not be written, before the model runs.
+    """Refuse a drawing of the kept tokens that could not be written, before the model is loaded.
 
     Raises:
         ImageError: there is no image to draw on, or no folder to write to, or Pillow writes no such format.
@@ -57,16 +78,41 @@ def check_overlay(target: Path, images: Sequence[str]) -> None:
     if not images:
         raise ImageError("--overlay needs an --image to draw on")
     try:
-        is_folder = target.parent.is_dir()
+        reason = _unwritable(target)
     except (OSError, ValueError) as error:
-        raise ImageError(f"cannot write {target}: {error}") from error
-    if not is_folder:
-        raise ImageError(f"cannot write {target}: {target.parent} is not a folder")
-    # Some formats are known by name and cannot be written, or not without another program.
+        reason = getattr(error, "strerror", None) or str(error)
+    if reason is not None:
+        raise ImageError(f"cannot write {target}: {reason}")
     Image.init()
-    kind = Image.registered_extensions().get(target.suffix.lower())
-    if kind not in Image.SAVE or kind in ("MPEG", "HDF5", "GRIB", "BUFR", "WMF"):
-        raise ImageError(f"cannot write {target}: no image format goes by that name; give a path that ends in .png")
+    try:
+        # Some formats are known by name and cannot be written, or not in colour, or not without another program.
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), Image.registered_extensions()[target.suffix.lower()])
+    except Exception as error:  # encoders raise nearly anything
+        raise ImageError(
+            f"cannot write {target}: Pillow writes no such image; give a path that ends in .png"
+        ) from error
+
+
+def _unwritable(target: Path) -> str | None:
+    """Why a file cannot be written to a path, as far as that shows beforehand; None where it can.
+
+    Raises:
+        OSError, ValueError: the path cannot exist.
+    """
+    folder = target.parent
+    if not folder.is_dir():
+        return f"{folder} is not a folder"
+    try:
+        mode = os.stat(target).st_mode
+    except FileNotFoundError:
+        return None if _may(folder, os.W_OK | os.X_OK) else "permission denied"
+    if not stat.S_ISREG(mode):
+        return "it is not a file"
+    return None if _may(target, os.W_OK) else "permission denied"
+
+
+def _may(path: Path, mode: int) -> bool:
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 def write_overlays(
@@ -89,6 +135,7 @@ def write_overlays(
         try:
             overlay.save(path)
         except Exception as error:  # encoders raise nearly anything
-            raise ImageError(f"cannot write {path}: {error}; give a path that ends in .png") from error
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise ImageError(f"cannot write {path}: {reason}") from error
         written.append(path)
     return written

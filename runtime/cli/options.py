@@ -1,4 +1,4 @@
-"""The options that the commands which run a bundle share; each default is that of the dataclass behind it."""
+"""The options that the commands which run a bundle share; each default is that of its dataclass."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from hivtp.engines import EngineName
+from hivtp.runtime.cli.interrupts import INTERRUPTS
 from hivtp.runtime.language.options import BackendName, LanguageDtype, LanguageOptions
 from hivtp.runtime.language.sampling import SamplingParams
 from hivtp.runtime.vision.options import VisionOptions
@@ -131,7 +132,7 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
     """Load what `add_model_options` asked for; see `Pipeline.load` for the errors."""
     from hivtp.runtime.pipeline import Pipeline
 
-    return Pipeline.load(
+    pipeline = Pipeline.load(
         options.bundle,
         vision=VisionOptions(
             engine=options.vision_engine,
@@ -150,3 +151,9 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
         check_hashes=options.check_hashes,
         trust_plans=options.trust_plans,
     )
+    try:
+        INTERRUPTS.check()
+    except KeyboardInterrupt:
+        pipeline.close()
+        raise
+    return pipeline

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hivtp.runtime.cli.console import shown
 from hivtp.runtime.cli.options import (
     add_model_options,
     add_sampling_options,
@@ -51,21 +51,18 @@ def make_parser(program: str) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Answer, then report, then draw."""
-    from PIL import Image
+    from hivtp.runtime.cli.files import check_images, check_overlay, read_image, write_overlays
 
-    from hivtp.runtime.cli.files import check_overlay, read_image, write_overlays
-
-    # load_image refuses what is too large, in words; Pillow's warning would add two lines of its own.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     if options.overlay is not None:
         check_overlay(options.overlay, options.image)
     sampling = sampling_from(options)
     images = [read_image(file) for file in options.image]
+    check_images(images)
     with load_pipeline(options) as pipeline:
         stream = pipeline.stream(options.prompt, images, sampling, system=options.system)
         for piece in stream:
             if not options.json:
-                print(piece, end="", flush=True)
+                print(shown(piece), end="", flush=True)
         if options.json:
             print(json.dumps(stream.answer.to_dict()), flush=True)
         else:

@@ -1,4 +1,4 @@
-"""The preprocessing that a LLaVA-1.5 checkpoint expects: from RGB pictures to pixel values."""
+"""The preprocessing that a LLaVA-1.5 checkpoint expects: from RGB images to pixel values."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class ImageProcessor:
         return self.size if isinstance(self.size, tuple) else (self.size, self.size)
 
     def __call__(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
-        """Turn pictures into the vision graph's input.
+        """Turn images into the vision graph's input.
 
         Args:
             images: as `load_image` gives them.
@@ -149,7 +149,7 @@ class ImageProcessor:
         return pixel_values
 
     def frame(self, image: Image.Image) -> Image.Image:
-        """Give the picture that the model sees: RGB, of `output_size`, before rescaling and normalising."""
+        """Give the image that the model sees: RGB, of `output_size`, before rescaling and normalising."""
         image = _flatten(image)
         if self.do_pad:
             image = self._pad(image)

@@ -1,15 +1,18 @@
-"""Anything that a caller may hand in as an image becomes one upright RGB picture, or an ImageError."""
+"""Anything that a caller may hand in as an image becomes an upright RGB image, or an ImageError."""
 
 from __future__ import annotations
 
 import functools
 import io
 import os
+import stat
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from hivtp.engines.files import read_regular
 from hivtp_ops.errors import ImageError
 
 if TYPE_CHECKING:
@@ -19,7 +22,7 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryvie
 
 MAX_IMAGE_PIXELS = 100_000_000
 MIN_IMAGE_SIDE = 2
-# Of an encoded file that is read from a pipe, whose size is not known before.
+# Of an encoded file.
 MAX_IMAGE_BYTES = 2**29
 
 # Pillow reads many more, some of them through other programs (Ghostscript for EPS) or with decoders
@@ -27,11 +30,26 @@ MAX_IMAGE_BYTES = 2**29
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
-def load_image(source: ImageSource, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Turn a path, encoded bytes, a PIL image or an array into an upright RGB picture.
+# EXIF orientation: how the camera was held.
+ORIENTATION_TAG = 0x0112
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-    The pixels are those of `transformers.image_utils.load_image`: EXIF orientation applied, then
-    `convert("RGB")`, which drops an alpha channel. An animated file gives its first frame.
+
+def load_image(source: ImageSource, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Turn a path, encoded bytes, a PIL image or an array into an upright RGB image.
+
+    All sources go one way, so the same image gives the same pixels however it comes, and they are those of
+    `transformers.image_utils.load_image`: EXIF orientation is applied, then `convert("RGB")`, which drops an alpha
+    channel. EXIF that is damaged turns nothing. A single colour that the file calls transparent stays in `info`; image
+    processors put white in its place, as those of transformers do. An animated file gives its first frame.
 
     Args:
         source: a path; the bytes of an encoded file in one of `FORMATS`; a PIL image, which is left as it
@@ -42,20 +60,26 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Im
         An image of mode RGB, wholly decoded, which shares nothing with `source`.
 
     Raises:
-        ImageError: if the source is missing, no image, damaged, too large, or under 2 pixels on a side.
+        ImageError: the source is missing, cannot be opened, is not an image, is damaged, too large, or under 2 pixels
+            on a side.
+        MemoryError: memory ran out.
     """
+    if not isinstance(source, str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray):
+        raise ImageError(
+            f"an image cannot be a {type(source).__name__}; expected a path, the bytes of an image file, "
+            "a PIL image or a numpy array"
+        )
+    try:
+        name = image_name(source)
+    # A path object of somebody's own.
+    except Exception as error:
+        raise ImageError(f"an image cannot be this {type(source).__name__}, which is not a path: {error}") from error
     if isinstance(source, Image.Image):
-        return _from_pil(source, max_pixels)
+        return _from_pil(source, name, max_pixels)
     if isinstance(source, np.ndarray):
-        return _from_array(source, max_pixels)
-    if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(io.BytesIO(_as_bytes(source)), image_name(source), max_pixels)
-    if isinstance(source, str | os.PathLike):
-        return _from_path(os.fsdecode(source), max_pixels)
-    raise ImageError(
-        f"an image cannot be a {type(source).__name__}; expected a path, the bytes of an image file, "
-        "a PIL image or a numpy array"
-    )
+        return _from_array(source, name, max_pixels)
+    content = _read(source, name) if isinstance(source, str | os.PathLike) else _bytes_of(source, name)
+    return _decode(io.BytesIO(content), name, max_pixels)
 
 
 def _as_bytes(source: bytes | bytearray | memoryview) -> bytes | bytearray:
@@ -79,34 +103,50 @@ def image_name(source: ImageSource) -> str:
     return repr(path if len(path) <= 200 else path[:200] + "...")
 
 
-def _from_path(path: str, max_pixels: int) -> Image.Image:
-    name = image_name(path)
+def _read(path: str | os.PathLike[str], name: str) -> bytes:
+    """The content of a file. A pipe would block, and only the command line reads pipes."""
+    path = os.fsdecode(path)
     if path.lower().startswith(("http://", "https://")):
         raise ImageError(f"URLs are not fetched: {name}; download the image and pass its path or its bytes")
-    if os.path.isdir(path):
-        raise ImageError(f"expected an image file, but {name} is a directory")
-    if not os.path.isfile(path):
-        raise ImageError(f"there is no image file {name}")
+    if path.lower().startswith("data:"):
+        raise ImageError(f"data URLs are not decoded: {name}; decode it and pass the bytes")
     try:
-        file = open(path, "rb")  # noqa: SIM115 - the block below closes it
-    except OSError as error:
-        raise ImageError(f"the image file {name} cannot be opened: {error.strerror}") from error
-    with file:
-        return _decode(file, name, max_pixels)
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise ImageError(f"expected an image file, but {name} is a directory")
+        if not stat.S_ISREG(mode):
+            raise ImageError(f"expected an image file, but {name} is a pipe or a device; read it and pass the bytes")
+        return read_regular(Path(path), MAX_IMAGE_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ImageError(f"there is no image file {name}") from error
+    # A path that holds NUL, or a lone surrogate, is a ValueError.
+    except (OSError, ValueError) as error:
+        if isinstance(error, ImageError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ImageError(f"the image file {name} cannot be opened: {reason}") from error
 
 
-def _from_pil(image: Image.Image, max_pixels: int) -> Image.Image:
-    _check_size(image.size, image_name(image), max_pixels)
+def _bytes_of(source: bytes | bytearray | memoryview, name: str) -> bytes:
     try:
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except MemoryError:
+        return bytes(source)
+    except (ValueError, BufferError, TypeError) as error:
+        raise ImageError(f"{name} cannot be read: {error}") from error
+
+
+def _from_pil(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    try:
+        _check_size(image.size, name, max_pixels)
+        found = _upright_rgb(image)
+        return _without_odd_info(image.copy() if found is image else found)
+    except (ImageError, MemoryError):
         raise
+    # Whatever somebody did to an image object can raise nearly anything.
     except Exception as error:
-        raise ImageError(f"{image_name(image)} cannot be decoded: {error}") from error
+        raise ImageError(f"{name} cannot be decoded: {error}") from error
 
 
-def _from_array(array: npt.NDArray[np.uint8], max_pixels: int) -> Image.Image:
-    name = image_name(array)
+def _from_array(array: npt.NDArray[np.uint8], name: str, max_pixels: int) -> Image.Image:
     if array.dtype != np.uint8:
         raise ImageError(f"{name} is not an image; convert it to uint8 with values 0..255")
     if array.ndim == 3 and array.shape[2] == 1:
@@ -117,7 +157,8 @@ def _from_array(array: npt.NDArray[np.uint8], max_pixels: int) -> Image.Image:
             "channels, channels last"
         )
     _check_size((array.shape[1], array.shape[0]), name, max_pixels)
-    return _to_rgb(Image.fromarray(array))
+    # The image of an array shares its memory.
+    return Image.fromarray(array).convert("RGB")
 
 
 def _decode(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
@@ -136,9 +177,8 @@ def _decode(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
         ) from error
     _check_size(image.size, name, max_pixels)
     try:
-        # In place: a copy of a large photograph costs half as much as decoding it.
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        # Nothing else holds it, so it is not copied: that would cost half as much as decoding a large photograph.
+        return _without_odd_info(_upright_rgb(image))
     except MemoryError:
         raise
     except Exception as error:
@@ -160,8 +200,35 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
         )
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """The image upright and in RGB; itself where it is both."""
+    image.load()
+    method = _transposition(image)
+    if method is not None:
+        image = image.transpose(method)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _transposition(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return TRANSPOSITIONS.get(image.getexif().get(ORIENTATION_TAG, 1))
+    except MemoryError:
+        raise
+    # Damaged EXIF raises nearly anything, and the pixels are whole.
+    except Exception:  # noqa: BLE001
+        return None
+
+
+def _without_odd_info(image: Image.Image) -> Image.Image:
+    """Keep of what a file says beside its pixels only a transparent colour."""
+    colour = image.info.get("transparency")
+    is_colour = (
+        isinstance(colour, tuple)
+        and len(colour) == 3
+        and all(isinstance(level, int) and 0 <= level < 2**16 for level in colour)
+    )
+    image.info = {"transparency": colour} if is_colour else {}
+    return image
 
 
 @functools.cache

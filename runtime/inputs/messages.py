@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from hivtp_ops.errors import PromptError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hivtp.runtime.inputs.images import ImageSource
 
 Role = Literal["system", "user", "assistant"]
@@ -71,6 +73,11 @@ class Message:
     def images(self) -> list[Any]:
         """The sources of the images, in order."""
         return [part.source for part in self.parts if isinstance(part, ImagePart)]
+
+    def with_text(self, change: Callable[[str], str]) -> Message:
+        """The same message with its words changed."""
+        parts = [change(part) if isinstance(part, str) else part for part in self.parts]
+        return replace(self, parts=parts)
 
 
 def user_message(prompt: str, images: Sequence[ImageSource], mark: str | None) -> Message:

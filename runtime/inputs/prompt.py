@@ -6,19 +6,20 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from hivtp.runtime.inputs.messages import ImagePart, Message
-from hivtp.runtime.inputs.template import TemplateRenderer
+from hivtp.runtime.inputs.messages import check_text
+from hivtp.runtime.inputs.templating.chat_template import ChatTemplate
+from hivtp.runtime.inputs.templating.conversation import as_text, folded, merged
 from hivtp_ops.errors import BundleError, PromptError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from hivtp.runtime.inputs.literal_tokens import LiteralTokens
+    from hivtp.runtime.inputs.messages import Message
     from hivtp.runtime.inputs.tokenizer import Tokenizer
 
 # Of a special token.
 MAX_TOKEN_LENGTH = 256
-# Shows how a template treats text: quotes, markup, an inner line break and letter case must all survive.
-_PROBE = 'What is "this" & <that>?\nAnswer.'
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class PromptTemplate:
 
     Args:
         chat_template: the Jinja template of the checkpoint. None is the form of LLaVA-1.5,
-            `USER: <image>\n{prompt} ASSISTANT: {answer}</s>`.
+            `{system} USER: <image>\n{prompt} ASSISTANT: {answer}</s>`.
         tokens: the tokenizer's special tokens by the names that templates use, such as "bos_token".
         image_token: the special token that stands for one image.
     """
@@ -49,33 +50,51 @@ class PromptTemplate:
         for name, kind in expected.items():
             if not isinstance(values[name], kind):
                 raise BundleError(f"prompt.json: {name} is a {type(values[name]).__name__}; export it again")
-        if not all(isinstance(token, str) for token in values["tokens"].values()) or not values["image_token"]:
-            raise BundleError("prompt.json: a token is not text; export it again")
-        if any(len(token) > MAX_TOKEN_LENGTH for token in (values["image_token"], *values["tokens"].values())):
-            raise BundleError(f"prompt.json: a token has more than {MAX_TOKEN_LENGTH} characters; export it again")
+        tokens = [values["image_token"], *values["tokens"].values()]
+        if not all(isinstance(token, str) and token.strip() and len(token) <= MAX_TOKEN_LENGTH for token in tokens):
+            raise BundleError(
+                f"prompt.json: a token is empty, has more than {MAX_TOKEN_LENGTH} characters, or is not text; "
+                "export it again"
+            )
+        try:
+            for text in (values["chat_template"] or "", *tokens):
+                check_text(text)
+        except PromptError as error:
+            raise BundleError(f"prompt.json: {error}; export it again") from error
         return cls(**values)
 
     def render(self, messages: Sequence[Message], tokenizer: Tokenizer) -> str:
         """Write a conversation and the opening of the answer, with one image token per image.
 
-        A template is rendered as `apply_chat_template` of transformers renders it. What a message says is data: Jinja
-        in it is text, and so are special tokens, which come out as placeholders that `tokenizer.encode` turns into the
-        token ids of their text. A system message is put before the user's words where the template has no place for it.
+        A template is rendered as `apply_chat_template` of transformers renders it. Successive messages of one role
+        become one. A system message goes before the user's next words where the template has no place for it.
 
         Args:
             messages: the last one is the user's.
             tokenizer: the model's.
 
+        Returns:
+            Text for `encode`. What a message says is data: Jinja in it is text, and so are control tokens, in which
+            a mark takes the place of one character; see LiteralTokens.
+
         Raises:
-            PromptError: the template fails, or loses words or an image.
+            PromptError: the last message says nothing; or the template fails, takes too long, or loses words or an
+                image.
         """
-        messages = [_escaped(message, tokenizer) for message in _merged(messages)]
-        if self.chat_template is None:
-            return self._render_llava(_folded(messages))
-        form = self._form
-        if not form.has_system:
-            messages = _folded(messages)
-        return self._checked(messages, form.takes_parts)
+        if not messages or not (messages[-1].images or messages[-1].text.strip()):
+            raise PromptError("the prompt is empty; write what the model is to answer")
+        escape = self._literals(tokenizer).escape
+        messages = merged([message.with_text(escape) for message in messages])
+        return self._render_llava(messages) if self._chat is None else self._chat.render(messages)
+
+    def escape(self, text: str, tokenizer: Tokenizer) -> str:
+        """Somebody's words as they stand in the text of `render`."""
+        return self._literals(tokenizer).escape(text)
+
+    def encode_words(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        """Token ids of somebody's words alone, without a template around them; control tokens in them are text."""
+        literals = self._literals(tokenizer)
+        return literals.encode(literals.escape(text), add_special_tokens=True)
 
     def encode(self, tokenizer: Tokenizer, text: str, image_token_id: int) -> list[int]:
         """Turn rendered text into token ids, in which each image is exactly one `image_token_id`.
@@ -87,7 +106,7 @@ class PromptTemplate:
         """
         bos_token = self.tokens.get("bos_token")
         has_bos_token = bos_token is not None and text.startswith(bos_token)
-        ids = tokenizer.encode(text, add_special_tokens=not has_bos_token)
+        ids = self._literals(tokenizer).encode(text, add_special_tokens=not has_bos_token)
         num_images, num_ids = text.count(self.image_token), ids.count(image_token_id)
         if num_ids != num_images:
             raise PromptError(
@@ -96,131 +115,35 @@ class PromptTemplate:
             )
         return ids
 
+    def start(self) -> None:
+        """Start the process that renders, without waiting for it; otherwise the first conversation does."""
+        if self._chat is not None:
+            self._chat.start()
+
     def close(self) -> None:
         """Release the process that renders."""
-        if self.chat_template is not None:
-            self._renderer.close()
+        if self._chat is not None:
+            self._chat.close()
 
     @cached_property
-    def _renderer(self) -> TemplateRenderer:
-        return TemplateRenderer(self.chat_template or "")
+    def _chat(self) -> ChatTemplate | None:
+        return None if self.chat_template is None else ChatTemplate(self.chat_template, self.tokens, self.image_token)
 
     @cached_property
-    def _form(self) -> _Form:
-        """What the template takes, found by trying."""
-        takes_parts = self._takes_parts()
-        probe = [Message("system", ["Be brief-spoken."]), Message("user", [_PROBE])]
-        try:
-            self._checked(probe, takes_parts)
-        except PromptError:
-            return _Form(takes_parts, has_system=False)
-        return _Form(takes_parts, has_system=True)
+    def _tokens(self) -> frozenset[str]:
+        return frozenset({self.image_token, *self.tokens.values()})
 
-    def _takes_parts(self) -> bool:
-        """Whether content is given as parts, or else as text, as some Vicuna templates want it."""
-        problems = []
-        for takes_parts in (True, False):
-            try:
-                self._checked([Message("user", [ImagePart(b""), _PROBE])], takes_parts)
-            except PromptError as error:
-                problems.append(error)
-            else:
-                return takes_parts
-        raise problems[0]
-
-    def _checked(self, messages: Sequence[Message], takes_parts: bool) -> str:
-        text = self._renderer.render(
-            {
-                "messages": [
-                    {"role": message.role, "content": self._content(message, takes_parts)} for message in messages
-                ],
-                "tools": None,
-                "documents": None,
-                "add_generation_prompt": True,
-                **self.tokens,
-            }
-        )
-        num_images, num_rendered = sum(len(message.images) for message in messages), text.count(self.image_token)
-        words = [part.strip() for message in messages for part in message.parts if isinstance(part, str)]
-        if num_rendered != num_images or any(part not in text for part in words):
-            raise PromptError(
-                f"{self._renderer.name} loses words or an image: {num_images} images became {num_rendered} "
-                f"{self.image_token} in {text[:500]!r}; use the chat template of a vision-language model"
-            )
-        return text
-
-    def _content(self, message: Message, takes_parts: bool) -> list[dict[str, str]] | str:
-        """The content of a message, as parts or as text."""
-        if not takes_parts:
-            return self._as_text(message)
-        if message.keeps_places:
-            return [{"type": "text", "text": self._as_text(message)}]
-        return [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in message.parts
-        ]
-
-    def _as_text(self, message: Message) -> str:
-        """Words and image tokens in a row; images that have no place of their own come first, a line for each."""
-        if message.keeps_places:
-            return "".join(part if isinstance(part, str) else self.image_token for part in message.parts)
-        return f"{self.image_token}\n" * len(message.images) + message.text
+    def _literals(self, tokenizer: Tokenizer) -> LiteralTokens:
+        return tokenizer.literal_tokens("" if self._chat is None else self._chat.form.written, self._tokens)
 
     def _render_llava(self, messages: Sequence[Message]) -> str:
         """The form of LLaVA-1.5, in which the eos token ends an answer."""
         text = ""
-        for message in messages:
-            if message.role == "user":
-                text += f"USER: {self._as_text(message)} ASSISTANT:"
+        for message in folded(messages, keeps_first=True):
+            if message.role == "system":
+                text += f"{message.text} "
+            elif message.role == "user":
+                text += f"USER: {as_text(message, self.image_token)} ASSISTANT:"
             else:
                 text += f" {message.text}{self.tokens.get('eos_token', '')}"
         return text
-
-
-@dataclass(frozen=True)
-class _Form:
-    """What a chat template takes.
-
-    Attributes:
-        takes_parts: content as a list of parts, or else as text.
-        has_system: messages of the system.
-    """
-
-    takes_parts: bool
-    has_system: bool
-
-
-def _escaped(message: Message, tokenizer: Tokenizer) -> Message:
-    parts = [tokenizer.escape(part) if isinstance(part, str) else part for part in message.parts]
-    return Message(message.role, parts, message.keeps_places)
-
-
-def _merged(messages: Sequence[Message]) -> list[Message]:
-    """Successive messages of one role as one: templates want roles to alternate."""
-    merged: list[Message] = []
-    for message in messages:
-        if merged and merged[-1].role == message.role:
-            last = merged.pop()
-            parts = [*last.parts, "\n", *message.parts]
-            message = Message(message.role, parts, last.keeps_places or message.keeps_places)
-        merged.append(message)
-    return merged
-
-
-def _folded(messages: Sequence[Message]) -> list[Message]:
-    """System messages put before the words of the user's next message."""
-    folded: list[Message] = []
-    system: list[str] = []
-    for message in messages:
-        if message.role == "system":
-            system.append(message.text)
-            continue
-        if message.role == "user" and system:
-            words = "\n".join(system) + "\n"
-            system = []
-            first = next((place for place, part in enumerate(message.parts) if isinstance(part, str)), None)
-            parts = list(message.parts)
-            # After images that come first, so that the text begins where the model expects it.
-            parts.insert(len(parts) if first is None else 0 if message.keeps_places else first, words)
-            message = Message("user", parts, message.keeps_places)
-        folded.append(message)
-    return _merged(folded)

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TileLayout:
-    """How a picture lies on its tiles.
+    """How an image lies on its tiles.
 
-    Tile 0 is the base tile, the whole picture. The others follow in raster order; together they show the
-    picture once more, larger, with padding on two opposite sides where its shape is not that of the tile grid.
+    Tile 0 is the base tile, the whole image. The others follow in raster order; together they show the
+    image once more, larger, with padding on two opposite sides where its shape is not that of the tile grid.
 
     Attributes:
         tile_rows: rows of the tile grid, which does not count the base tile.
         tile_cols: columns of the tile grid.
-        image_size: (height, width) of the original picture in pixels.
+        image_size: (height, width) of the original image in pixels.
     """
 
     tile_rows: int
@@ -52,13 +52,13 @@ class TileLayout:
 
     @property
     def num_tiles(self) -> int:
-        """Tiles of the picture, the base tile included."""
+        """Tiles of the image, the base tile included."""
         return 1 + self.tile_rows * self.tile_cols
 
     def patch_rows(self, grid: tuple[int, int]) -> slice:
         """Give the rows of patches of the whole tile grid that the model keeps when it unpads.
 
-        The slice is empty where the picture is so wide that it is less than one row of patches high.
+        The slice is empty where the image is so wide that it is less than one row of patches high.
 
         Args:
             grid: rows and columns of patches in one tile.
@@ -70,18 +70,18 @@ class TileLayout:
         return self._unpadded(grid)[1]
 
     def patch_mask(self, grid: tuple[int, int]) -> NDArray[np.bool_]:
-        """Tell the patches of the picture from those of the padding.
+        """Tell the patches of the image from those of the padding.
 
         Args:
             grid: rows and columns of patches in one tile.
 
         Returns:
-            [num_tiles, patches] bool, True for a patch of the picture; the base tile has no padding.
+            [num_tiles, patches] bool, True for a patch of the image; the base tile has no padding.
         """
         rows, cols = grid
-        picture = np.zeros((self.tile_rows * rows, self.tile_cols * cols), np.bool_)
-        picture[self._unpadded(grid)] = True
-        tiles = picture.reshape(self.tile_rows, rows, self.tile_cols, cols).swapaxes(1, 2)
+        image = np.zeros((self.tile_rows * rows, self.tile_cols * cols), np.bool_)
+        image[self._unpadded(grid)] = True
+        tiles = image.reshape(self.tile_rows, rows, self.tile_cols, cols).swapaxes(1, 2)
         return np.concatenate([np.ones((1, rows * cols), np.bool_), tiles.reshape(-1, rows * cols)])
 
     def _unpadded(self, grid: tuple[int, int]) -> tuple[slice, slice]:

@@ -1,4 +1,4 @@
-"""How a LLaVA-NeXT picture becomes tiles: the whole picture made square, then the tiles of a grid."""
+"""How a LLaVA-NeXT image becomes tiles: the whole image made square, then the tiles of a grid."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ DEFAULT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008
 
 @dataclass(frozen=True)
 class Tiler:
-    """What transformers' LlavaNextImageProcessor (PIL backend) does to a picture.
+    """What transformers' LlavaNextImageProcessor (PIL backend) does to an image.
 
     Args:
         image_processor: what is done to each tile; its `size` is also that of the base tile before the crop.
-        pinpoints: the (height, width) in pixels among which the larger view of a picture may choose.
+        pinpoints: the (height, width) in pixels among which the larger view of an image may choose.
         tile_size: side of a tile in pixels.
-        max_tiles: a picture that needs more tiles than this, the base tile included, is refused.
+        max_tiles: an image that needs more tiles than this, the base tile included, is refused.
 
     Raises:
         CheckpointError: the pinpoints are not multiples of the tile size, or tiles would come out in another size.
@@ -100,7 +100,7 @@ class Tiler:
         return cls(processor, pinpoints, processor.crop_size[0], max_tiles)
 
     def layout(self, image_size: tuple[int, int]) -> TileLayout:
-        """Tell how a picture of this (height, width) in pixels will lie on its tiles.
+        """Tell how an image of this (height, width) in pixels will lie on its tiles.
 
         Raises:
             ImageError: it needs more than `max_tiles`.
@@ -115,13 +115,13 @@ class Tiler:
         return layout
 
     def __call__(self, image: Image.Image) -> PreparedImage:
-        """Turn a picture into the vision graph's input.
+        """Turn an image into the vision graph's input.
 
         Args:
             image: as `load_image` gives it.
 
         Raises:
-            ImageError: the picture needs too many tiles, or is so long and thin that resizing it would blow it up
+            ImageError: the image needs too many tiles, or is so long and thin that resizing it would blow it up
                 beyond `MAX_IMAGE_PIXELS`.
         """
         layout = self.layout((image.height, image.width))
@@ -132,7 +132,7 @@ class Tiler:
         return PreparedImage(self.image_processor([base, *tiles]), layout)
 
     def frames(self, image: Image.Image) -> tuple[Image.Image, Image.Image]:
-        """Give the picture as the base tile shows it, and as the tile grid does, padding included.
+        """Give the image as the base tile shows it, and as the tile grid does, padding included.
 
         Raises:
             ImageError: see `__call__`.
@@ -170,7 +170,7 @@ class Tiler:
 
 
 def _fitted_size(image_size: tuple[int, int], pinpoint: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of the picture when it fills the pinpoint in one direction, rounded up in the other."""
+    """(height, width) of the image when it fills the pinpoint in one direction, rounded up in the other."""
     (image_height, image_width), (height, width) = image_size, pinpoint
     scale_across, scale_down = width / image_width, height / image_height
     if scale_across < scale_down:

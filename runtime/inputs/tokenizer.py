@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hivtp.engines.files import MAX_JSON_BYTES, read_regular
+from hivtp.runtime.inputs.literal_tokens import LiteralTokens
+from hivtp.runtime.inputs.tokenizer_library import decode_ids, encode_text, parse_tokenizer
 from hivtp_ops.errors import BundleError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     import tokenizers
 
@@ -30,56 +31,61 @@ class Tokenizer:
     """The tokenizer of a language model.
 
     Args:
-        backend: a tokenizer of the Hugging Face tokenizers library. Its padding and truncation are switched
-            off, as transformers does: neither belongs to a prompt.
+        backend: see `parse_tokenizer`.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        backend.no_padding()
-        backend.no_truncation()
         self._backend = backend
         added = backend.get_added_tokens_decoder().values()
         self._special_tokens = {token.content for token in added if token.special}
+        # Not whitespace, which a template writes as part of its text.
+        self._other_tokens = {token.content for token in added if token.content.strip()} - self._special_tokens
         self._is_token_wise = _is_token_wise(backend.decoder)
-        self._literals = LiteralTokens(backend, self._special_tokens)
+        self._literals: dict[tuple[str, frozenset[str]], LiteralTokens] = {}
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
         """Read `tokenizer.json` from a folder, in a bundle the one named processor/.
 
         Raises:
-            BundleError: the file is missing, or it is no tokenizer.
+            BundleError: the file is missing, or is not a tokenizer.
         """
-        import tokenizers
-
         path = Path(folder) / TOKENIZER_FILE
-        if not path.is_file():
-            raise BundleError(f"{path} is missing; export the bundle again")
-        with _failures(f"{path} cannot be read as a tokenizer"):
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        try:
+            content = read_regular(path, MAX_JSON_BYTES).decode()
+            return cls(parse_tokenizer(content))
+        except FileNotFoundError as error:
+            raise BundleError(f"{path} is missing; export the bundle again") from error
+        except (OSError, ValueError, BundleError) as error:
+            raise BundleError(f"{path} cannot be used: {error}; copy or export the bundle again") from error
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Turn text into token ids.
 
         Args:
-            text: any text that UTF-8 can encode.
+            text: any text that UTF-8 can encode; special tokens in it become their ids.
             add_special_tokens: whether to add what the tokenizer puts around a text, such as `<s>` before it.
 
         Raises:
             BundleError: the tokenizer is damaged in a way that this text shows.
         """
-        with _failures("the tokenizer cannot encode this text"):
-            if self._literals.are_in(text):
-                return self._literals.encode(text, add_special_tokens)
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-            return ids
+        return encode_text(self._backend, text, add_special_tokens)
 
-    def escape(self, text: str) -> str:
-        """Text in which every special token is a placeholder, which `encode` turns into the ids of its letters.
+    def literal_tokens(self, written: str, tokens: frozenset[str]) -> LiteralTokens:
+        """Encode text in which somebody's words must not become control tokens.
 
-        The letters of a special token are words like any other where a user wrote them.
+        Control tokens are the special tokens, and those that a template uses like them: some checkpoints do not flag
+        `<|im_start|>` as special.
+
+        Args:
+            written: what the template writes; an added token in it is a control token.
+            tokens: further control tokens.
         """
-        return self._literals.escape(text)
+        key = (written, tokens)
+        if key not in self._literals:
+            others = {token for token in self._other_tokens if token in written}
+            self._literals[key] = LiteralTokens(self._backend, self._special_tokens | others | tokens)
+        return self._literals[key]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Turn token ids into text; special tokens and ids without a token are skipped.
@@ -87,9 +93,7 @@ class Tokenizer:
         The text is what transformers gives with `skip_special_tokens=True` and
         `clean_up_tokenization_spaces=False`.
         """
-        with _failures("the tokenizer cannot decode these tokens"):
-            text: str = self._backend.decode(list(ids), skip_special_tokens=True)
-            return text
+        return decode_ids(self._backend, list(ids))
 
     def token(self, token_id: int) -> str | None:
         """How the vocabulary spells a token; None where there is none of that id."""
@@ -104,86 +108,6 @@ class Tokenizer:
         """Return the token of an id, or None where decoding skips it."""
         token: str | None = self._backend.id_to_token(token_id)
         return None if token in self._special_tokens else token
-
-
-@contextlib.contextmanager
-def _failures(what: str) -> Iterator[None]:
-    """Turn what the library raises into an error that says what to do.
-
-    Raises:
-        BundleError: the library failed in the block.
-    """
-    try:
-        yield
-    except BaseException as error:
-        # The library is written in Rust, whose panics are no Exception in Python.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise BundleError(f"{what} ({error}); tokenizer.json is damaged: export the bundle again") from error
-
-
-class LiteralTokens:
-    """Special tokens that stand in somebody's text, where they mean their letters and nothing else.
-
-    A placeholder takes their place until the text around them is token ids. It is encoded as a token of its own, so
-    all that surrounds it is encoded as it would be beside a special token.
-
-    Args:
-        backend: a tokenizer of the Hugging Face tokenizers library.
-        special_tokens: its special tokens.
-    """
-
-    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Iterable[str]) -> None:
-        self._backend = backend
-        # The longest first, so that of two that begin alike the whole one is found.
-        tokens = sorted(special_tokens, key=len, reverse=True)
-        # Of a private area of Unicode: whoever writes one of these gets the letters of a special token, and no more.
-        self._placeholders = {token: f"\ue000{index}\ue001" for index, token in enumerate(tokens)}
-        self._pattern = re.compile("|".join(map(re.escape, tokens))) if tokens else None
-
-    def escape(self, text: str) -> str:
-        """Text with placeholders for its special tokens."""
-        if self._pattern is None:
-            return text
-        return self._pattern.sub(lambda match: self._placeholders[match[0]], text)
-
-    def are_in(self, text: str) -> bool:
-        """Whether a text may hold placeholders."""
-        return "\ue000" in text
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text with placeholders."""
-        ids: list[int] = self._with_placeholders.encode(text, add_special_tokens=add_special_tokens).ids
-        return [piece for token_id in ids for piece in self._letters.get(token_id, [token_id])]
-
-    @cached_property
-    def _with_placeholders(self) -> tokenizers.Tokenizer:
-        return _with_tokens(self._backend.to_str(), self._placeholders.values())
-
-    @cached_property
-    def _letters(self) -> dict[int, list[int]]:
-        """By the id of a placeholder the ids of the letters that it stands for."""
-        spec = json.loads(self._backend.to_str())
-        spec["added_tokens"] = []
-        # Behind a placeholder, since the start of a text may be encoded in a way of its own.
-        [first, *_] = self._placeholders.values()
-        plain = _with_tokens(json.dumps(spec), [first])
-        letters = {}
-        for token, placeholder in self._placeholders.items():
-            token_id = self._with_placeholders.token_to_id(placeholder)
-            assert token_id is not None, "the placeholders were added"
-            _, *letters[token_id] = plain.encode(f"{first}{token}", add_special_tokens=False).ids
-        return letters
-
-
-def _with_tokens(spec: str, tokens: Iterable[str]) -> tokenizers.Tokenizer:
-    import tokenizers
-
-    backend = tokenizers.Tokenizer.from_str(spec)
-    backend.no_padding()
-    backend.no_truncation()
-    backend.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False) for token in tokens])
-    return backend
 
 
 class TextStream:

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from hivtp.runtime.serving.http.asgi import App, Call, Receive, Scope, Send
 
 # The page at `/` is `index.html` of this folder; what it needs beside it is served below /playground/. It is allowed
-# what stands here: its own scripts and styles, and images that it was given.
+# what stands here: its own scripts and styles, and images that it was given. Nothing in it may read text as HTML.
 PLAYGROUND = Path(__file__).with_name("playground")
 PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 
 

@@ -8,7 +8,7 @@ import logging
 import re
 from typing import TYPE_CHECKING, Any
 
-from hivtp.runtime.serving.extension import extension
+from hivtp.runtime.serving.extension import counts, extension, has_images, kept
 from hivtp.runtime.serving.flow.job import Finished, NewToken
 from hivtp.runtime.serving.http.asgi import ClientGoneError
 from hivtp.runtime.serving.protocol.errors import ApiError, api_error
@@ -18,9 +18,10 @@ from hivtp.runtime.serving.telemetry.logs import log, where
 from hivtp.runtime.serving.tracing import Tracing
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from hivtp.runtime.answer import Answer
+    from hivtp.runtime.model import Model
     from hivtp.runtime.serving.flow.exchange import Exchange
     from hivtp.runtime.serving.flow.job import Event
     from hivtp.runtime.serving.flow.service import Service
@@ -90,9 +91,10 @@ class ChatEndpoint:
         async for item in events:
             if isinstance(item, Finished):
                 call.notes["finish"] = item.answer.finish_reason
-                told = await self._told(exchange, item)
-                # Log probabilities of a long answer are megabytes.
-                body = await self._service.stages.in_text_thread(_whole, reply, item.answer, exchange, told)
+                # Log probabilities of a long answer are megabytes, and there may be many tiles to tell of.
+                body = await self._service.stages.in_text_thread(
+                    _whole, reply, item.answer, exchange, self._service.model
+                )
                 await call.send_bytes(body, 200, {"content-type": "application/json", **_headers(exchange)})
 
     async def _stream(self, call: Call, exchange: Exchange, reply: Reply, events: AsyncIterator[Event | None]) -> None:
@@ -107,7 +109,9 @@ class ChatEndpoint:
                     if item is not None and not has_token:
                         await call.send_part(reply.first_chunk(exchange.usage))
                         has_token = True
-                    if part := await self._part(call, exchange, reply, item):
+                        if has_images(exchange):
+                            await call.send_part(await self._kept(exchange, reply))
+                    if part := self._part(call, exchange, reply, item):
                         await call.send_part(part)
         except Exception as error:
             if not has_started:
@@ -120,7 +124,7 @@ class ChatEndpoint:
             await call.send_part(DONE)
             await call.finish()
 
-    async def _part(self, call: Call, exchange: Exchange, reply: Reply, item: Event | None) -> bytes:
+    def _part(self, call: Call, exchange: Exchange, reply: Reply, item: Event | None) -> bytes:
         """What is sent for an event."""
         match item:
             case None:
@@ -130,14 +134,14 @@ class ChatEndpoint:
             case Finished(answer, text):
                 call.notes["finish"] = answer.finish_reason
                 rest = reply.text_chunk(text, (), exchange.usage) if text else b""
-                return rest + reply.last_chunks(answer, exchange.usage, await self._told(exchange, item))
+                told = counts(exchange, answer) if _is_told(exchange) else None
+                return rest + reply.last_chunks(answer, exchange.usage, told)
         return b""
 
-    async def _told(self, exchange: Exchange, finished: Finished) -> dict[str, Any] | None:
-        """What the answer has beyond OpenAI's fields; with many tiles it takes a while to tell."""
-        if exchange.work is None or exchange.work.chat.includes is None:
-            return None
-        return await self._service.stages.in_text_thread(extension, self._service.model, exchange, finished.answer)
+    async def _kept(self, exchange: Exchange, reply: Reply) -> bytes:
+        """Where pruning kept what; with many tiles it takes a while to tell."""
+        told = await self._service.stages.in_text_thread(kept, self._service.model, exchange)
+        return reply.extension_chunk(exchange.usage, told)
 
     def _noted(self, call: Call, error: Exception) -> ApiError | None:
         """The error as its client is told, counted and logged; None where nobody is there to be told."""
@@ -201,8 +205,14 @@ async def _last_words(call: Call, part: bytes) -> None:
         raise ClientGoneError from error
 
 
-def _whole(reply: Reply, answer: Answer, exchange: Exchange, told: Mapping[str, Any] | None) -> bytes:
+def _whole(reply: Reply, answer: Answer, exchange: Exchange, model: Model) -> bytes:
+    told = extension(model, exchange, answer) if _is_told(exchange) else None
     return to_json(reply.body(answer, exchange.usage, told))
+
+
+def _is_told(exchange: Exchange) -> bool:
+    """Whether the answer has what is beyond OpenAI's fields."""
+    return exchange.work is not None and exchange.work.chat.includes is not None
 
 
 def _headers(exchange: Exchange) -> dict[str, str]:

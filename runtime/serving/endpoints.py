@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from hivtp.runtime.inputs.messages import ImagePart, Message
+from hivtp.runtime.serving.card import card
 from hivtp.runtime.serving.flow.stages import folded, read_images
 from hivtp.runtime.serving.images.decode import read_size
 from hivtp.runtime.serving.protocol.chat_request import check_model
@@ -55,13 +56,15 @@ class Endpoints:
 
     async def models(self, call: Call) -> None:
         """The model, once for each of its names."""
-        await call.send_json({"object": "list", "data": [self._card(name) for name in self._service.names]})
+        await call.send_json(
+            {"object": "list", "data": [card(self._service, name, self._created) for name in self._service.names]}
+        )
 
     async def model(self, call: Call) -> None:
         """The model of a name."""
         name = call.scope["path_params"]["name"]
         check_model(name, self._service.names)
-        await call.send_json(self._card(name))
+        await call.send_json(card(self._service, name, self._created))
 
     async def completions(self, call: Call) -> None:  # noqa: ARG002  nothing of it is read
         """The endpoint of models without chats."""
@@ -85,7 +88,7 @@ class Endpoints:
         fields = parse_object(body)
         check_model(fields.text("model"), service.names)
         if (prompt := fields.text("prompt")) is not None:
-            token_ids = model.tokenizer.encode(model.tokenizer.escape(prompt))
+            token_ids = model.template.encode_words(prompt, model.tokenizer)
             return {"count": len(token_ids), "max_model_len": service.engine.max_positions, "tokens": token_ids}
         messages = parse_messages(fields.list("messages"), settings.max_images)
         references = [image for message in messages for image in message.images]
@@ -114,29 +117,4 @@ class Endpoints:
             "image_tokens": [count.num_tokens for count in counts],
             "max_model_len": service.engine.max_positions,
             "tokens": token_ids,
-        }
-
-    def _card(self, name: str) -> dict[str, Any]:
-        service, manifest = self._service, self._service.model.bundle.manifest
-        language = service.model.manifest
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "hivtp",
-            "root": service.names[0],
-            "parent": None,
-            "max_model_len": service.engine.max_positions,
-            "max_tokens": service.max_tokens,
-            "capabilities": {"vision": True, "streaming": True, "tools": False},
-            "sampling_defaults": {
-                "temperature": language.sampling.temperature,
-                "top_p": language.sampling.top_p,
-                "top_k": language.sampling.top_k,
-                "repetition_penalty": language.sampling.repetition_penalty,
-            },
-            "visual_tokens_per_tile": {
-                "before": manifest.vision.num_image_tokens,
-                "kept": manifest.vision.num_prefix_tokens + manifest.vision.capacity,
-            },
         }

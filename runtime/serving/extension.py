@@ -17,26 +17,27 @@ if TYPE_CHECKING:
 
 
 def extension(model: Model, exchange: Exchange, answer: Answer) -> dict[str, Any]:
-    """The field `hivtp` of an answer to a request that has it.
+    """The field `hivtp` of a whole answer to a request that has it: `counts`, and `kept` where it is asked for."""
+    found = counts(exchange, answer)
+    return {**found, **kept(model, exchange)} if has_images(exchange) else found
+
+
+def has_images(exchange: Exchange) -> bool:
+    """Whether the request asks where pruning kept what."""
+    return exchange.work is not None and bool(exchange.work.chat.includes)
+
+
+def counts(exchange: Exchange, answer: Answer) -> dict[str, Any]:
+    """What the last chunk of a stream says.
 
     `image_tokens` and `kept_tokens` count visual tokens before and after pruning; `timings` are in milliseconds.
-    With "kept_indices" in `include`, `images` has for each image of the conversation:
-
-    * `width`, `height` of the upright image in pixels, `grid` [rows, cols] of patches in a tile, and both counts.
-    * `views`: how tiles show the image. Each has `tile_rows` and `tile_cols`, and `region` [left, top, right, bottom],
-      what its tiles together show, in pixels of the image; padding lies outside of the image.
-    * `tiles` of a view, in raster order: `kept_indices`, raster indices of patches in the tile, ascending; and
-      `is_global`, for each whether the global stage kept it, null where nothing is pruned. With "importance" in
-      `include` also `importance`, the score of every patch; null stands for padding.
     """
-    work, job = exchange.work, exchange.job
-    assert work is not None, "an answer comes of what was read"
+    job = exchange.job
     assert job is not None, "an answer comes of a job"
-    includes = work.chat.includes or frozenset()
     usage, timings = exchange.usage, answer.timings
     first, begun = job.first_token_at or 0.0, job.begun_at or 0.0
     decode_ms = timings.decode_ms_per_token
-    found: dict[str, Any] = {
+    return {
         "image_tokens": usage.num_image_tokens,
         "kept_tokens": usage.num_kept_tokens,
         "timings": {
@@ -48,12 +49,26 @@ def extension(model: Model, exchange: Exchange, answer: Answer) -> dict[str, Any
             "decode_ms_per_token": None if decode_ms is None else round(decode_ms, 3),
         },
     }
-    if includes:
-        found["images"] = [
-            _image(model, image, size, has_scores="importance" in includes)
-            for image, size in zip(job.prompt.images, work.sizes, strict=True)
-        ]
-    return found
+
+
+def kept(model: Model, exchange: Exchange) -> dict[str, Any]:
+    """What the chunk after a stream's first token says: it is known before the answer, which may be long, or stopped.
+
+    `images` has for each image of the conversation:
+
+    * `width`, `height` of the upright image in pixels, `grid` [rows, cols] of patches in a tile, and both counts.
+    * `views`: how tiles show the image. Each has `tile_rows` and `tile_cols`, and `region` [left, top, right, bottom],
+      what its tiles together show, in pixels of the image; padding lies outside of the image.
+    * `tiles` of a view, in raster order: `kept_indices`, raster indices of patches in the tile, ascending; and
+      `is_global`, for each whether the global stage kept it, null where nothing is pruned. With "importance" in
+      `include` also `importance`, the score of every patch; null stands for padding.
+    """
+    work, job = exchange.work, exchange.job
+    assert work is not None, "an answer comes of what was read"
+    assert job is not None, "an answer comes of a job"
+    has_scores = "importance" in (work.chat.includes or ())
+    images = zip(job.prompt.images, work.sizes, strict=True)
+    return {"images": [_image(model, image, size, has_scores=has_scores) for image, size in images]}
 
 
 def _image(model: Model, image: EncodedImage, size: tuple[int, int], *, has_scores: bool) -> dict[str, Any]:

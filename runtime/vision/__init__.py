@@ -34,20 +34,23 @@ def create_image_encoder(bundle: Bundle, engine: Engine, options: VisionOptions)
         options: bounds of tiles and of the cache.
 
     Raises:
-        BundleError: the image preprocessing is damaged or not supported.
+        BundleError: the image preprocessing is damaged or not supported, or the graph is not the manifest's.
     """
     manifest = bundle.manifest
     stage = VisionStage(engine, manifest.vision, options.max_tiles_per_run)
+    if stage.is_pruned != (manifest.pruning is not None):
+        found = "prunes" if stage.is_pruned else "does not prune"
+        raise BundleError(f"the vision graph of {bundle.folder} {found}, unlike its manifest says; export it again")
     encoder: ImageEncoder
     try:
         if manifest.tiling is None:
             processor = ImageProcessor.from_config(bundle.read_json("image_processor.json"))
-            _check_size(processor.output_size, manifest.vision.image_size)
+            _check_size(processor, manifest.vision.image_size)
             has_exact_count = manifest.pruning is not None and manifest.pruning.keep is not None
             encoder = SingleTileEncoder(processor, stage, has_exact_count=has_exact_count)
         else:
             encoder = _open_tiled(bundle, manifest.tiling, stage, options.max_tiles)
-    except (CheckpointError, OSError, ValueError) as error:
+    except (CheckpointError, ValueError) as error:
         raise BundleError(
             f"the image preprocessing of {bundle.folder} is damaged or not supported: {error}; export it again"
         ) from error
@@ -55,16 +58,18 @@ def create_image_encoder(bundle: Bundle, engine: Engine, options: VisionOptions)
 
 
 def _open_tiled(bundle: Bundle, tiling: TilingManifest, stage: VisionStage, max_tiles: int) -> TiledEncoder:
+    vision = bundle.manifest.vision
+    if vision.num_prefix_tokens:
+        raise ValueError("its vision graph gives prefix tokens, which tiles have not")
     tiler = Tiler.from_config(bundle.read_json("image_processor.json"), max_tiles=max_tiles)
-    _check_size((tiler.tile_size, tiler.tile_size), bundle.manifest.vision.image_size)
+    _check_size(tiler.image_processor, vision.image_size)
     if tiler.pinpoints != tiling.pinpoints:
-        raise ValueError("its pinpoints are not the manifest's")
-    newline = map_array(bundle.folder / tiling.newline_file, (bundle.manifest.vision.hidden_size,))
+        raise ValueError(f"its pinpoints are {tiler.pinpoints}, the manifest's {tiling.pinpoints}")
+    newline = map_array(bundle.folder / tiling.newline_file, (vision.hidden_size,))
     return TiledEncoder(tiler, stage, bundle.manifest.pruning, tiling, np.array(newline, np.float32))
 
 
-def _check_size(found: tuple[int, int], expected: int) -> None:
-    if found != (expected, expected):
-        raise ValueError(
-            f"it makes tiles of {found[0]} x {found[1]} pixels, and the graph takes {expected} x {expected}"
-        )
+def _check_size(processor: ImageProcessor, side: int) -> None:
+    if processor.output_size != (side, side):
+        height, width = processor.output_size
+        raise ValueError(f"it makes images of {height} x {width} pixels, and the vision graph takes {side} x {side}")

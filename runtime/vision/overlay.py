@@ -1,4 +1,4 @@
-"""A picture of what pruning kept: kept patches clear and outlined, dropped ones dark and grey."""
+"""A drawing of what pruning kept: kept patches clear and outlined, dropped ones dark and grey."""
 
 from __future__ import annotations
 
@@ -55,30 +55,30 @@ def draw_overlay(
         is_global: [num] bool, which of them the global stage kept; given, each stage has its colour.
 
     Returns:
-        An RGB image: the picture, its shorter side at least 672 pixels, above a legend.
+        RGB: the image, its shorter side at least 672 pixels, above a legend.
 
     Raises:
         ImageError: if an index lies outside of the grid, or a shape or dtype is not as above.
     """
     stages = _stages(grid, np.asarray(kept_indices), is_global)
-    picture, patch_width, patch_height = _enlarge(frame, grid)
+    image, patch_width, patch_height = _enlarge(frame, grid)
 
     is_kept = np.zeros(grid, np.uint8)
     for stage in stages:
         is_kept.flat[stage.indices] = 255
-    dropped = ImageOps.grayscale(picture).point(lambda level: level * DROPPED_BRIGHTNESS).convert("RGB")
-    mask = Image.fromarray(is_kept).resize(picture.size, Image.Resampling.NEAREST)
-    picture = Image.composite(picture, dropped, mask)
+    dropped = ImageOps.grayscale(image).point(lambda level: level * DROPPED_BRIGHTNESS).convert("RGB")
+    mask = Image.fromarray(is_kept).resize(image.size, Image.Resampling.NEAREST)
+    image = Image.composite(image, dropped, mask)
 
-    draw = ImageDraw.Draw(picture)
+    draw = ImageDraw.Draw(image)
     for stage in stages:
         for index in stage.indices.tolist():
             row, col = divmod(index, grid[1])
             left, top = col * patch_width, row * patch_height
             draw.rectangle((left, top, left + patch_width - 1, top + patch_height - 1), outline=stage.colour)
 
-    overlay = Image.new("RGB", (picture.width, picture.height + LEGEND_HEIGHT_PIXELS), BACKGROUND)
-    overlay.paste(picture)
+    overlay = Image.new("RGB", (image.width, image.height + LEGEND_HEIGHT_PIXELS), BACKGROUND)
+    overlay.paste(image)
     _draw_legend(overlay, stages, num_patches=is_kept.size)
     return overlay
 
@@ -86,10 +86,10 @@ def draw_overlay(
 def draw_tiles(
     frames: Sequence[TileFrame], tiles: Sequence[KeptPatches], grid: tuple[int, int], spec: PruningSpec | None
 ) -> Image.Image:
-    """Draw every frame of a picture with what its tiles kept, side by side.
+    """Draw every frame of an image with what its tiles kept, side by side.
 
     Args:
-        frames: the picture as the model saw it, once for each way in which it was tiled.
+        frames: the image as the model saw it, once for each way in which it was tiled.
         tiles: what each tile kept, in order.
         grid: rows and columns of patches in one tile.
         spec: what the tiles were pruned by, which tells the stages apart; None draws them alike.

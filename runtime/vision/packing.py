@@ -1,4 +1,4 @@
-"""From the tiles of a LLaVA-NeXT picture to its tokens: order, newlines, and one budget over all tiles."""
+"""From the tiles of a LLaVA-NeXT image to its tokens: order, newlines, and one budget over all tiles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from hivtp.runtime.vision.stage import EncodedTile, KeptPatches
 from hivtp_ops import select
-from hivtp_ops.errors import BundleError, ScoreError, SpecError
+from hivtp_ops.errors import BundleError, EngineError, ScoreError, SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,27 +43,27 @@ def pack_tiles(
     newline: NDArray[np.float32],
     rule: NewlineRule,
 ) -> NDArray[np.float32]:
-    """Put the kept tokens of a picture's tiles into the order in which the unpruned model has them.
+    """Put the kept tokens of an image's tiles into the order in which the unpruned model has them.
 
     First those of the base tile in raster order, then those of the tile grid in raster order of the whole
-    unpadded picture, row by row across the tiles. With every patch of the picture kept, "all" gives what
-    transformers' `LlavaNextModel.pack_image_features` gives; so does "kept-rows", unless the picture is so tall
+    unpadded image, row by row across the tiles. With every patch of the image kept, "all" gives what
+    transformers' `LlavaNextModel.pack_image_features` gives; so does "kept-rows", unless the image is so tall
     and thin that unpadding leaves none of its columns, where transformers still has a newline for every row.
 
     Args:
-        layout: how the picture lies on the tiles.
+        layout: how the image lies on the tiles.
         grid: rows and columns of patches in one tile.
         tiles: one for each tile, the base tile first; no patch of the padding is kept.
         newline: [hidden] float32, the model's `image_newline`.
-        rule: which rows of the unpadded picture a newline follows: those that kept a token, all, or none.
+        rule: which rows of the unpadded image a newline follows: those that kept a token, all, or none.
 
     Returns:
         [num_tokens, hidden] float32.
     """
     assert len(tiles) == layout.num_tiles, "one encoded tile for each tile of the layout"
-    for tile, is_picture in zip(tiles, layout.patch_mask(grid), strict=True):
+    for tile, is_image in zip(tiles, layout.patch_mask(grid), strict=True):
         assert len(tile.embeds) == len(tile.patches.kept_indices), "LLaVA-NeXT has no prefix tokens"
-        assert is_picture[tile.patches.kept_indices].all(), "a patch of the padding was kept"
+        assert is_image[tile.patches.kept_indices].all(), "a patch of the padding was kept"
     base, *rest = tiles
 
     rows, cols = [], []
@@ -74,13 +74,13 @@ def pack_tiles(
         cols.append(tile_col * grid[1] + col)
     newline_rows = _newline_rows(layout, grid, np.concatenate(rows), rule)
     rows.append(newline_rows)
-    # Beyond the last column, so that sorting puts the newline behind its row.
+    # Beyond the last column, so that sorting puts the newline after its row.
     cols.append(np.full(len(newline_rows), layout.tile_cols * grid[1]))
 
     newlines = np.broadcast_to(newline, (len(newline_rows), len(newline)))
-    picture = np.concatenate([*(tile.embeds for tile in rest), newlines])
+    image = np.concatenate([*(tile.embeds for tile in rest), newlines])
     order = np.lexsort((np.concatenate(cols), np.concatenate(rows)))
-    return np.concatenate([base.embeds, picture[order]])
+    return np.concatenate([base.embeds, image[order]])
 
 
 def _newline_rows(
@@ -99,7 +99,7 @@ def _newline_rows(
 def tile_budgets(
     importance: NDArray[np.float32], total: int, min_for_base: int, capacity: int | None = None
 ) -> NDArray[np.int64]:
-    """Share one budget of tokens among the tiles of a picture, in proportion to the importance mass of each.
+    """Share one budget of tokens among the tiles of an image, in proportion to the importance mass of each.
 
     A tile's mass is the sum of its scores without the padding's. What a tile cannot take goes to the others, in
     the same proportion; where none of those has any mass, in proportion to what each can take. Fractions are
@@ -108,7 +108,7 @@ def tile_budgets(
 
     Args:
         importance: [num_tiles, patches] float32, the base tile first; -inf at padding, else 0 or more.
-        total: tokens to keep of the picture.
+        total: tokens to keep of the image.
         min_for_base: the base tile gets no fewer, or all that it can take.
         capacity: the most tokens that a tile can take, such as the graph's; None is all its patches.
 
@@ -121,16 +121,16 @@ def tile_budgets(
     """
     if total < min_for_base:
         raise SpecError(
-            f"a picture cannot keep {total} tokens in total: its base tile alone keeps {min_for_base} or more; "
+            f"an image cannot keep {total} tokens in total: its base tile alone keeps {min_for_base} or more; "
             f"use at least {min_for_base}"
         )
-    is_picture = importance != -np.inf
-    if not (np.isfinite(importance) & (importance >= 0))[is_picture].all():
+    is_image = importance != -np.inf
+    if not (np.isfinite(importance) & (importance >= 0))[is_image].all():
         raise ScoreError("importance holds NaN, +inf or a negative score; expected 0 or more, and -inf at padding")
     if capacity is None:
         capacity = importance.shape[1]
-    most = np.minimum(is_picture.sum(axis=1), capacity).tolist()
-    masses = [Fraction(math.fsum(scores[kept])) for scores, kept in zip(importance, is_picture, strict=True)]
+    most = np.minimum(is_image.sum(axis=1), capacity).tolist()
+    masses = [Fraction(math.fsum(scores[kept])) for scores, kept in zip(importance, is_image, strict=True)]
     total, least = min(total, sum(most)), min(min_for_base, most[0])
 
     shares = _shares(masses, most, total)
@@ -174,14 +174,20 @@ def trim_tile(tile: EncodedTile, keep: int, grid: tuple[int, int], spec: Pruning
         keep: tokens to keep; 0 gives an empty tile.
         grid: rows and columns of patches in one tile.
         spec: what the tile was pruned with; only its `keep` is replaced.
+
+    Raises:
+        EngineError: the tile was pruned by another rule, or keeps fewer.
     """
     assert tile.patches.importance is not None, "an unpruned tile has no scores"
-    assert 0 <= keep <= len(tile.patches.kept_indices) == len(tile.embeds), (
-        "trimming never adds, and knows no prefix tokens"
-    )
+    assert keep >= 0, "a count"
+    assert len(tile.patches.kept_indices) == len(tile.embeds), "trimming knows no prefix tokens"
     kept = np.zeros(0, np.int64)
     if keep:
         kept = select(tile.patches.importance[None], grid, replace(spec, keep=keep)).indices[0]
     places = np.flatnonzero(np.isin(tile.patches.kept_indices, kept))
-    assert len(places) == keep, "the tile was pruned by another spec"
+    if len(places) != keep:
+        raise EngineError(
+            f"the vision graph kept {len(places)} of the {keep} patches that the bundle's rule keeps by its scores; "
+            "export the bundle again"
+        )
     return EncodedTile(tile.embeds[places], KeptPatches(tile.patches.kept_indices[places], tile.patches.importance))

@@ -91,11 +91,11 @@ class VisionStage:
     ) -> list[EncodedTile]:
         if not self.is_pruned:
             outputs = self.engine.run({"pixel_values": pixel_values})
-            self._check(outputs, len(pixel_values))
+            self._check(outputs, len(pixel_values), None)
             return self._unpruned(outputs["image_embeds"], patch_mask)
         inputs = {"pixel_values": pixel_values} | ({} if patch_mask is None else {"patch_mask": patch_mask})
         outputs = self.engine.run(inputs)
-        self._check(outputs, len(pixel_values))
+        self._check(outputs, len(pixel_values), patch_mask)
         importance = outputs["importance"]
         if np.isnan(importance).any():
             tile = first_tile + int(np.isnan(importance).any(axis=1).argmax())
@@ -124,33 +124,45 @@ class VisionStage:
             for tile, is_image in zip(embeds, patch_mask, strict=True)
         ]
 
-    def _check(self, outputs: Mapping[str, NDArray[Any]], num_tiles: int) -> None:
+    def _check(self, outputs: Mapping[str, NDArray[Any]], num_tiles: int, patch_mask: NDArray[np.bool_] | None) -> None:
         """Refuse outputs that the manifest does not describe: a bundle may come from a stranger."""
         manifest = self.manifest
-        tokens, patches = manifest.num_prefix_tokens + manifest.capacity, manifest.num_patches
-        shapes: dict[str, tuple[int, ...]] = {"image_embeds": (num_tiles, tokens, manifest.hidden_size)}
+        tokens = manifest.num_prefix_tokens + manifest.capacity
+        expected: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
+            "image_embeds": (np.float32, (num_tiles, tokens, manifest.hidden_size))
+        }
         if self.is_pruned:
-            shapes |= {
-                "kept_indices": (num_tiles, manifest.capacity),
-                "kept_counts": (num_tiles,),
-                "importance": (num_tiles, patches),
+            expected |= {
+                "kept_indices": (np.integer, (num_tiles, manifest.capacity)),
+                "kept_counts": (np.integer, (num_tiles,)),
+                "importance": (np.float32, (num_tiles, manifest.num_patches)),
             }
-        for name, shape in shapes.items():
-            if name not in outputs or outputs[name].shape != shape:
-                found = "absent" if name not in outputs else f"of shape {list(outputs[name].shape)}"
+        for name, (kind, shape) in expected.items():
+            found = outputs.get(name)
+            if found is None or found.shape != shape or not np.issubdtype(found.dtype, kind):
+                what = "absent" if found is None else f"{found.dtype} of shape {list(found.shape)}"
                 raise EngineError(
-                    f"the vision graph's output {name} is {found}, and the manifest says {list(shape)}; "
-                    "export the bundle again"
+                    f"the vision graph's output {name} is {what}, and the manifest says {kind.__name__} of shape "
+                    f"{list(shape)}; export the bundle again"
                 )
-        if not self.is_pruned:
-            return
-        indices, counts = outputs["kept_indices"], outputs["kept_counts"]
-        is_kept = np.arange(manifest.capacity) < counts[:, None]
-        is_valid = (counts >= 0).all() and (counts <= manifest.capacity).all()
-        if not is_valid or not ((indices >= 0) & (indices < patches))[is_kept].all():
+        if self.is_pruned and not self._keeps_patches(outputs["kept_indices"], outputs["kept_counts"], patch_mask):
             raise EngineError(
-                f"the vision graph keeps patches that a grid of {patches} does not have; export the bundle again"
+                f"the vision graph keeps patches that the image does not have, of {manifest.num_patches} in a tile; "
+                "export the bundle again"
             )
+
+    def _keeps_patches(self, indices: NDArray[Any], counts: NDArray[Any], patch_mask: NDArray[np.bool_] | None) -> bool:
+        """Whether every kept index is one of a patch of the image, each once and in order."""
+        capacity, num_patches = self.manifest.capacity, self.manifest.num_patches
+        if ((counts < 0) | (counts > capacity)).any():
+            return False
+        is_kept = np.arange(capacity) < counts[:, None]
+        kept = np.where(is_kept, indices, 0)
+        if ((kept < 0) | (kept >= num_patches)).any():
+            return False
+        if not (np.diff(kept) > 0)[is_kept[:, 1:]].all():
+            return False
+        return patch_mask is None or bool(np.take_along_axis(patch_mask, kept, axis=1)[is_kept].all())
 
 
 def _own(part: NDArray[T]) -> NDArray[T]:

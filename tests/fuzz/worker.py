@@ -51,7 +51,7 @@ def watch(folder: Path) -> None:
             end(f"{event} {arguments}")
         elif event == "subprocess.Popen":
             command = [os.fspath(part) for part in arguments[1]]
-            if len(command) < 3 or not str(command[2]).endswith("template_worker.py"):
+            if not any(str(part).endswith("templating/worker.py") for part in command):
                 end(f"{event} {command}")
 
     def check_path(event: str, path: Any, folder_descriptor: int = -1) -> None:
@@ -70,10 +70,10 @@ def watch(folder: Path) -> None:
 
 def main(folder: Path, seed: int, seconds: float, number: int | None, bundles: list[Path]) -> int:
     """Run cases until time is up; what came of them goes to standard output as JSON."""
-    from hivtp.runtime.inputs import template
+    from hivtp.runtime.inputs.templating import renderer
     from tests.fuzz.cases import KINDS, ROUND, Fuzz
 
-    template.MAX_SECONDS = SECONDS_PER_TEMPLATE
+    renderer.MAX_SECONDS = SECONDS_PER_TEMPLATE
     warnings.simplefilter("ignore")
     fuzz = Fuzz(bundles, folder)
     # What is imported and started from here on is the doing of a case.

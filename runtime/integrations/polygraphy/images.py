@@ -28,8 +28,10 @@ Feed: TypeAlias = "dict[str, NDArray[Any]]"
 class _NoEngine:
     """Takes the place of an engine where images are prepared and not encoded."""
 
-    output_names: tuple[str, ...] = ()
     max_tiles: int | None = None
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.output_names = () if bundle.manifest.pruning is None else ("kept_indices",)
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         raise NotImplementedError
@@ -83,7 +85,7 @@ def image_feeds(bundle: Bundle, images: Sequence[ImageSource], max_tiles: int | 
     """
     if max_tiles is None:
         max_tiles = tiles_per_run(bundle)
-    encoder = create_image_encoder(bundle, _NoEngine(), VisionOptions(cache_bytes=0))
+    encoder = create_image_encoder(bundle, _NoEngine(bundle), VisionOptions(cache_bytes=0))
     feeds = []
     for source in images:
         image = load_image(source)
@@ -101,4 +103,4 @@ def image_feeds(bundle: Bundle, images: Sequence[ImageSource], max_tiles: int | 
 
 def tiles_per_run(bundle: Bundle) -> int:
     """How many tiles a pipeline gives to one run of the bundle's vision graph, if its engine takes as many."""
-    return VisionStage(_NoEngine(), bundle.manifest.vision, VisionOptions().max_tiles_per_run).max_tiles_per_run
+    return VisionStage(_NoEngine(bundle), bundle.manifest.vision, VisionOptions().max_tiles_per_run).max_tiles_per_run

@@ -56,7 +56,7 @@ class Admission:
             left = 1.0 if self._closes_at is None else self._closes_at - asyncio.get_running_loop().time()
             raise ApiError(503, "the server is shutting down; ask again later", "shutting_down", retry_after=left)
         if self.num_inside >= self._settings.num_slots + self._settings.max_queued:
-            raise self.busy("as many requests wait as may; ask again later", "queue_full")
+            raise self.busy("too many requests are waiting; ask again later", "queue_full")
 
     def busy(self, message: str, code: str) -> ApiError:
         """The error of a request that may succeed later."""
@@ -112,7 +112,7 @@ class Held:
             ApiError: all requests together hold too many.
         """
         if self._admission.num_waiting_bytes + num_bytes > self._max_bytes:
-            raise self._admission.busy("the images that wait take all the room there is; ask again later", "queue_full")
+            raise self._admission.busy("the images that are waiting take all the room; ask again later", "queue_full")
         self._admission.num_waiting_bytes += num_bytes
         self._num_bytes += num_bytes
 

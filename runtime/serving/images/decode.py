@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from hivtp.runtime.inputs.images import load_image
+from hivtp.runtime.inputs.images import MIN_IMAGE_SIDE, load_image
 from hivtp.runtime.serving.protocol.errors import invalid
 from hivtp_ops.errors import ImageError
 
@@ -25,7 +25,7 @@ def decode_image(content: bytes, param: str, max_pixels: int) -> Image.Image:
         max_pixels: that it may declare.
 
     Raises:
-        ApiError: it is not an image of one of `FORMATS`, or damaged, or too large.
+        ApiError: it is not an image of one of `FORMATS`, or damaged, or too large, or next to nothing.
     """
     read_size(content, param, max_pixels)
     try:
@@ -50,6 +50,9 @@ def read_size(content: bytes, param: str, max_pixels: int) -> tuple[int, int]:
         wanted = ", ".join(FORMATS)
         message = f"{param}: not an image, or a damaged one; send one of {wanted}"
         raise invalid(message, param, "invalid_image") from error
+    if min(width, height) < MIN_IMAGE_SIDE:
+        message = f"{param}: {width} x {height} pixels are too few; send at least {MIN_IMAGE_SIDE} on each side"
+        raise invalid(message, param, "invalid_image")
     if width * height > max_pixels:
         message = f"{param}: {width} x {height} pixels are more than the {max_pixels} allowed; scale the image down"
         raise invalid(message, param, "image_too_large")

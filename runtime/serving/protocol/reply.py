@@ -88,6 +88,10 @@ class Reply:
         """Some text, and the log probabilities of tokens where they were asked for."""
         return self._chunk({"content": text}, usage, tokens)
 
+    def extension_chunk(self, usage: Usage, extension: Mapping[str, Any]) -> bytes:
+        """What is known beyond OpenAI's fields before the answer ends."""
+        return self._chunk({}, usage, extension=extension)
+
     def last_chunks(self, answer: Answer, usage: Usage, extension: Mapping[str, Any] | None) -> bytes:
         """Why the answer ended, and the counts where they were asked for."""
         chunk = self._chunk({}, usage, finish_reason=answer.finish_reason, stop=answer.stop, extension=extension)

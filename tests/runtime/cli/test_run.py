@@ -1,30 +1,22 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
 
-from benchmarks.checkpoints import make_checkpoint
-from hivtp import Pipeline
-from hivtp.export.exporter import export_bundle
-from hivtp.export.settings import ExportSettings
-from tests.support.command import COMMAND, hivtp_run
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from hivtp import Pipeline, SamplingParams
+from tests.support.command import hivtp_run, shell
 
 PROMPT = "What is in the picture?"
+TWENTY = SamplingParams(max_new_tokens=20)
 
 
 def test_the_answer_comes_first_then_the_counts_and_timings(pruned_bundle, pruned, photo):
     done = hivtp_run(pruned_bundle, PROMPT, "--image", photo, "--max-new-tokens", 20)
     assert (done.returncode, done.stderr) == (0, "")
     answer, report = done.stdout.split("\n\n", 1)
-    assert answer == pruned.generate(PROMPT, [photo], max_new_tokens=20).text
+    assert answer == pruned.generate(PROMPT, [photo], TWENTY).text
     names = [line.split("  ")[0] for line in report.splitlines()]
     assert names == [
         "visual tokens",
@@ -45,10 +37,13 @@ def test_json_is_one_object_with_exactly_the_documented_keys(pruned_bundle, prun
     assert list(found) == [
         "text",
         "token_ids",
+        "num_prompt_tokens",
         "num_image_tokens",
         "num_kept_tokens",
         "kept_indices",
         "finish_reason",
+        "stop",
+        "logprobs",
         "timings",
     ]
     assert list(found.pop("timings")) == [
@@ -58,7 +53,7 @@ def test_json_is_one_object_with_exactly_the_documented_keys(pruned_bundle, prun
         "ttft_ms",
         "decode_ms_per_token",
     ]
-    expected = pruned.generate(PROMPT, [photo], max_new_tokens=20).to_dict()
+    expected = pruned.generate(PROMPT, [photo], TWENTY).to_dict()
     del expected["timings"]
     assert found == expected
 
@@ -79,7 +74,7 @@ def test_several_images_stand_where_the_prompt_marks_them(pruned_bundle, pruned,
         "--check-hashes",
     )
     found = json.loads(done.stdout)
-    assert found["token_ids"] == pruned.generate(prompt, files, max_new_tokens=20).token_ids
+    assert found["token_ids"] == pruned.generate(prompt, files, TWENTY).token_ids
     assert len(found["kept_indices"]) == 2
 
 
@@ -87,9 +82,9 @@ def test_sampling_options_reach_the_sampler(pruned_bundle, pruned, photo):
     settings = {"temperature": 0.9, "top_p": 0.8, "top_k": 40, "seed": 3}
     options = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", value)]
     done = hivtp_run(pruned_bundle, PROMPT, "--image", photo, "--max-new-tokens", 20, "--json", *options)
-    expected = pruned.generate(PROMPT, [photo], max_new_tokens=20, **settings).token_ids
+    expected = pruned.generate(PROMPT, [photo], SamplingParams(max_new_tokens=20, **settings)).token_ids
     assert json.loads(done.stdout)["token_ids"] == expected
-    assert expected != pruned.generate(PROMPT, [photo], max_new_tokens=20).token_ids
+    assert expected != pruned.generate(PROMPT, [photo], TWENTY).token_ids
 
 
 def test_a_text_only_prompt_is_answered(pruned_bundle):
@@ -114,46 +109,65 @@ def test_an_overlay_is_written_for_each_image(pruned_bundle, unpruned_bundle, ph
 
 def test_what_a_terminal_cannot_show_is_replaced(pruned_bundle, pruned, photo):
     done = hivtp_run(pruned_bundle, PROMPT, "--image", photo, "--max-new-tokens", 40, PYTHONIOENCODING="ascii")
-    text = pruned.generate(PROMPT, [photo], max_new_tokens=40).text
+    text = pruned.generate(PROMPT, [photo], SamplingParams(max_new_tokens=40)).text
     assert not text.isascii()
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(text.encode("ascii", "replace").decode())
 
 
-@pytest.fixture(scope="module")
-def endless_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that goes on for minutes: a long context, and an end that it does not write."""
-    folder = tmp_path_factory.mktemp("endless")
-    text = {"initializer_range": 0.2, "max_position_embeddings": 65536, "eos_token_id": 0}
-    checkpoint = make_checkpoint(folder / "checkpoint", text=text)
-    return export_bundle(checkpoint, folder / "bundle", ExportSettings(preset="64"), is_quiet=True).folder
-
-
-def endless_run(endless_bundle: Path, *options: str) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
-        [COMMAND, endless_bundle, PROMPT, "--max-new-tokens", "60000", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+def test_options_of_the_prompt_reach_the_model(pruned_bundle, pruned, photo):
+    options = ["--system", "Be brief.", "--repetition-penalty", 1.5, "--max-new-tokens", 20]
+    found = json.loads(hivtp_run(pruned_bundle, PROMPT, "--image", photo, "--json", *options).stdout)
+    sampling = SamplingParams(max_new_tokens=20, repetition_penalty=1.5)
+    expected = pruned.generate(PROMPT, [photo], sampling, system="Be brief.")
+    assert found["token_ids"] == expected.token_ids
+    stop = expected.text[5:8]
+    found = json.loads(
+        hivtp_run(pruned_bundle, PROMPT, "--image", photo, "--json", *options, "--stop", "§", "--stop", stop).stdout
     )
-    assert process.stdout is not None
-    assert process.stdout.read(1)
-    return process
+    assert (found["stop"], found["finish_reason"]) == (stop, "stop")
+    assert found["text"] == expected.text[: expected.text.index(stop)]
 
 
-def test_ctrl_c_ends_a_run_quietly_with_130(endless_bundle):
-    process = endless_run(endless_bundle)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert errors == b"\nhivtp-run: stopped\n"
+@pytest.mark.parametrize(
+    "script",
+    [
+        'hivtp run "$1" "$3" --image "$2" --max-new-tokens 20 --json',
+        'hivtp run "$1" "$3" --image <(cat "$2") --max-new-tokens 20 --json',
+        'cat "$2" | hivtp run "$1" "$3" --image - --max-new-tokens 20 --json',
+        'hivtp run "$1" "$3" --image - --max-new-tokens 20 --json < "$2"',
+        'cat "$2" | hivtp run "$1" "$3" --image /dev/stdin --max-new-tokens 20 --json',
+    ],
+    ids=["file", "substitution", "pipe", "redirection", "device"],
+)
+def test_an_image_may_come_through_a_pipe(pruned_bundle, pruned, photo, script):
+    done = shell(script, pruned_bundle, photo, PROMPT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["token_ids"] == pruned.generate(PROMPT, [photo], TWENTY).token_ids
 
 
-def test_a_reader_that_leaves_ends_a_run_quietly(endless_bundle):
-    process = endless_run(endless_bundle)
-    process.stdout.close()
-    assert process.wait(timeout=30) == 141
-    assert process.stderr.read() == b""
-    process.stderr.close()
+def test_an_overlay_of_an_image_from_a_pipe_is_written(pruned_bundle, photo, tmp_path):
+    script = 'cat "$2" | hivtp run "$1" what --image - --max-new-tokens 1 --overlay "$3"'
+    done = shell(script, pruned_bundle, photo, tmp_path / "kept.webp")
+    assert (done.returncode, done.stderr) == (0, f"wrote {tmp_path / 'kept.webp'}\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ('true | hivtp run "$1" what --image -', "standard input gave no image: it ended at once"),
+        ('hivtp run "$1" what --image - <&-', "standard input gave no image: it ended at once"),
+        ('hivtp run "$1" what --image <(true)', "gave no image: it ended at once"),
+        ('cat "$2" | hivtp run "$1" "<image> <image>" --image - --image -', "standard input gave no image"),
+        ('echo words | hivtp run "$1" what --image -', "the bytes given: not an image, or a damaged one"),
+    ],
+)
+def test_a_pipe_that_gives_no_image_is_one_line_and_exit_code_1(pruned_bundle, photo, script, message):
+    done = shell(script, pruned_bundle, photo)
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.returncode == 1
 
 
 def test_a_pipeline_in_python_and_the_command_agree_on_defaults(pruned_bundle, photo):

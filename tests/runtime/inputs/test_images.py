@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import struct
+import tempfile
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -13,8 +17,12 @@ import skimage
 from PIL import Image
 from transformers.image_utils import load_image as transformers_load_image
 
+from hivtp.runtime.inputs.image_processor import ImageProcessor
 from hivtp.runtime.inputs.images import load_image
 from hivtp_ops.errors import ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ASTRONAUT = Path(skimage.__file__).parent / "data" / "astronaut.png"
 
@@ -118,6 +126,137 @@ def test_every_kind_of_file_gives_the_pixels_that_transformers_gives(kind, photo
     np.testing.assert_array_equal(np.asarray(load_image(Image.open(path))), np.asarray(expected))
 
 
+# EXIF of which nothing, or not all, can be read.
+DAMAGED_EXIF = {
+    "words": b"these are words",
+    "empty": b"Exif\0\0",
+    "cut header": b"Exif\0\0MM\0*",
+    "no directory": b"Exif\0\0MM\0*\xff\xff\xff\xff",
+    "cut directory": b"Exif\0\0II*\0\x08\0\0\0\xff\xff",
+}
+# A sixth orientation, and a tag whose value lies outside of the data.
+HALF_DAMAGED = (
+    b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\x0f\x01\x02\0\xff\0\0\0\xff\xff\xff\x7f\0\0\0\0"
+)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Corrupt EXIF data", "ignore:Possibly corrupt EXIF data", "ignore:Truncated File", "ignore:Tag data larger"
+)
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", DAMAGED_EXIF)
+def test_damaged_exif_turns_nothing_and_refuses_nothing(file_format, exif, photo):
+    data, plain = (encode(photo, file_format, exif=value) for value in (DAMAGED_EXIF[exif], b""))
+    for source in (data, Image.open(io.BytesIO(data))):
+        np.testing.assert_array_equal(np.asarray(load_image(source)), np.asarray(load_image(plain)))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Corrupt EXIF data", "ignore:Possibly corrupt EXIF data", "ignore:Truncated File", "ignore:Tag data larger"
+)
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_an_orientation_among_damaged_exif_is_applied(file_format, photo):
+    data = encode(photo, file_format, exif=HALF_DAMAGED)
+    plain = Image.open(io.BytesIO(encode(photo, file_format)))
+    for source in (data, Image.open(io.BytesIO(data))):
+        np.testing.assert_array_equal(np.asarray(load_image(source)), np.asarray(plain.rotate(-90, expand=True)))
+
+
+def test_exif_is_read_where_warnings_are_errors(photo):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_image(encode(photo, "PNG", exif=DAMAGED_EXIF["cut directory"])).size == photo.size
+        assert load_image(encode(photo, "JPEG", exif=orientation(6))).size == photo.size[::-1]
+
+
+@pytest.mark.parametrize(
+    "kind", ["alpha png", "grey and alpha", "JPEG of orientation 6", "transparent colour", "16 bit png"]
+)
+def test_the_same_image_gives_the_same_tensor_however_it_comes(kind, photo, tmp_path):
+    """Not the pixels alone: what is transparent is flattened after them."""
+    path = tmp_path / "image"
+    path.write_bytes(FILES[kind](photo))
+    sources = [path, path.read_bytes(), Image.open(path), Image.open(path).copy()]
+    if kind == "alpha png":
+        sources.append(np.asarray(Image.open(path)))
+    tensors = [ImageProcessor(size=32, crop_size=(32, 32))([load_image(source)]) for source in sources]
+    for tensor in tensors[1:]:
+        np.testing.assert_array_equal(tensor, tensors[0])
+
+
+ODD_INFO = {
+    "exif of no bytes": {"exif": 5},
+    "exif of words": {"exif": b"words"},
+    "xmp of no text": {"XML:com.adobe.xmp": 7},
+    "xmp of bytes": {"XML:com.adobe.xmp": b'tiff:Orientation="6"'},
+    "a profile of no hex": {"Raw profile type exif": "\nexif\n\nzz"},
+    "transparency of words": {"transparency": "white"},
+    "transparency of one level": {"transparency": 3},
+    "transparency of many": {"transparency": bytes(300)},
+    "transparency out of range": {"transparency": (-1, 0, 2**40)},
+    "transparency of floats": {"transparency": (0.5, 0.5, 0.5)},
+    "an object": {"transparency": object(), "icc_profile": object(), "dpi": "many", 5: object()},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "F", "HSV"])
+@pytest.mark.parametrize("info", ODD_INFO)
+def test_odd_info_of_a_pil_image_is_passed_over_or_refused(mode, info, photo):
+    image = photo.convert("L" if mode in ("I;16", "F") else "RGB").convert(mode)
+    image.info.update(ODD_INFO[info])
+    before = dict(image.info)
+    # Pillow uses a transparent colour when it converts these.
+    may_fail = mode in ("L", "P", "1", "I;16") and info.startswith(("transparency", "an object"))
+    with contextlib.suppress(ImageError) if may_fail else contextlib.nullcontext():
+        loaded = load_image(image)
+        assert set(loaded.info) <= {"transparency"}
+        assert ImageProcessor()([loaded]).shape == (1, 3, 224, 224)
+    assert image.info == before
+
+
+def test_info_that_is_not_a_dictionary_is_refused(photo):
+    photo = photo.copy()
+    photo.info = None
+    with pytest.raises(ImageError, match="the PIL image cannot be decoded"):
+        load_image(photo)
+
+
+def test_a_closed_pil_image_is_refused(photo):
+    image = Image.open(io.BytesIO(encode(photo, "PNG")))
+    image.close()
+    with pytest.raises(ImageError, match="the PIL image cannot be decoded"):
+        load_image(image)
+
+
+def test_bytes_that_cannot_be_read_are_refused(photo):
+    data = encode(photo, "PNG")
+    released = memoryview(data)
+    released.release()
+    with pytest.raises(ImageError, match=r"the bytes given cannot be read: .*released memoryview"):
+        load_image(released)
+    for view in (memoryview(data).cast("B"), memoryview(b"".join(bytes([byte, 0]) for byte in data))[::2]):
+        assert load_image(view).size == photo.size
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((), np.uint8),
+        np.array(None),
+        np.array([[object()]]),
+        np.zeros((4, 4), "U3"),
+        np.zeros((4, 4), [("red", np.uint8)]),
+        np.zeros((4, 4, 2), np.uint8),
+        np.zeros((4, 4, 3), np.int8),
+    ],
+    ids=lambda array: f"{array.dtype} {array.shape}",
+)
+def test_arrays_of_any_other_kind_are_refused(array):
+    with pytest.raises(ImageError, match="the array of shape"):
+        load_image(array)
+
+
 def test_the_orientation_is_applied_once(photo):
     image = load_image(encode(photo, "JPEG", exif=orientation(6)))
     assert image.size == (photo.height, photo.width)
@@ -161,7 +300,7 @@ def test_other_arrays_are_refused(array, message):
         load_image(array)
 
 
-def test_what_is_no_image_source_is_refused():
+def test_another_type_is_refused():
     with pytest.raises(ImageError, match="an image cannot be a int"):
         load_image(3)
 
@@ -171,11 +310,79 @@ def test_a_missing_file_is_named(tmp_path):
         load_image(tmp_path / "absent.png")
 
 
-@pytest.mark.parametrize("path", ["", "a\0b", "data:image/png;base64," + "A" * 100_000])
-def test_a_string_that_cannot_be_a_path_is_a_missing_file(path):
-    with pytest.raises(ImageError, match="there is no image file") as caught:
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "there is no image file ''"),
+        ("images.py/a.png", "there is no image file 'images.py/a.png'"),
+        ("a\0b", r"the image file 'a\\x00b' cannot be opened: embedded null byte"),
+        ("a\ud800b", r"the image file 'a\\ud800b' cannot be opened: .*surrogates not allowed"),
+        ("a" * 5_000, "the image file 'a*\\.\\.\\.' cannot be opened: File name too long"),
+        ("loop", "the image file 'loop' cannot be opened: Too many levels of symbolic links"),
+        ("data:image/png;base64," + "A" * 100_000, "data URLs are not decoded: 'data:image/png;base64,A*\\.\\.\\.'"),
+        ("/dev/null", "expected an image file, but '/dev/null' is a pipe or a device"),
+        ("/dev/zero", "expected an image file, but '/dev/zero' is a pipe or a device"),
+        ("pipe", "expected an image file, but 'pipe' is a pipe or a device; read it and pass the bytes"),
+    ],
+)
+def test_a_path_that_leads_to_no_file_is_refused_with_the_reason(path, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("images.py").write_text("")
+    Path("loop").symlink_to("loop")
+    # Nobody ever writes to it.
+    os.mkfifo("pipe")
+    with pytest.raises(ImageError, match=f"^{message}") as caught:
         load_image(path)
-    assert len(str(caught.value)) < 300
+    assert len(str(caught.value)) < 350
+
+
+@contextlib.contextmanager
+def without_privileges() -> Iterator[None]:
+    """The superuser may read everything."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_file_or_folder_that_may_not_be_read_is_named_with_the_reason(photo):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "closed").mkdir()
+        for file in (folder / "photo.png", folder / "closed" / "photo.png"):
+            photo.save(file)
+            file.chmod(0o644)
+        assert load_image(folder / "photo.png").size == photo.size
+        (folder / "photo.png").chmod(0)
+        (folder / "closed").chmod(0)
+        try:
+            for file in ("photo.png", "closed/photo.png"):
+                with (
+                    without_privileges(),
+                    pytest.raises(ImageError, match=f"{file}' cannot be opened: Permission denied"),
+                ):
+                    load_image(folder / file)
+        finally:
+            (folder / "closed").chmod(0o755)
+
+
+def test_an_object_that_is_not_quite_a_path_is_refused():
+    class Odd(os.PathLike):
+        def __fspath__(self):
+            return 3
+
+    with pytest.raises(ImageError, match=r"an image cannot be this Odd, which is not a path: expected Odd\.__fspath__"):
+        load_image(Odd())
+
+
+def test_a_path_in_bytes_is_encoded_bytes(tmp_path, photo):
+    photo.save(tmp_path / "photo.png")
+    with pytest.raises(ImageError, match="the bytes given: not an image"):
+        load_image(os.fsencode(tmp_path / "photo.png"))
 
 
 def test_a_directory_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from hivtp.runtime.inputs.tokenizer import Tokenizer
-from hivtp_ops.errors import BundleError
+from hivtp.runtime.inputs.tokenizer_library import decode_ids
+from hivtp_ops.errors import BundleError, PromptError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -251,12 +253,40 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"not json", b"\xff\xfe"])
+# The last makes the library panic, which is not an Exception.
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{}",
+        b"not json",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}',
+    ],
+)
 def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(BundleError, match=r"tokenizer\.json cannot be read") as raised:
+    with pytest.raises(BundleError, match=r"tokenizer\.json cannot be used: ") as raised:
         Tokenizer.load(tmp_path)
     assert raised.value.__cause__ is not None
+
+
+def test_a_pipe_in_the_place_of_the_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(BundleError, match="it is not a regular file"):
+        Tokenizer.load(tmp_path)
+
+
+def test_what_the_library_cannot_do_is_an_error_of_ours() -> None:
+    backend = _llama(None)
+    backend.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(lambda: None)
+    with pytest.raises(PromptError, match="the tokenizer cannot encode this text"):
+        Tokenizer(backend).encode("a cat")
+    backend = _byte_level()
+    backend.decoder = decoders.Decoder.custom(lambda: None)
+    with pytest.raises(BundleError, match="the tokenizer cannot decode"):
+        decode_ids(backend, [5, 6])
 
 
 def test_nothing_heavy_is_imported_before_it_is_used() -> None:

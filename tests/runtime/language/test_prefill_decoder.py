@@ -134,7 +134,5 @@ def test_one_decoder_in_w8a8_answers_alone_and_together(tiny_checkpoint, photo, 
 
 def test_a_missing_second_decoder_is_named(prefill_bundle, tmp_path):
     folder = shutil.copytree(prefill_bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("prefill.onnx"))
-    with pytest.raises(
-        BundleError, match=r"language/prefill.onnx is missing; copy or export the bundle again"
-    ):
+    with pytest.raises(BundleError, match=r"language/prefill.onnx is missing; copy or export the bundle again"):
         load(folder)

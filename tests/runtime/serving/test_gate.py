@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def test_keys_are_wanted_everywhere_but_where_balancers_and_browsers_look(pruned: Pipeline):
     with serving(pruned.model, api_keys=("first-key", "second-key")) as server:
-        for path in ("/health", "/ready", "/", "/playground/page.js"):
+        for path in ("/health", "/ready", "/", "/playground/app.js"):
             assert server.client.get(path).status_code == 200
         for path in ("/v1/models", "/metrics", "/version", "/nothing"):
             response = server.client.get(path)
@@ -301,10 +302,20 @@ def test_the_page_may_do_what_it_needs_and_no_more(server: Server):
     assert "unsafe" not in policy
     assert "frame-ancestors 'none'" in policy
     assert page.headers["x-content-type-options"] == "nosniff"
+    assert "trusted-types 'none'" in policy
     # All that it names is there, and comes from here.
-    for name in ("playground/page.js", "playground/page.css"):
-        assert name in page.text
-        assert server.client.get(f"/{name}").status_code == 200
+    names = set(re.findall(r'(?:src|href)="([^"#]+)"', page.text))
+    assert {"playground/app.js", "playground/style.css", "playground/icon.svg"} == names
+    scripts = ["playground/app.js"]
+    for name in scripts:
+        script = server.client.get(f"/{name}")
+        assert script.headers["content-type"].startswith("text/javascript")
+        scripts += {f"playground/{other}" for other in re.findall(r'from "\./(\w+\.js)"', script.text)} - {*scripts}
+    assert len(scripts) > 5
+    for name in (*names, *scripts):
+        found = server.client.get(f"/{name}")
+        assert (found.status_code, found.headers["content-security-policy"]) == (200, policy)
+        assert not re.search("innerHTML|insertAdjacent|outerHTML|document.write|eval", found.text)
     assert "http:" not in page.text.replace("http-equiv", "")
     assert "https:" not in page.text
     assert server.client.head("/").status_code == 200

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from benchmarks.checkpoints import make_checkpoint
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
 from hivtp.runtime.inputs.image_processor import ImageProcessor
+from hivtp.runtime.serving.card import preset_name
 from hivtp.runtime.serving.telemetry.logs import LineFormatter, log, logger, logging_to, where
-from hivtp_ops import select
+from hivtp_ops import PRESETS, PruningSpec, select
 from tests.support.answers import load
 from tests.support.serving import CHAT, asking, body, random_image, serving
 
@@ -44,6 +46,30 @@ def test_a_card_says_what_the_model_takes(server: Server, pruned: Pipeline):
         "before": pruned.model.bundle.manifest.vision.num_image_tokens,
         "kept": pruned.model.bundle.manifest.vision.capacity,
     }
+    assert not card["has_tiles"]
+    assert card["pruning"] == {
+        "preset": "paper",
+        "grid": list(pruned.model.bundle.manifest.vision.grid),
+        **pruned.model.bundle.manifest.pruning.to_dict(),
+    }
+    settings = server.service.settings
+    assert card["limits"] == {
+        "images": settings.max_images,
+        "image_bytes": settings.max_image_bytes,
+        "image_pixels": settings.max_image_pixels,
+        "image_formats": ["JPEG", "PNG", "WEBP", "GIF", "BMP"],
+        "body_bytes": settings.max_body_bytes,
+    }
+
+
+def test_a_preset_is_known_by_its_rule():
+    for grid in ((24, 24), (12, 12), (27, 27)):
+        for name in PRESETS:
+            spec = PruningSpec.preset(name, grid)
+            assert preset_name(spec.resolve(24), grid) == name
+            assert preset_name(replace(spec, global_ratio=0.3), grid) is None
+    # One that a small grid has no room for is none of its rules.
+    assert preset_name(PruningSpec(window=3, regions=1, keep=2), (3, 3)) is None
 
 
 def test_a_conversation_is_counted_as_the_decoder_sees_it(exact_bundle: Path, server: Server):
@@ -86,8 +112,17 @@ def test_pruning_is_told_where_it_is_asked_for(server: Server, pruned: Pipeline)
         "decode_ms_per_token",
     }
     found = server.chat(content, hivtp={"include": ["kept_indices", "importance"]}).json()
-    *_, last = server.stream(content, hivtp={"include": ["kept_indices", "importance"]})
-    assert last["hivtp"]["images"] == found["hivtp"]["images"]
+    # A stream tells it before the words, since an answer may be long, or stopped.
+    first, told, *words, last = server.stream(content, hivtp={"include": ["kept_indices", "importance"]})
+    assert first["choices"][0]["delta"]["role"] == "assistant"
+    assert told["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": None}
+    assert told["hivtp"] == {"images": found["hivtp"]["images"]}
+    assert not any("hivtp" in chunk for chunk in words)
+    assert set(last["hivtp"]) == set(short["hivtp"])
+    assert last["hivtp"]["kept_tokens"] == found["hivtp"]["kept_tokens"]
+    *words, last = server.stream(content, hivtp={})
+    assert not any("hivtp" in chunk for chunk in words)
+    assert set(last["hivtp"]) == set(short["hivtp"])
 
     answer = pruned.generate("<image> what is it <image>", [Image.open(io.BytesIO(image)) for image in images])
     details = found["usage"]["prompt_tokens_details"]
@@ -120,6 +155,7 @@ def test_an_unpruned_model_has_no_stages(unpruned: Pipeline):
         assert len(tile["kept_indices"]) == image["image_tokens"]
         assert tile["is_global"] is None
         assert tile["importance"] == []
+        assert server.client.get("/v1/models/hivtp").json()["pruning"] is None
 
 
 @pytest.mark.parametrize("size", [(64, 96), (96, 64), (50, 50), (20, 200)], ids=str)
@@ -178,6 +214,7 @@ def test_the_tiles_of_llava_next_are_told(make_next_bundle: Callable[..., Path])
         assert count["count"] >= found["usage"]["prompt_tokens"]
         assert count["image_tokens"][0] < told["image_tokens"]
         assert server.metric("image_tiles_total") == len(tiles)
+        assert server.client.get("/v1/models/hivtp").json()["has_tiles"]
     pipeline.close()
     unpruned = load(make_next_bundle(is_pruned=False))
     with serving(unpruned.model) as server:

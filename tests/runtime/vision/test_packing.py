@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
-from hivtp.runtime.inputs.tiling import TileLayout
+from hivtp.runtime.inputs.tile_layout import TileLayout
 from hivtp.runtime.vision.packing import NewlineRule, pack_tiles, tile_budgets, trim_tile
-from hivtp.runtime.vision.stage import EncodedTile
+from hivtp.runtime.vision.stage import EncodedTile, KeptPatches
 from hivtp_ops import PRESETS, PruningSpec, select
-from hivtp_ops.errors import ScoreError, SpecError
+from hivtp_ops.errors import EngineError, ScoreError, SpecError
 from tests.hivtp_ops.brute_force import grids_and_specs, score_maps
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def encode(kept: Sequence[Sequence[int]], num_patches: int) -> list[EncodedTile]
     tiles = []
     for tile, indices in enumerate(kept):
         ids = tile * num_patches + np.array(indices, np.float32)
-        tiles.append(EncodedTile(np.stack([ids, -ids - 10], axis=1), np.array(indices, np.int64), None))
+        tiles.append(EncodedTile(np.stack([ids, -ids - 10], axis=1), KeptPatches(np.array(indices, np.int64), None)))
     return tiles
 
 
@@ -305,13 +305,13 @@ def pruned_tiles(draw):
 def encode_selection(importance: np.ndarray, grid: tuple[int, int], spec: PruningSpec) -> EncodedTile:
     selection = select(importance, grid, spec)
     kept = selection.indices[0, : selection.counts[0]]
-    return EncodedTile(np.stack([kept, kept + 1000], axis=1).astype(np.float32), kept, importance[0])
+    return EncodedTile(np.stack([kept, kept + 1000], axis=1).astype(np.float32), KeptPatches(kept, importance[0]))
 
 
 def assert_same(tile: EncodedTile, expected: EncodedTile) -> None:
-    np.testing.assert_array_equal(tile.kept_indices, expected.kept_indices)
+    np.testing.assert_array_equal(tile.patches.kept_indices, expected.patches.kept_indices)
     np.testing.assert_array_equal(tile.embeds, expected.embeds)
-    np.testing.assert_array_equal(tile.importance, expected.importance)
+    np.testing.assert_array_equal(tile.patches.importance, expected.patches.importance)
 
 
 @settings(max_examples=150, deadline=None)
@@ -319,11 +319,11 @@ def assert_same(tile: EncodedTile, expected: EncodedTile) -> None:
 def test_each_count_keeps_a_subset_of_every_larger_one(pruned_tile):
     tile, grid, spec = pruned_tile
     larger = tile
-    for keep in reversed(range(len(tile.kept_indices) + 1)):
+    for keep in reversed(range(len(tile.patches.kept_indices) + 1)):
         smaller = trim_tile(tile, keep, grid, spec)
-        assert len(smaller.embeds) == len(smaller.kept_indices) == keep
-        assert set(smaller.kept_indices.tolist()) <= set(larger.kept_indices.tolist())
-        np.testing.assert_array_equal(smaller.embeds[:, 0], smaller.kept_indices)
+        assert len(smaller.embeds) == len(smaller.patches.kept_indices) == keep
+        assert set(smaller.patches.kept_indices.tolist()) <= set(larger.patches.kept_indices.tolist())
+        np.testing.assert_array_equal(smaller.embeds[:, 0], smaller.patches.kept_indices)
         assert_same(trim_tile(larger, keep, grid, spec), smaller)
         larger = smaller
 
@@ -332,31 +332,33 @@ def test_each_count_keeps_a_subset_of_every_larger_one(pruned_tile):
 @given(pruned_tiles(), st.data())
 def test_a_trimmed_tile_is_the_tile_that_the_rule_gives_with_fewer(pruned_tile, data):
     tile, grid, spec = pruned_tile
-    assume(len(tile.kept_indices))
-    keep = data.draw(st.integers(1, len(tile.kept_indices)))
+    assume(len(tile.patches.kept_indices))
+    keep = data.draw(st.integers(1, len(tile.patches.kept_indices)))
     fewer = PruningSpec(**(spec.to_dict() | {"keep": keep}))
-    assert_same(trim_tile(tile, keep, grid, spec), encode_selection(tile.importance[None], grid, fewer))
+    assert_same(trim_tile(tile, keep, grid, spec), encode_selection(tile.patches.importance[None], grid, fewer))
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_can_be_trimmed_to_any_count(name):
     importance = np.random.default_rng(0).random((1, 576), dtype=np.float32)
     tile = encode_selection(importance, (24, 24), PRESETS[name])
-    for keep in (0, 1, 17, len(tile.kept_indices)):
+    for keep in (0, 1, 17, len(tile.patches.kept_indices)):
         assert len(trim_tile(tile, keep, (24, 24), PRESETS[name]).embeds) == keep
-    assert_same(trim_tile(tile, len(tile.kept_indices), (24, 24), PRESETS[name]), tile)
+    assert_same(trim_tile(tile, len(tile.patches.kept_indices), (24, 24), PRESETS[name]), tile)
 
 
 def test_an_empty_tile_keeps_its_scores_and_its_width():
     tile = encode_selection(np.ones((1, 16), np.float32), (4, 4), PruningSpec())
     empty = trim_tile(tile, 0, (4, 4), PruningSpec())
     assert empty.embeds.shape == (0, 2)
-    assert empty.kept_indices.tolist() == []
-    assert empty.importance is tile.importance
+    assert empty.patches.kept_indices.tolist() == []
+    assert empty.patches.importance is tile.patches.importance
 
 
-@pytest.mark.parametrize("keep", [-1, 9])
-def test_trimming_never_adds(keep):
+def test_trimming_never_adds():
+    """The graph of a stranger may keep fewer than its manifest says, or others."""
     tile = encode_selection(np.ones((1, 16), np.float32), (4, 4), PruningSpec(keep=8))
-    with pytest.raises(AssertionError, match="trimming never adds"):
-        trim_tile(tile, keep, (4, 4), PruningSpec(keep=8))
+    with pytest.raises(EngineError, match="kept 8 of the 9 patches that the bundle's rule keeps by its scores"):
+        trim_tile(tile, 9, (4, 4), PruningSpec(keep=8))
+    with pytest.raises(AssertionError):
+        trim_tile(tile, -1, (4, 4), PruningSpec(keep=8))

@@ -10,10 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":
+    settings = json.loads(sys.argv[1])
+    # Last, so that nothing in them stands for a module of the standard library.
+    sys.path += settings["folders"]
 
 import jinja2.exceptions
 import jinja2.ext
@@ -49,9 +55,21 @@ class Namespace(jinja2.utils.Namespace):
             Namespace.__setitem__(self, name, value)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
+        if isinstance(name, str) and name.startswith("_"):
             raise jinja2.exceptions.SecurityError(f"a namespace takes no private name, as {name!r}")
         jinja2.utils.Namespace.__setitem__(self, name, value)
+
+
+class Dict:
+    """What a template knows as `dict`: it makes dictionaries and gives no other way into Python."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        """See dict."""
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        """See dict.fromkeys."""
+        return dict.fromkeys(*args)
 
 
 @lru_cache(maxsize=16)
@@ -77,34 +95,42 @@ def compiled(source: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = to_json
-    environment.globals.update(namespace=Namespace, raise_exception=raise_exception, strftime_now=strftime_now)
+    environment.globals.update(
+        dict=Dict(), namespace=Namespace, raise_exception=raise_exception, strftime_now=strftime_now
+    )
     return environment.from_string(source)
 
 
-def answer(line: str, max_characters: int) -> dict[str, str]:
-    """Render what one line asks for."""
+def answer(line: str, max_characters: int) -> str:
+    """Render what one line asks for; the line to answer."""
     try:
         asked = json.loads(line)
         text = compiled(asked["source"]).render(**asked["variables"])
+        if len(text) > max_characters:
+            found = {"error": f"it writes {len(text)} characters, and {max_characters} are allowed"}
+        else:
+            found = {"text": text}
+        return json.dumps(found)
     except MemoryError:
-        return {"error": "it takes too much memory"}
+        return json.dumps({"error": "it takes too much memory"})
     except Exception as error:  # noqa: BLE001  a template can raise whatever its expressions raise
-        return {"error": f"{type(error).__name__}: {error}"[:1000]}
-    if len(text) > max_characters:
-        return {"error": f"it writes {len(text)} characters, and {max_characters} are allowed"}
-    return {"text": text}
+        return json.dumps({"error": f"{type(error).__name__}: {error}"[:1000]})
 
 
-def main(max_bytes: int, max_characters: int) -> None:
+def main(settings: dict[str, Any]) -> None:
     """Answer lines until there are no more."""
     # Where memory cannot be bounded, the time still is.
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
+        resource.setrlimit(resource.RLIMIT_AS, (settings["max_bytes"], settings["max_bytes"]))
     for line in sys.stdin:
-        print(json.dumps(answer(line, max_characters)), flush=True)
+        # The asker stops a template that takes too long; this does where the asker is gone.
+        signal.setitimer(signal.ITIMER_REAL, 2 * settings["max_seconds"])
+        found = answer(line, settings["max_characters"])
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(found, flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(settings)

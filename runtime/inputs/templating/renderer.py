@@ -9,6 +9,7 @@ import selectors
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,15 @@ if TYPE_CHECKING:
 
 # A template of the hub takes less than a millisecond and writes little more than it is given.
 MAX_SECONDS = 5.0
-MAX_BYTES = 2**30
-MAX_CHARACTERS = 2**23
-WORKER = Path(__file__).with_name("template_worker.py")
+MAX_BYTES = 2**29
+MAX_CHARACTERS = 2**22
+WORKER = Path(__file__).with_name("worker.py")
+# What the worker imports beside the standard library.
+PACKAGES = ("jinja2", "markupsafe")
+
+
+class TemplateFailedError(PromptError):
+    """A template that raised something, or that cannot write what it was given."""
 
 
 class TemplateRenderer:
@@ -35,8 +42,14 @@ class TemplateRenderer:
     def __init__(self, source: str) -> None:
         self._source = source
         self._worker: subprocess.Popen[bytes] | None = None
+        self._owner = os.getpid()
         # The worker answers one after the other.
         self._lock = Lock()
+
+    def start(self) -> None:
+        """Start the process, without waiting until it is ready; where that fails, `render` says so."""
+        with self._lock, contextlib.suppress(OSError):
+            self._start()
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """Render the template.
@@ -45,7 +58,8 @@ class TemplateRenderer:
             variables: what it may use, plain values.
 
         Raises:
-            PromptError: it raises something, or takes too long, or writes too much.
+            TemplateFailedError: it raises something, or takes too much memory, or writes too much.
+            PromptError: it runs for too long, or its process ended or cannot be started.
         """
         line = json.dumps({"source": self._source, "variables": variables}).encode() + b"\n"
         with self._lock:
@@ -55,10 +69,10 @@ class TemplateRenderer:
                 # An answer that nobody waited for must not be the next one's.
                 self._stop()
                 if isinstance(error, OSError | json.JSONDecodeError):
-                    raise PromptError(f"{self.name} failed: its process ended ({error})") from error
+                    raise PromptError(f"{self.name} failed: {error}") from error
                 raise
         if "error" in found:
-            raise PromptError(f"{self.name} failed: {found['error']}")
+            raise TemplateFailedError(f"{self.name} failed: {found['error']}")
         return str(found["text"])
 
     def close(self) -> None:
@@ -72,12 +86,13 @@ class TemplateRenderer:
         return f"the chat template {self._source[:60]!r}"
 
     def _ask(self, line: bytes) -> bytes:
+        deadline = time.monotonic() + MAX_SECONDS
         worker = self._start()
         assert worker.stdin is not None, "it was opened with pipes"
         assert worker.stdout is not None, "it was opened with pipes"
         worker.stdin.write(line)
         worker.stdin.flush()
-        deadline, answer = time.monotonic() + MAX_SECONDS, b""
+        answer = bytearray()
         with selectors.DefaultSelector() as selector:
             selector.register(worker.stdout, selectors.EVENT_READ)
             while not answer.endswith(b"\n"):
@@ -86,15 +101,18 @@ class TemplateRenderer:
                     raise PromptError(f"{self.name} was stopped: it ran for more than {MAX_SECONDS:.0f} seconds")
                 piece = os.read(worker.stdout.fileno(), 2**16)
                 if not piece:
-                    raise OSError(f"exit code {worker.wait()}")
+                    raise OSError(f"its process ended with exit code {worker.wait()}")
                 answer += piece
-        return answer
+        return bytes(answer)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        if self._worker is None or self._worker.poll() is not None:
+        # After a fork, the worker answers the process that started it.
+        is_ours = self._owner == os.getpid()
+        if self._worker is None or not is_ours or self._worker.poll() is not None:
+            self._owner = os.getpid()
             self._worker = subprocess.Popen(
-                # By path and isolated: the worker needs Jinja alone, and nothing of the caller's folder.
-                [sys.executable, "-I", str(WORKER), str(MAX_BYTES), str(MAX_CHARACTERS)],
+                # Isolated, and without the site's startup code: the worker needs Jinja alone.
+                [sys.executable, "-I", "-S", str(WORKER), json.dumps(_settings())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -105,7 +123,7 @@ class TemplateRenderer:
 
     def _stop(self) -> None:
         worker, self._worker = self._worker, None
-        if worker is None:
+        if worker is None or self._owner != os.getpid():
             return
         worker.kill()
         worker.wait()
@@ -116,3 +134,15 @@ class TemplateRenderer:
 
     def __del__(self) -> None:
         self._stop()
+
+
+def _settings() -> dict[str, Any]:
+    """The worker's limits, and the folders from which this process would import what the worker needs."""
+    specs = [find_spec(package) for package in PACKAGES]
+    folders = [str(Path(spec.origin).parents[1]) for spec in specs if spec is not None and spec.origin is not None]
+    return {
+        "folders": list(dict.fromkeys(folders)),
+        "max_bytes": MAX_BYTES,
+        "max_characters": MAX_CHARACTERS,
+        "max_seconds": MAX_SECONDS,
+    }

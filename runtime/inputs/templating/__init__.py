@@ -1,0 +1,1 @@
+"""Chat templates: strangers' programs that write a conversation as text."""
