@@ -1,30 +1,22 @@
-"""Tests of vLLM, which need it: `make vllm` makes an environment with it and runs them; elsewhere they are left out."""
+"""Tests that need vLLM, in an environment of their own: `make vllm` makes it and runs them."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-if importlib.util.find_spec("vllm") is None:
-    collect_ignore_glob = ["test_*.py"]
+from benchmarks.timing.vllm_server import ROOT, environment, overrides
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from tests.support.family import Family
 
-ROOT = Path(__file__).parents[2]
-ARCHITECTURES = {
-    "llava": "HivtpLlavaForConditionalGeneration",
-    "llava_next": "HivtpLlavaNextForConditionalGeneration",
-}
 # vLLM's attention on a CPU takes heads of 32 numbers and more.
 TEXT = {
     "initializer_range": 0.2,
@@ -33,13 +25,6 @@ TEXT = {
     "intermediate_size": 192,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-}
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
 }
 
 
@@ -61,20 +46,11 @@ def llava_next(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return make_family(tmp_path_factory.mktemp("next") / "checkpoint", "llava_next")
 
 
-def environment() -> dict[str, str]:
-    """Of a process of vLLM: this tree comes first."""
-    return {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
-
-
 def engine_settings(folder: Path, pruning: dict[str, Any] | None, **settings: Any) -> dict[str, Any]:
     """Arguments of `LLM`; no pruning is vLLM's own architecture."""
-    import json
-
-    family = json.loads((folder / "config.json").read_text())["model_type"]
-    overrides = {} if pruning is None else {"architectures": [ARCHITECTURES[family]], "hivtp": pruning}
     return {
         "model": str(folder),
-        "hf_overrides": overrides,
+        "hf_overrides": overrides(folder, pruning),
         "dtype": "float32",
         "enforce_eager": True,
         "max_model_len": 1024,
@@ -84,7 +60,13 @@ def engine_settings(folder: Path, pruning: dict[str, Any] | None, **settings: An
     }
 
 
-def start_engine(settings: dict[str, Any], batches: Any, num_new: int, folder: Path) -> subprocess.CompletedProcess[str]:
+# The same on the command line of a server.
+ARGUMENTS = ("--max-model-len", "1024", "--limit-mm-per-prompt", '{"image": 3}', "--enable-mm-embeds")
+
+
+def start_engine(
+    settings: dict[str, Any], batches: Any, num_new: int, folder: Path
+) -> subprocess.CompletedProcess[str]:
     """Run an engine to its end; what it answers is in `folder / "answers"`."""
     command = [sys.executable, "-m", "tests.vllm.engine", str(folder / "answers")]
     done = subprocess.run(

@@ -2,85 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
+import numpy as np
 import pytest
 import torch
 
-from hivtp.runtime.integrations.transformers import prune
-from hivtp_ops import PruningSpec
-from tests.support.family import GRID, NUM_NEW, SIZES, greedy, picture
+from tests.support.family import NUM_NEW
 from tests.vllm.conftest import engine_settings
+from tests.vllm.reference import RULES, expected, prompts
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from tests.support.family import Family
-
-QUESTIONS = ("what is this?", "how many red houses are there in the photo?", "a dog", "where is the blue car")
-# One for each family: presets, layers, newlines, and a rule of one's own.
-RULES: dict[str, dict[str, Any]] = {
-    "llava": {"preset": "192", "first_layer": 1, "num_layers": 3},
-    "llava_next": {"preset": "64", "keep": 9, "newline": "all"},
-}
-
-
-@dataclass(frozen=True)
-class Prompt:
-    text: str
-    images: tuple[Image.Image, ...]
-
-    @property
-    def for_vllm(self) -> dict[str, Any]:
-        return {"prompt": self.text, "multi_modal_data": {"image": list(self.images)}}
-
-
-def prompts() -> list[Prompt]:
-    """Twenty, of all shapes of images."""
-    found = [
-        Prompt(f"USER: <image>\n{QUESTIONS[number % len(QUESTIONS)]} ASSISTANT:", (picture(number, size),))
-        for number, size in enumerate([*SIZES, (90, 90), (64, 64), (61, 67), (40, 100), (110, 30), *SIZES[:4]])
-    ]
-    pairs = [(picture(100 + number, size), picture(200 + number, SIZES[0])) for number, size in enumerate(SIZES[:4])]
-    found += [Prompt("USER: <image> <image>\nwhat are there? ASSISTANT:", pair) for pair in pairs]
-    found += [
-        Prompt("USER: is <image> small and <image> round ? ASSISTANT:", (picture(300, SIZES[3]), picture(300, SIZES[3]))),
-        Prompt("USER: <image><image><image>\nhow many ? ASSISTANT:", tuple(picture(310 + n, SIZES[n]) for n in (4, 0, 1))),
-    ]
-    assert len(found) == 20
-    return found
-
-
-def spec_of(rule: dict[str, Any]) -> PruningSpec:
-    from dataclasses import replace
-
-    rest = {name: value for name, value in rule.items() if name not in ("preset", "newline")}
-    return replace(PruningSpec.preset(rule["preset"], GRID), **rest)
-
-
-def expected(family: Family, rule: dict[str, Any] | None) -> tuple[list[list[int]], list[int]]:
-    """The tokens of each answer, and the length of each prompt, in transformers."""
-    model, tokens, lengths = family.load(), [], []
-    pruned = None if rule is None else prune(model, spec_of(rule), newline=rule.get("newline", "all"))
-    for prompt in prompts():
-        inputs = family.inputs(prompt.text, prompt.images)
-        num_tokens = inputs["input_ids"].shape[1]
-        if pruned is not None:
-            with torch.no_grad():
-                images = pruned.encode(inputs["pixel_values"], inputs.get("image_sizes"))
-            num_tokens -= int((~images.is_kept).sum())
-        [answer] = greedy(model, inputs)
-        tokens.append(answer)
-        lengths.append(num_tokens)
-    return tokens, lengths
+pytestmark = pytest.mark.vllm
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next"])
 def test_tokens_are_those_of_prune_in_transformers(name, request, run_engine):
     family, rule = request.getfixturevalue(name), RULES[name]
     asked = [prompt.for_vllm for prompt in prompts()]
-    tokens, lengths = expected(family, rule)
+    tokens, lengths = expected(family, rule, prompts())
     assert len({tuple(answer) for answer in tokens}) == len(tokens)
 
     one_by_one = run_engine(engine_settings(family.folder, rule), [[prompt] for prompt in asked], NUM_NEW)
@@ -91,3 +28,32 @@ def test_tokens_are_those_of_prune_in_transformers(name, request, run_engine):
         assert [answer["tokens"] for answer in answers] == tokens
         assert [answer["num_prompt_tokens"] for answer in answers] == lengths
     assert sum(answer["num_cached_tokens"] for answer in together[1]) > 0
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next"])
+def test_without_pruning_nothing_changes(name, request, run_engine):
+    """The plugin's architecture that keeps every token answers as transformers, as vLLM's own does."""
+    family, some = request.getfixturevalue(name), prompts()[::3]
+    tokens, lengths = expected(family, None, some)
+    batch = [prompt.for_vllm for prompt in some]
+    for pruning in ({"preset": "none"}, None):
+        [answers] = run_engine(engine_settings(family.folder, pruning), [batch], NUM_NEW)
+        assert [answer["tokens"] for answer in answers] == tokens
+        assert [answer["num_prompt_tokens"] for answer in answers] == lengths
+
+
+def test_embeddings_of_several_lengths_in_one_run_do_not_end_the_engine(llava, run_engine):
+    """vLLM's own LLaVA makes one tensor of them, and ends when it cannot."""
+    rng = np.random.default_rng(3)
+    images = [torch.from_numpy(rng.standard_normal((length, 128), np.float32)) for length in (5, 21, 33, 64, 21)]
+    prompts = [
+        {"prompt": "USER: <image>\nwhat is this? ASSISTANT:", "multi_modal_data": {"image": [image]}}
+        for image in images
+    ]
+    pair = {"prompt": "USER: <image> <image>\nwhat? ASSISTANT:", "multi_modal_data": {"image": images[:2]}}
+    [together, *alone] = run_engine(
+        engine_settings(llava.folder, RULES["llava"]), [[*prompts, pair], *([prompt] for prompt in [*prompts, pair])]
+    )
+    assert [answer["tokens"] for answer in together] == [answer["tokens"] for [answer] in alone]
+    lengths = [answer["num_prompt_tokens"] for answer in together]
+    assert [length - lengths[0] for length in lengths[1:5]] == [16, 28, 59, 16]

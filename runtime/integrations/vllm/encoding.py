@@ -96,7 +96,9 @@ def _lay_out(
     if settings.pinpoints is None:
         tiles = pixel_values if isinstance(pixel_values, torch.Tensor) else torch.stack(list(pixel_values))
         shape = len(tiles), 1 + math.prod(settings.grid)
-        return tiles, [row[None, 1 - settings.num_prefix_tokens :] for row in np.arange(math.prod(shape)).reshape(shape)]
+        return tiles, [
+            row[None, 1 - settings.num_prefix_tokens :] for row in np.arange(math.prod(shape)).reshape(shape)
+        ]
     assert image_sizes is not None, "the processor of LLaVA-NeXT gives them"
     layouts = [layout_of(settings, (height, width)) for height, width in image_sizes.tolist()]
     images = zip(pixel_values, layouts, strict=True)

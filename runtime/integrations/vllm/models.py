@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hivtp.runtime.integrations.vllm.checks import checked_settings
 from hivtp.runtime.integrations.vllm.counts import count_tokens
 from hivtp.runtime.integrations.vllm.encoding import VllmLayers, encode_images
 from hivtp.runtime.integrations.vllm.settings import PluginSettings
 from hivtp_ops.errors import EngineError
+
+# In what a server with the plugin answers to embeddings of another width; front ends look for it there.
+SIGNATURE = "hivtp: images of this server may have any number of tokens"
 
 
 class PrunedCounts:
@@ -27,6 +30,20 @@ class PrunedCounts:
             )
             return unpruned
         return count_tokens(self._pruning, (image_height, image_width))
+
+    def get_data_parser(self: Any) -> Any:
+        """What reads embeddings that were sent."""
+        parser = super().get_data_parser()  # type: ignore[misc]
+        parse = parser.parse_mm_data
+
+        def signed(*data: Any, **options: Any) -> Any:
+            try:
+                return parse(*data, **options)
+            except ValueError as error:
+                raise ValueError(f"{error} ({SIGNATURE})") from error
+
+        parser.parse_mm_data = signed
+        return parser
 
 
 class PrunedImages:
@@ -69,9 +86,7 @@ def _llava() -> Any:
     class Info(PrunedCounts, LlavaProcessingInfo):  # type: ignore[misc]  # vLLM is not installed beside mypy
         """Of LLaVA-1.5."""
 
-    @MULTIMODAL_REGISTRY.register_processor(
-        LlavaMultiModalProcessor, info=Info, dummy_inputs=LlavaDummyInputsBuilder
-    )
+    @MULTIMODAL_REGISTRY.register_processor(LlavaMultiModalProcessor, info=Info, dummy_inputs=LlavaDummyInputsBuilder)
     class HivtpLlavaForConditionalGeneration(PrunedImages, LlavaForConditionalGeneration):  # type: ignore[misc]
         """LLaVA-1.5."""
 
