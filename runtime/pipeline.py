@@ -16,6 +16,7 @@ from hivtp.runtime.language import LanguageOptions
 from hivtp.runtime.language.sampling import SamplingParams
 from hivtp.runtime.model import Model, milliseconds_since
 from hivtp.runtime.prefetch import Prefetch
+from hivtp.runtime.remote_check import check_remote
 from hivtp.runtime.request import Request
 from hivtp.runtime.vision import VisionOptions
 from hivtp_ops.errors import HivtpError, PromptError
@@ -71,13 +72,19 @@ class Pipeline:
             CheckpointError: the checkpoint is damaged, or is not the one that the bundle was exported from.
             HubError: a bundle of the hub cannot be downloaded.
             MissingExtraError: onnxruntime, or what an engine or backend needs in its place, is not installed.
-            EngineError: a graph cannot be loaded, or the engine cannot run here.
+            EngineError: a graph cannot be loaded, or the engine cannot run here; or a server that is to decode cannot.
             OutOfMemoryError: the model does not fit into the memory of the device.
             SettingsError: an option cannot work.
         """
         options = (vision or VisionOptions(), language or LanguageOptions())
         folder = bundle_folder(bundle, revision)
-        return cls(Model.load(folder, *options, check_hashes=check_hashes, trust_plans=trust_plans))
+        model = Model.load(folder, *options, check_hashes=check_hashes, trust_plans=trust_plans)
+        try:
+            check_remote(model)
+        except BaseException:
+            model.close()
+            raise
+        return cls(model)
 
     def close(self) -> None:
         """Release engines, caches and processes; whatever is asked after this raises an EngineError.

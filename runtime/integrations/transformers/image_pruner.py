@@ -85,7 +85,7 @@ class ImagePruner:
         wanted = [range(num_layers + 1)[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
         features, importance = run_tower(model.vision_tower, tiles, wanted, self.spec.scoring_layers)
         assert importance is not None, "prune() resolves the scoring layers"
-        is_padding = torch.from_numpy(~is_image_patch(blocks, features.shape[:2])).to(importance.device)
+        is_padding = torch.from_numpy(~is_image_patch(blocks, (len(tiles), features.shape[1]))).to(importance.device)
         importance = importance.masked_fill(is_padding, -torch.inf)
         if importance.isnan().any():
             raise ScoreError("the importance scores hold NaN: the vision tower overflowed; load it in a wider dtype")

@@ -40,7 +40,7 @@ class VllmLayers:
         """See LayerRunner.run_scoring."""
         attention = layer.self_attn
         projected, _ = attention.qkv_proj(layer.layer_norm1(hidden))
-        mixed, received = attend(*projected.chunk(3, dim=-1), attention.head_dim, attention.scale)
+        mixed, received = attend(projected.chunk(3, dim=-1), attention.head_dim, attention.scale)
         if attention.tp_size > 1:
             # Each rank has as many heads as another, so the mean over all is that of the means.
             received = self._sum_over_ranks(received) / attention.tp_size
@@ -78,13 +78,13 @@ def encode_images(
     # A tower that overflows gives nonsense with and without pruning; an error here would end the engine, and with
     # it the answers of everybody.
     importance = importance.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-    is_padding = torch.from_numpy(~is_image_patch(blocks, features.shape[:2])).to(importance.device)
+    is_padding = torch.from_numpy(~is_image_patch(blocks, (len(tiles), features.shape[1]))).to(importance.device)
     importance = importance.masked_fill(is_padding, -torch.inf)
     kept_indices, _ = torch_op.prune(importance, settings.grid, settings.spec)
     newline = None if settings.pinpoints is None else model.image_newline
     tokens = project_kept(features, kept_indices, blocks, settings.newline, model.multi_modal_projector, newline)
     sizes = np.array([flags.sum() for flags in tokens.is_kept]).reshape(len(pixel_values), -1).sum(axis=1)
-    return list(tokens.embeds.split(sizes.tolist()))
+    return list(torch.split(tokens.embeds, sizes.tolist()))
 
 
 def _lay_out(

@@ -62,14 +62,14 @@ class PrunedImages:
         self._pruning = settings
         self._layers = VllmLayers(tensor_model_parallel_all_reduce)
 
-    def embed_multimodal(self: Any, **kwargs: Any) -> Any:
+    def embed_multimodal(self, **kwargs: Any) -> Any:
         """The embeddings of images, from pixels or as they were sent; one tensor for each."""
         embeds, pixels = kwargs.get("image_embeds"), kwargs.get("pixel_values")
         if embeds is not None:
             # As a list: vLLM's own LLaVA takes one tensor, so that images of two lengths in one run end the engine.
             return list(embeds)
         if pixels is None or self._pruning.spec is None:
-            return super().embed_multimodal(**kwargs)
+            return super().embed_multimodal(**kwargs)  # type: ignore[misc]  # see above
         return encode_images(self, self._pruning, self._layers, pixels, kwargs.get("image_sizes"))
 
 
@@ -115,7 +115,7 @@ def _llava_next() -> Any:
     return HivtpLlavaNextForConditionalGeneration
 
 
-# Each is made where it is asked for: its base classes come with vLLM, and every module of hivtp can be imported without.
+# Each is made where it is asked for: its base classes come with vLLM, and this module can be imported without.
 _MAKERS = {
     "HivtpLlavaForConditionalGeneration": _llava,
     "HivtpLlavaNextForConditionalGeneration": _llava_next,

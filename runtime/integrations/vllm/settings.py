@@ -1,4 +1,4 @@
-"""What the plugin prunes by: the field `hivtp` of a model's config, where `--hf-overrides` puts it, read and checked."""
+"""What the plugin prunes by: the field `hivtp` of a model's config, where `--hf-overrides` puts it."""
 
 from __future__ import annotations
 

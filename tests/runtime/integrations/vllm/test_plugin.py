@@ -67,7 +67,8 @@ def test_models_are_found_by_name_alone():
         _ = models.Other
 
 
-def test_a_vllm_that_has_moved_its_classes_is_named(vllm):
+@pytest.mark.usefixtures("vllm")
+def test_a_vllm_that_has_moved_its_classes_is_named():
     with pytest.raises(EngineError, match=r"made for vLLM 0\.32 and 0\.33, and this vLLM is another"):
         _ = models.HivtpLlavaForConditionalGeneration
 
@@ -94,7 +95,7 @@ def test_a_config_that_cannot_work_is_refused_before_anything_is_loaded():
         ConfigCheck.verify_and_update_model_config(engine_config({"preset": "paper"}).model_config)
     with pytest.raises(SpecError, match="more of one image than of another"):
         ConfigCheck.verify_and_update_config(engine_config({"preset": "paper"}))
-    with pytest.raises(SettingsError, match="speculative decoding by 'eagle3' .*ngram, ngram_gpu, suffix"):
+    with pytest.raises(SettingsError, match=r"speculative decoding by 'eagle3' .*ngram, ngram_gpu, suffix"):
         ConfigCheck.verify_and_update_config(engine_config({"preset": "192"}, "eagle3"))
     with pytest.raises(SettingsError, match="leave --enable-tower-connector-lora out"):
         ConfigCheck.verify_and_update_config(engine_config({"preset": "192"}, adapts_tower=True))
