@@ -120,11 +120,12 @@ class VllmScheduler:
             case NewTokens():
                 milliseconds = (happened.at - running.last_at) * 1e3 / len(event.token_ids)
                 running.last_at = happened.at
-                error = attempt(self._push, running, event, milliseconds)
-                if isinstance(error, HivtpError):
-                    self._leave(happened.answering, error)
-                elif running.num_left == 0:
-                    self._leave(happened.answering)
+                goes_on = attempt(self._push, running, event, milliseconds)
+                if running.num_left == 0 and goes_on is True:
+                    # The server ends by itself.
+                    self._running.pop(happened.answering, None)
+                elif goes_on is not True:
+                    self._leave(happened.answering, goes_on if isinstance(goes_on, HivtpError) else None)
             case Ended():
                 reason = f"the server ended the answer early, for the reason {event.reason!r}"
                 self._leave(happened.answering, EngineError(reason))
@@ -132,15 +133,19 @@ class VllmScheduler:
                 self._leave(happened.answering, event)
 
     @staticmethod
-    def _push(running: _Running, event: NewTokens, milliseconds: float) -> None:
+    def _push(running: _Running, event: NewTokens, milliseconds: float) -> bool:
+        """Hand out tokens; whether the server is right to go on, or to end because there may be no more."""
         request = running.request
         for index, token_id in enumerate(event.token_ids):
             if event.logprobs:
                 request.note_logprobs(event.logprobs[index])
+            running.num_left -= 1
             goes_on = request.push(token_id, milliseconds)
-            running.num_left = running.num_left - 1 if goes_on else 0
             if running.num_left == 0:
-                return
+                return True
+            if not goes_on:
+                return False
+        return True
 
     def _leave(self, answering: Answering, error: HivtpError | None = None) -> None:
         # `push` may have cancelled the very request.
