@@ -130,6 +130,7 @@ class Model:
         *,
         check_hashes: bool = False,
         trust_plans: bool = False,
+        vision_engine: Engine | None = None,
     ) -> Model:
         """Load a bundle; see `Pipeline.load`."""
         bundle = Bundle.open(folder, check_hashes=check_hashes)
@@ -138,7 +139,7 @@ class Model:
             template = PromptTemplate.from_json(bundle.read_json("prompt.json"))
             # Its process is up by the time that the vision graph is loaded.
             template.start()
-            engine = _open_vision(bundle, vision, language, trust_plans=trust_plans)
+            engine = vision_engine or _open_vision(bundle, vision, language, trust_plans=trust_plans)
             tokenizer = Tokenizer.load(bundle.processor_folder)
             return cls(bundle, create_image_encoder(bundle, engine, vision), template, tokenizer, decoder)
         except BaseException:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from hivtp.engines.base import Engine
     from hivtp.runtime.answer import Answer
     from hivtp.runtime.inputs.images import ImageSource
     from hivtp.runtime.model import EncodedPrompt, PreparedPrompt
@@ -54,6 +55,7 @@ class Pipeline:
         revision: str | None = None,
         check_hashes: bool = False,
         trust_plans: bool = False,
+        vision_engine: Engine | None = None,
     ) -> Self:
         """Load a bundle that `hivtp export` wrote; needs numpy and one inference engine.
 
@@ -66,6 +68,7 @@ class Pipeline:
             check_hashes: also compare every file's sha256 with the manifest.
             trust_plans: load a TensorRT plan that came with the bundle. A plan is code: without this, only one that
                 this machine built is loaded.
+            vision_engine: runs the vision graph in place of the engine that `vision` names.
 
         Raises:
             BundleError: the bundle is incomplete, altered, of another schema, or lacks what `language` needs of it.
@@ -78,7 +81,9 @@ class Pipeline:
         """
         options = (vision or VisionOptions(), language or LanguageOptions())
         folder = bundle_folder(bundle, revision)
-        model = Model.load(folder, *options, check_hashes=check_hashes, trust_plans=trust_plans)
+        model = Model.load(
+            folder, *options, check_hashes=check_hashes, trust_plans=trust_plans, vision_engine=vision_engine
+        )
         try:
             check_remote(model)
         except BaseException:
