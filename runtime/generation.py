@@ -9,9 +9,11 @@ import numpy as np
 from hivtp.runtime.answer import Answer, Timings
 from hivtp.runtime.attempt import attempt, request_errors
 from hivtp.runtime.inputs.stop_strings import StopStrings
+from hivtp.runtime.language import open_scheduler
+from hivtp.runtime.language.remote import Turn
 from hivtp.runtime.language.sampler import Sampler
 from hivtp.runtime.language.sampling import TokenLogprobs, token_logprobs
-from hivtp.runtime.language.scheduler import Scheduler, SchedulerOptions
+from hivtp.runtime.language.scheduler import SchedulerOptions
 from hivtp_ops.errors import HivtpError
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from hivtp.runtime.language.remote import RequestScheduler
+    from hivtp.runtime.language.sampling import SamplingParams
     from hivtp.runtime.model import EncodedPrompt, Model
 
 
@@ -31,24 +35,26 @@ class Generation:
 
     Attributes:
         prompt: as given.
+        num_prompt_tokens: positions of the prompt, those of its images included.
         embeds: see DecodeRequest; released at the first token.
+        sampling: how tokens are chosen.
         error: what the request failed with; None while it did not.
         num_cached: positions of the prompt that another request had left in the KV cache.
     """
 
     def __init__(self, model: Model, prompt: EncodedPrompt) -> None:
         self.prompt = prompt
+        self.num_prompt_tokens = model.length(prompt)
         self.embeds: NDArray[np.float32] = model.embed(prompt)
+        self.sampling: SamplingParams = prompt.sampling
         self.error: HivtpError | None = None
         self.num_cached = 0
         self._keys = model.keys(prompt)
-        self._num_prompt_tokens = len(self.embeds)
-        self._sampling = prompt.sampling
         self._eos_token_ids = frozenset(() if prompt.sampling.ignores_eos else model.eos_token_ids)
         self._sampler = Sampler(prompt.sampling, prompt.token_ids)
         self._text = model.tokenizer.stream()
         self._stops = StopStrings(prompt.sampling.stop)
-        self._token_ids: list[int] = []
+        self._new_token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._pieces: list[str] = []
         self._num_given = 0
@@ -58,7 +64,7 @@ class Generation:
     @property
     def max_new_tokens(self) -> int:
         """See DecodeRequest.max_new_tokens."""
-        return self._sampling.max_new_tokens
+        return self.sampling.max_new_tokens
 
     @property
     def keys(self) -> Sequence[Hashable] | None:
@@ -66,9 +72,28 @@ class Generation:
         return self._keys
 
     @property
+    def turns(self) -> list[Turn]:
+        """See RemoteRequest.turns."""
+        images = iter(self.prompt.images)
+        return [
+            Turn(message.role, tuple(part if isinstance(part, str) else next(images).embeds for part in message.parts))
+            for message in self.prompt.messages
+        ]
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """See RemoteRequest.token_ids."""
+        return self.prompt.token_ids
+
+    @property
+    def salt(self) -> str | None:
+        """See RemoteRequest.salt."""
+        return None
+
+    @property
     def has_begun(self) -> bool:
         """Whether there is a first token."""
-        return bool(self._token_ids)
+        return bool(self._new_token_ids)
 
     def begin(self, num_cached: int) -> None:
         """See DecodeRequest.begin."""
@@ -77,15 +102,19 @@ class Generation:
     def choose(self, logits: NDArray[np.float32]) -> int:
         """See DecodeRequest.choose."""
         token_id = self._sampler(logits)
-        if self._sampling.logprobs is not None:
-            self._logprobs.append(token_logprobs(logits, token_id, self._sampling.logprobs))
+        if self.sampling.logprobs is not None:
+            self.note_logprobs(token_logprobs(logits, token_id, self.sampling.logprobs))
         return token_id
+
+    def note_logprobs(self, logprobs: TokenLogprobs) -> None:
+        """See RemoteRequest.note_logprobs."""
+        self._logprobs.append(logprobs)
 
     def push(self, token_id: int, milliseconds: float) -> bool:
         """See DecodeRequest.push."""
-        if not self._token_ids:
+        if not self._new_token_ids:
             self._release()
-        self._token_ids.append(token_id)
+        self._new_token_ids.append(token_id)
         self._step_ms.append(milliseconds)
         self._pieces.append(self._stops.push(self._text.push(token_id)))
         return self._stops.found is None and token_id not in self._eos_token_ids
@@ -120,17 +149,17 @@ class Generation:
         assert self._is_finished, "an answer is whole when it is finished"
         prefill_ms, *decode_ms = self._step_ms
         prompt, images = self.prompt, self.prompt.new_images
-        has_stopped = self._stops.found is not None or self._token_ids[-1] in self._eos_token_ids
+        has_stopped = self._stops.found is not None or self._new_token_ids[-1] in self._eos_token_ids
         return Answer(
             text="".join(self._pieces),
-            token_ids=self._token_ids,
-            num_prompt_tokens=self._num_prompt_tokens,
+            token_ids=self._new_token_ids,
+            num_prompt_tokens=self.num_prompt_tokens,
             num_image_tokens=sum(image.num_unpruned_tokens for image in images),
             num_kept_tokens=sum(len(image.embeds) for image in images),
             kept_indices=[tile.kept_indices.tolist() for image in images for tile in image.tiles],
             finish_reason="stop" if has_stopped else "length",
             stop=self._stops.found,
-            logprobs=None if self._sampling.logprobs is None else self._logprobs,
+            logprobs=None if self.sampling.logprobs is None else self._logprobs,
             timings=Timings(
                 preprocess_ms=prompt.preprocess_ms,
                 vision_ms=prompt.vision_ms,
@@ -145,7 +174,7 @@ class Generation:
         self.embeds = np.empty((0, 0), np.float32)
 
 
-def steps_of(scheduler: Scheduler, generation: Generation) -> Iterator[None]:
+def steps_of(scheduler: RequestScheduler, generation: Generation) -> Iterator[None]:
     """Decode one request, run by run; whoever stops iterating gives the request up.
 
     Raises:
@@ -162,7 +191,7 @@ def steps_of(scheduler: Scheduler, generation: Generation) -> Iterator[None]:
         scheduler.cancel(generation)
 
 
-def pieces_of(scheduler: Scheduler, generation: Generation) -> Iterator[str]:
+def pieces_of(scheduler: RequestScheduler, generation: Generation) -> Iterator[str]:
     """Decode one request, and give out its text as it comes.
 
     Raises:
@@ -173,7 +202,7 @@ def pieces_of(scheduler: Scheduler, generation: Generation) -> Iterator[str]:
     yield from generation.take_pieces()
 
 
-def scheduler_for(model: Model, generations: Sequence[Generation], *, keeps_slots: bool = False) -> Scheduler:
+def scheduler_for(model: Model, generations: Sequence[Generation], *, keeps_slots: bool = False) -> RequestScheduler:
     """A scheduler with a slot for each of some requests, and memory for no more.
 
     Args:
@@ -185,12 +214,12 @@ def scheduler_for(model: Model, generations: Sequence[Generation], *, keeps_slot
         EngineError: the pipeline is closed.
         OutOfMemoryError: there is no memory for all of them at once.
     """
-    capacity = max(len(generation.embeds) + generation.max_new_tokens for generation in generations)
+    capacity = max(generation.num_prompt_tokens + generation.max_new_tokens for generation in generations)
     options = SchedulerOptions(
         num_slots=len(generations), capacity=max(2, capacity), grows=keeps_slots, keeps_slots=keeps_slots
     )
     with request_errors():
-        return Scheduler(model.language, options)
+        return open_scheduler(model.language, options)
 
 
 def decode_together(model: Model, generations: Sequence[Generation]) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 from hivtp.runtime.attempt import attempt
 from hivtp.runtime.generation import Generation, decode_together
 from hivtp.runtime.inputs.messages import check_text
+from hivtp.runtime.language.remote import RemoteBackend
 from hivtp.runtime.language.sampling import SamplingParams, token_logprobs
 from hivtp.runtime.request import Request
-from hivtp_ops.errors import HivtpError, PromptError
+from hivtp_ops.errors import HivtpError, PromptError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,6 +65,8 @@ def likelihoods(model: Model, continuations: Sequence[Continuation]) -> list[Lik
 
 
 def _open_reader(model: Model, continuation: Continuation) -> _Reader:
+    if isinstance(model.language, RemoteBackend):
+        raise SettingsError("likelihoods want the logits of a decoder that runs here; choose another language backend")
     request = Request(continuation.prompt, continuation.images)
     if not isinstance(continuation.text, str):
         raise PromptError(f"a continuation must be a str, not a {type(continuation.text).__name__}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +14,11 @@ from hivtp.engines import open_vision_engine
 from hivtp.engines.bundle import Bundle
 from hivtp.runtime.attempt import request_errors
 from hivtp.runtime.inputs.images import image_name, load_image
+from hivtp.runtime.inputs.messages import ImagePart
 from hivtp.runtime.inputs.prepared_image import PreparedImage
 from hivtp.runtime.inputs.prompt import PromptTemplate
 from hivtp.runtime.inputs.tokenizer import Tokenizer
-from hivtp.runtime.language import LanguageOptions, create_language
+from hivtp.runtime.language import LanguageOptions, RemoteBackend, create_language
 from hivtp.runtime.language.base import closed_error
 from hivtp.runtime.vision import VisionOptions, create_image_encoder
 from hivtp.runtime.vision.encoder import EncodedImage
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from hivtp.engines.base import Engine
     from hivtp.engines.manifest import LanguageManifest
+    from hivtp.runtime.inputs.messages import Message
     from hivtp.runtime.language.base import LanguageBackend
     from hivtp.runtime.language.sampling import SamplingParams
     from hivtp.runtime.request import Request
@@ -47,12 +49,14 @@ class PreparedPrompt:
 
     Attributes:
         token_ids: of the whole conversation, one placeholder per image.
+        messages: the conversation as the chat template takes it, images without their sources.
         images: in the order of the placeholders: pixels, or what an earlier turn has encoded.
         sampling: resolved.
         preprocess_ms: see Timings.
     """
 
     token_ids: list[int]
+    messages: Sequence[Message]
     images: list[PreparedImage | EncodedImage]
     sampling: SamplingParams
     preprocess_ms: float
@@ -66,7 +70,9 @@ class PreparedPrompt:
         """The same after the vision stage, with these in the place of `pixels`."""
         new = iter(images)
         both = [image if isinstance(image, EncodedImage) else next(new) for image in self.images]
-        return EncodedPrompt(self.token_ids, both, list(images), self.sampling, self.preprocess_ms, vision_ms)
+        return EncodedPrompt(
+            self.token_ids, self.messages, both, list(images), self.sampling, self.preprocess_ms, vision_ms
+        )
 
 
 @dataclass(frozen=True)
@@ -74,13 +80,14 @@ class EncodedPrompt:
     """A request whose images went through the vision stage.
 
     Attributes:
-        token_ids, sampling, preprocess_ms: see PreparedPrompt.
+        token_ids, messages, sampling, preprocess_ms: see PreparedPrompt.
         images: one for each placeholder.
         new_images: those of them that this request brought; the others earlier turns of a chat have encoded.
         vision_ms: see Timings.
     """
 
     token_ids: list[int]
+    messages: Sequence[Message]
     images: list[EncodedImage]
     new_images: list[EncodedImage]
     sampling: SamplingParams
@@ -96,7 +103,7 @@ class Model:
         images: images to the embeddings of their kept tokens.
         template: a conversation to the text that the model was trained on.
         tokenizer: text to token ids and back.
-        language: embeddings to logits.
+        language: embeddings to logits, or conversations to tokens in another server.
     """
 
     def __init__(
@@ -105,7 +112,7 @@ class Model:
         images: CachedEncoder,
         template: PromptTemplate,
         tokenizer: Tokenizer,
-        language: LanguageBackend,
+        language: LanguageBackend | RemoteBackend,
     ) -> None:
         self.bundle = bundle
         self.images = images
@@ -123,6 +130,7 @@ class Model:
         *,
         check_hashes: bool = False,
         trust_plans: bool = False,
+        vision_engine: Engine | None = None,
     ) -> Model:
         """Load a bundle; see `Pipeline.load`."""
         bundle = Bundle.open(folder, check_hashes=check_hashes)
@@ -131,14 +139,9 @@ class Model:
             template = PromptTemplate.from_json(bundle.read_json("prompt.json"))
             # Its process is up by the time that the vision graph is loaded.
             template.start()
-            engine = _open_vision(bundle, vision, language, trust_plans=trust_plans)
-            return cls(
-                bundle,
-                create_image_encoder(bundle, engine, vision),
-                template,
-                Tokenizer.load(bundle.processor_folder),
-                decoder,
-            )
+            engine = vision_engine or _open_vision(bundle, vision, language, trust_plans=trust_plans)
+            tokenizer = Tokenizer.load(bundle.processor_folder)
+            return cls(bundle, create_image_encoder(bundle, engine, vision), template, tokenizer, decoder)
         except BaseException:
             decoder.close()
             raise
@@ -183,7 +186,8 @@ class Model:
             self._check_length(len(token_ids) + len(sources) * (self.bundle.manifest.vision.num_prefix_tokens - 1))
             images = [self._prepare_image(source, number, len(sources)) for number, source in enumerate(sources, 1)]
             sampling = request.sampling.resolved(self.manifest.sampling)
-            return PreparedPrompt(token_ids, images, sampling, milliseconds_since(started))
+            said = [_without_sources(message) for message in self.template.messages(messages)]
+            return PreparedPrompt(token_ids, said, images, sampling, milliseconds_since(started))
 
     def encode(self, prompt: PreparedPrompt) -> EncodedPrompt:
         """Run the vision stage on a request's images.
@@ -203,17 +207,29 @@ class Model:
         with self._request_errors():
             return self.images.encode(images)
 
+    def length(self, prompt: EncodedPrompt) -> int:
+        """Positions of the prompt, with each image's tokens in place of its placeholder.
+
+        Raises:
+            ContextLengthError: they are more than the context has.
+            EngineError: the model is closed.
+        """
+        with self._request_errors():
+            length = len(prompt.token_ids) + sum(len(image.embeds) - 1 for image in prompt.images)
+            self._check_length(length)
+            return length
+
     def embed(self, prompt: EncodedPrompt) -> NDArray[np.float32]:
-        """The prompt's embeddings [length, hidden] float32, with each image's tokens in place of its placeholder.
+        """The prompt's embeddings [length, hidden] float32, for a language model that runs here; none for another.
 
         Raises:
             EngineError: the model is closed.
             OutOfMemoryError: memory ran out.
-            ContextLengthError: they are longer than the context.
         """
         with self._request_errors():
             token_ids = prompt.token_ids
-            self._check_length(len(token_ids) + sum(len(image.embeds) - 1 for image in prompt.images))
+            if isinstance(self.language, RemoteBackend):
+                return np.empty((0, 0), np.float32)
             embeds = self.language.embed(token_ids)
             pieces: list[NDArray[np.float32]] = []
             start = 0
@@ -295,6 +311,10 @@ class Model:
                 f"{self.language.context_length}, answer included: shorten the prompt, give fewer images, or start a "
                 "new chat"
             )
+
+
+def _without_sources(message: Message) -> Message:
+    return replace(message, parts=[part if isinstance(part, str) else ImagePart(None) for part in message.parts])
 
 
 def milliseconds_since(started: float) -> float:

@@ -16,6 +16,7 @@ from hivtp.runtime.language import LanguageOptions
 from hivtp.runtime.language.sampling import SamplingParams
 from hivtp.runtime.model import Model, milliseconds_since
 from hivtp.runtime.prefetch import Prefetch
+from hivtp.runtime.remote_check import check_remote
 from hivtp.runtime.request import Request
 from hivtp.runtime.vision import VisionOptions
 from hivtp_ops.errors import HivtpError, PromptError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from hivtp.engines.base import Engine
     from hivtp.runtime.answer import Answer
     from hivtp.runtime.inputs.images import ImageSource
     from hivtp.runtime.model import EncodedPrompt, PreparedPrompt
@@ -53,6 +55,7 @@ class Pipeline:
         revision: str | None = None,
         check_hashes: bool = False,
         trust_plans: bool = False,
+        vision_engine: Engine | None = None,
     ) -> Self:
         """Load a bundle that `hivtp export` wrote; needs numpy and one inference engine.
 
@@ -65,19 +68,28 @@ class Pipeline:
             check_hashes: also compare every file's sha256 with the manifest.
             trust_plans: load a TensorRT plan that came with the bundle. A plan is code: without this, only one that
                 this machine built is loaded.
+            vision_engine: runs the vision graph in place of the engine that `vision` names.
 
         Raises:
             BundleError: the bundle is incomplete, altered, of another schema, or lacks what `language` needs of it.
             CheckpointError: the checkpoint is damaged, or is not the one that the bundle was exported from.
             HubError: a bundle of the hub cannot be downloaded.
             MissingExtraError: onnxruntime, or what an engine or backend needs in its place, is not installed.
-            EngineError: a graph cannot be loaded, or the engine cannot run here.
+            EngineError: a graph cannot be loaded, or the engine cannot run here; or a server that is to decode cannot.
             OutOfMemoryError: the model does not fit into the memory of the device.
             SettingsError: an option cannot work.
         """
         options = (vision or VisionOptions(), language or LanguageOptions())
         folder = bundle_folder(bundle, revision)
-        return cls(Model.load(folder, *options, check_hashes=check_hashes, trust_plans=trust_plans))
+        model = Model.load(
+            folder, *options, check_hashes=check_hashes, trust_plans=trust_plans, vision_engine=vision_engine
+        )
+        try:
+            check_remote(model)
+        except BaseException:
+            model.close()
+            raise
+        return cls(model)
 
     def close(self) -> None:
         """Release engines, caches and processes; whatever is asked after this raises an EngineError.

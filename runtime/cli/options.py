@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -14,6 +15,10 @@ from hivtp.runtime.vision.options import VisionOptions
 
 if TYPE_CHECKING:
     from hivtp.runtime.pipeline import Pipeline
+
+
+# The key of a vLLM server: an argument would be seen by everybody on the machine.
+LANGUAGE_KEY_VARIABLE = "HIVTP_LANGUAGE_API_KEY"
 
 
 def make_bundle_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -127,7 +132,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=get_args(BackendName),
         default=language.backend,
         help="what decodes the answer: onnxruntime the bundle's decoder, transformers the language model of the "
-        "checkpoint (default: %(default)s)",
+        "checkpoint, vllm a server of vLLM (default: %(default)s)",
     )
     group.add_argument(
         "--language-device",
@@ -146,7 +151,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--language-dtype",
         choices=get_args(LanguageDtype),
         default=language.dtype,
-        help="for transformers (default: %(default)s)",
+        help="for transformers; for vllm, in which images are sent (default: %(default)s)",
+    )
+    group.add_argument(
+        "--language-url",
+        metavar="URL",
+        help=f"for vllm: of its server, http://host:8000; a key that it wants is read from {LANGUAGE_KEY_VARIABLE}",
+    )
+    group.add_argument(
+        "--language-model-name", metavar="NAME", help="for vllm: what its server calls the model (default: its first)"
     )
 
 
@@ -168,6 +181,9 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
             num_threads=options.threads,
             checkpoint=options.language_checkpoint,
             dtype=options.language_dtype,
+            url=options.language_url,
+            api_key=os.environ.get(LANGUAGE_KEY_VARIABLE) or None if options.language_backend == "vllm" else None,
+            model_name=options.language_model_name,
         ),
         revision=options.revision,
         check_hashes=options.check_hashes,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hivtp.runtime.inputs.messages import check_text
 from hivtp.runtime.inputs.templating.chat_template import ChatTemplate
-from hivtp.runtime.inputs.templating.conversation import as_text, folded, merged
+from hivtp.runtime.inputs.templating.conversation import as_text, folded, left_to_template, merged
 from hivtp_ops.errors import BundleError, PromptError
 
 if TYPE_CHECKING:
@@ -86,6 +86,11 @@ class PromptTemplate:
         escape = self._literals(tokenizer).escape
         messages = merged([message.with_text(escape) for message in messages])
         return self._render_llava(messages) if self._chat is None else self._chat.render(messages)
+
+    def messages(self, messages: Sequence[Message]) -> list[Message]:
+        """A conversation as `render` gives it to the template, words unchanged: for a server that has the template."""
+        keeps_system = self._chat is None or "system" in self._chat.form.takes_parts
+        return [left_to_template(message) for message in folded(merged(messages), keeps_first=keeps_system)]
 
     def escape(self, text: str, tokenizer: Tokenizer) -> str:
         """Somebody's words as they stand in the text of `render`."""

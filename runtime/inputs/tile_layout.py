@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 
@@ -27,6 +29,26 @@ class TileLayout:
     tile_rows: int
     tile_cols: int
     image_size: tuple[int, int]
+
+    @classmethod
+    def on(cls, pinpoints: Sequence[tuple[int, int]], tile_size: int, image_size: tuple[int, int]) -> TileLayout:
+        """Lay an image on the tile grid that shows most of its pixels, then wastes least; of equals the first.
+
+        Args:
+            pinpoints: (height, width) of every tile grid in pixels, multiples of `tile_size`.
+            tile_size: side of a tile in pixels.
+            image_size: (height, width) of the image in pixels.
+        """
+        image_height, image_width = image_size
+
+        def goodness(pinpoint: tuple[int, int]) -> tuple[int, int]:
+            height, width = pinpoint
+            scale = min(width / image_width, height / image_height)
+            num_shown = min(int(image_width * scale) * int(image_height * scale), image_width * image_height)
+            return num_shown, num_shown - width * height
+
+        height, width = max(pinpoints, key=goodness)
+        return cls(height // tile_size, width // tile_size, image_size)
 
     @property
     def num_tiles(self) -> int:

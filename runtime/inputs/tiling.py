@@ -105,8 +105,7 @@ class Tiler:
         Raises:
             ImageError: it needs more than `max_tiles`.
         """
-        height, width = self._best_pinpoint(image_size)
-        layout = TileLayout(height // self.tile_size, width // self.tile_size, image_size)
+        layout = TileLayout.on(self.pinpoints, self.tile_size, image_size)
         if layout.num_tiles > self.max_tiles:
             raise ImageError(
                 f"an image of {image_size[1]} x {image_size[0]} pixels becomes a base tile and "
@@ -154,18 +153,6 @@ class Tiler:
         down, across = image_size[0] / rows, image_size[1] / cols
         left, top = -((width - cols) // 2) * across, -((height - rows) // 2) * down
         return left, top, left + width * across, top + height * down
-
-    def _best_pinpoint(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """The pinpoint that shows most of the image's pixels, then wastes least; of equals the first."""
-        image_height, image_width = image_size
-
-        def goodness(pinpoint: tuple[int, int]) -> tuple[int, int]:
-            height, width = pinpoint
-            scale = min(width / image_width, height / image_height)
-            num_shown = min(int(image_width * scale) * int(image_height * scale), image_width * image_height)
-            return num_shown, num_shown - width * height
-
-        return max(self.pinpoints, key=goodness)
 
     def _resize(self, image: Image.Image, size: Size) -> Image.Image:
         resizer = dataclasses.replace(

@@ -6,6 +6,8 @@ import warnings
 from typing import TYPE_CHECKING
 
 from hivtp.runtime.language.options import LanguageOptions
+from hivtp.runtime.language.remote import RemoteBackend
+from hivtp.runtime.language.scheduler import Scheduler
 from hivtp_ops.errors import BundleError, EngineWarning, HivtpError
 
 if TYPE_CHECKING:
@@ -15,11 +17,13 @@ if TYPE_CHECKING:
     from hivtp.engines.bundle import Bundle
     from hivtp.runtime.language.base import LanguageBackend
     from hivtp.runtime.language.options import BackendName
+    from hivtp.runtime.language.remote import RequestScheduler
+    from hivtp.runtime.language.scheduler import SchedulerOptions
 
-__all__ = ["LanguageOptions", "create_language"]
+__all__ = ["LanguageOptions", "RemoteBackend", "create_language", "open_scheduler"]
 
 
-def create_language(bundle: Bundle, options: LanguageOptions) -> LanguageBackend:
+def create_language(bundle: Bundle, options: LanguageOptions) -> LanguageBackend | RemoteBackend:
     """Open the language model of a bundle in a backend.
 
     Args:
@@ -41,6 +45,22 @@ def create_language(bundle: Bundle, options: LanguageOptions) -> LanguageBackend
             "export it with --graph vision"
         )
     return _CREATORS[options.backend](bundle, options)
+
+
+def open_scheduler(language: LanguageBackend | RemoteBackend, options: SchedulerOptions) -> RequestScheduler:
+    """A scheduler that decodes with a backend.
+
+    Args:
+        language: decodes.
+        options: how; of these a remote backend knows the number of slots alone.
+
+    Raises:
+        EngineError: the backend is closed.
+        OutOfMemoryError: there is no memory for the slots.
+    """
+    if isinstance(language, RemoteBackend):
+        return language.open_scheduler(options.num_slots)
+    return Scheduler(language, options)
 
 
 def _create_onnxruntime(bundle: Bundle, options: LanguageOptions) -> LanguageBackend:
@@ -76,8 +96,16 @@ def _create_transformers(bundle: Bundle, options: LanguageOptions) -> LanguageBa
     return TransformersLanguage(bundle.manifest, options)
 
 
+def _create_vllm(bundle: Bundle, options: LanguageOptions) -> RemoteBackend:
+    from hivtp.runtime.language.vllm.backend import VllmLanguage
+
+    assert bundle.manifest.language is not None, "refused above"
+    return VllmLanguage(bundle.manifest.language, options)
+
+
 # What a creator needs is imported when it is called.
-_CREATORS: Mapping[BackendName, Callable[[Bundle, LanguageOptions], LanguageBackend]] = {
+_CREATORS: Mapping[BackendName, Callable[[Bundle, LanguageOptions], LanguageBackend | RemoteBackend]] = {
     "onnxruntime": _create_onnxruntime,
     "transformers": _create_transformers,
+    "vllm": _create_vllm,
 }

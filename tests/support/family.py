@@ -39,10 +39,10 @@ def picture(seed: int, size: tuple[int, int] = (120, 120)) -> Image.Image:
 class Family:
     """A checkpoint: models of it, its processor, and what a pruned answer must be by plain means."""
 
-    def __init__(self, folder: Path, kind: type) -> None:
+    def __init__(self, folder: Path, kind: type, backend: str = "pil") -> None:
         self.folder = folder
         self.kind = kind
-        self.processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        self.processor = AutoProcessor.from_pretrained(folder, backend=backend)
         self.processor.tokenizer.pad_token = "<unk>"
         self.processor.tokenizer.padding_side = "left"
         self.reference = self.load()

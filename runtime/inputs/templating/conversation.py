@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
     from hivtp.runtime.inputs.messages import Part
 
+# Stands for an image.
+_MARK = "\0"
+
 
 def merged(messages: Sequence[Message]) -> list[Message]:
     """Successive messages of one role as one, with a line break between them: templates want roles to alternate."""
@@ -45,6 +48,15 @@ def folded(messages: Sequence[Message], *, keeps_first: bool) -> list[Message]:
 def as_text(message: Message, image_token: str) -> str:
     """Words and image tokens as one text; images that have no place of their own come first, a line for each."""
     return "".join(part if isinstance(part, str) else image_token for part in _placed(message).parts)
+
+
+def left_to_template(message: Message) -> Message:
+    """The message with its images where a template puts them, if that is where they stand: first, a line for each."""
+    text, num_images = as_text(message, _MARK), len(message.images)
+    lines = f"{_MARK}\n" * num_images
+    if not message.keeps_places or not text.startswith(lines) or text.count(_MARK) != num_images:
+        return message
+    return Message(message.role, [*map(ImagePart, message.images), text[len(lines) :]])
 
 
 def _placed(message: Message) -> Message:

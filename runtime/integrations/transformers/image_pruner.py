@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hivtp.runtime.inputs.tile_layout import TileLayout
-from hivtp.runtime.integrations.transformers.token_blocks import NEWLINE, image_blocks, keep_tokens
+from hivtp.runtime.vision.token_blocks import image_blocks, is_image_patch, project_kept
 from hivtp.runtime.vision.torch_tower import run_tower
 from hivtp_ops import torch_op
 from hivtp_ops.errors import PromptError, ScoreError
@@ -85,30 +85,15 @@ class ImagePruner:
         wanted = [range(num_layers + 1)[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
         features, importance = run_tower(model.vision_tower, tiles, wanted, self.spec.scoring_layers)
         assert importance is not None, "prune() resolves the scoring layers"
-        is_image = np.zeros(features.shape[:2], np.bool_)
-        for block in blocks:
-            is_image.ravel()[block[block != NEWLINE]] = True
-        is_padding = torch.from_numpy(~is_image[:, 1:]).to(importance.device)
+        is_padding = torch.from_numpy(~is_image_patch(blocks, (len(tiles), features.shape[1]))).to(importance.device)
         importance = importance.masked_fill(is_padding, -torch.inf)
         if importance.isnan().any():
             raise ScoreError("the importance scores hold NaN: the vision tower overflowed; load it in a wider dtype")
         kept_indices, kept_counts = torch_op.prune(importance, self.grid, self.spec)
-
-        # Patch i is token i + 1, so that no patch (-1) falls on the CLS, which stays wherever a block has it.
-        scattered = torch.zeros(features.shape[:2], dtype=torch.bool, device=kept_indices.device)
-        stays = scattered.scatter_(1, kept_indices + 1, True).cpu().numpy()
-        stays[:, 0] = True
-        flags = [keep_tokens(block, stays.ravel(), self.newline) for block in blocks]
-        tokens = np.concatenate([block[is_kept] for block, is_kept in zip(blocks, flags, strict=True)])
-        is_kept = np.concatenate([block_flags.ravel() for block_flags in flags])
-
-        is_patch = torch.from_numpy(tokens != NEWLINE).to(features.device)
-        rows = torch.from_numpy(tokens).to(features.device)[is_patch]
-        embeds = model.multi_modal_projector(features.flatten(0, 1)[rows])
-        if len(rows) < len(tokens):
-            newlines = model.image_newline.to(embeds).expand(len(tokens), -1)
-            embeds = newlines.masked_scatter(is_patch[:, None].to(embeds.device), embeds)
-        return EncodedImages(embeds, torch.from_numpy(is_kept), kept_indices, kept_counts, importance)
+        newline = model.image_newline if has_tiles(self.model) else None
+        tokens = project_kept(features, kept_indices, blocks, self.newline, model.multi_modal_projector, newline)
+        is_kept = np.concatenate([flags.ravel() for flags in tokens.is_kept])
+        return EncodedImages(tokens.embeds, torch.from_numpy(is_kept), kept_indices, kept_counts, importance)
 
     def _lay_out(self, pixel_values: torch.Tensor, image_sizes: Any) -> tuple[torch.Tensor, list[NDArray[np.int64]]]:
         """Pixels of all tiles [tiles, 3, H, W], and where the unpruned tokens come from; see `image_blocks`."""

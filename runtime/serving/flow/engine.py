@@ -10,13 +10,14 @@ from threading import Lock, Thread
 from typing import TYPE_CHECKING
 
 from hivtp.runtime.attempt import attempt
-from hivtp.runtime.language.scheduler import Scheduler, SchedulerOptions
+from hivtp.runtime.language import open_scheduler
+from hivtp.runtime.language.scheduler import SchedulerOptions
 from hivtp.runtime.serving.flow.job import Failed, Job
-from hivtp.runtime.serving.flow.memory import kv_budget
+from hivtp.runtime.serving.flow.memory import KvMemory
 from hivtp.runtime.serving.flow.warm_up import warm_up_decoder
 from hivtp.runtime.serving.protocol.errors import ApiError
 from hivtp.runtime.serving.telemetry.logs import log, where
-from hivtp_ops.errors import HivtpError, SettingsError
+from hivtp_ops.errors import HivtpError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -75,17 +76,8 @@ class Engine:
 
     def __init__(self, model: Model, settings: ServerSettings, deliver: Deliver) -> None:
         self.state = EngineState()
-        context = min(settings.max_context or model.language.context_length, model.language.context_length)
-        self._position_bytes = position_bytes = model.language.kv_bytes_per_position
-        most = settings.num_slots * context * position_bytes
-        budget = settings.max_kv_bytes or kv_budget()
-        self._max_kv_bytes = most if budget is None else min(budget, most)
-        self.max_positions = min(context, self._max_kv_bytes // position_bytes)
-        if self.max_positions < 2:
-            raise SettingsError(
-                f"the KV cache may take {self._max_kv_bytes} bytes, and one position takes {position_bytes}; give more "
-                "memory (max_kv_bytes)"
-            )
+        self._kv = kv = KvMemory.of(model.language, settings)
+        self.max_positions = kv.max_positions
         manifest = model.bundle.manifest.language
         has_prefill_decoder = manifest is not None and manifest.decoder is not None and manifest.decoder.prefill_file
         options = SchedulerOptions(
@@ -93,11 +85,11 @@ class Engine:
             capacity=self.max_positions,
             chunk_size=settings.chunk_size,
             steps_per_chunk=settings.steps_per_chunk,
-            max_kv_bytes=self._max_kv_bytes,
+            max_kv_bytes=kv.max_bytes,
             # An answer must not depend on what was asked before it.
             keeps_slots=settings.reuses_prefix and not has_prefill_decoder,
         )
-        self._scheduler = Scheduler(model.language, options)
+        self._scheduler = open_scheduler(model.language, options)
         self._language = model.language
         self._idle_seconds = settings.idle_seconds
         self._deliver = deliver
@@ -197,8 +189,7 @@ class Engine:
         """Say what happened in a run."""
         scheduler = self._scheduler
         reserved = sum(job.num_positions for job in self._jobs if job.begun_at is not None and job.ended_at is None)
-        share = reserved * self._position_bytes / self._max_kv_bytes
-        self.state = EngineState(scheduler.num_waiting, scheduler.num_running, share)
+        self.state = EngineState(scheduler.num_waiting, scheduler.num_running, self._kv.share(reserved))
         happened, self._happened = self._happened, []
         self._jobs.difference_update(job for job, _ in happened if job.ended_at is not None)
         if happened:

@@ -78,7 +78,7 @@ class Job(Generation):
         self,
         model: Model,
         prompt: EncodedPrompt,
-        salt: Hashable,
+        salt: bytes,
         max_positions: int,
         emit: Callable[[Job, Event], None],
     ) -> None:
@@ -86,7 +86,6 @@ class Job(Generation):
         self.begun_at: float | None = None
         self.first_token_at: float | None = None
         self.ended_at: float | None = None
-        self.num_prompt_tokens = len(self.embeds)
         self.num_new_tokens = 0
         self._max_new_tokens = min(super().max_new_tokens, max_positions - self.num_prompt_tokens)
         self._salt = salt
@@ -108,6 +107,11 @@ class Job(Generation):
         """See DecodeRequest.keys. All that follow another first key are others, so the first one is salted."""
         first, *others = super().keys or ()
         return [(self._salt, first), *others]
+
+    @property
+    def salt(self) -> str | None:
+        """See RemoteRequest.salt."""
+        return self._salt.hex()
 
     def begin(self, num_cached: int) -> None:
         """See DecodeRequest.begin."""

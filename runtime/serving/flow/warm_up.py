@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 from hivtp.runtime.attempt import request_errors
 from hivtp.runtime.inputs.messages import ImagePart, Message
+from hivtp.runtime.language import RemoteBackend
+from hivtp.runtime.language.scheduler import Scheduler
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from hivtp.runtime.language.base import LanguageBackend
-    from hivtp.runtime.language.scheduler import Scheduler
+    from hivtp.runtime.language.remote import RequestScheduler
     from hivtp.runtime.model import Model
     from hivtp_ops.errors import HivtpError
 
@@ -52,8 +54,8 @@ class _FirstSequence:
         self.error = error
 
 
-def warm_up_decoder(scheduler: Scheduler, language: LanguageBackend, max_positions: int) -> None:
-    """Run a prompt and some decode steps.
+def warm_up_decoder(scheduler: RequestScheduler, language: LanguageBackend | RemoteBackend, max_positions: int) -> None:
+    """Run a prompt and some decode steps; a backend in another server was asked when it was opened.
 
     Args:
         scheduler: without any sequence.
@@ -63,6 +65,8 @@ def warm_up_decoder(scheduler: Scheduler, language: LanguageBackend, max_positio
     Raises:
         HivtpError: the decoder failed.
     """
+    if isinstance(language, RemoteBackend) or not isinstance(scheduler, Scheduler):
+        return
     num_positions = max(1, min(NUM_POSITIONS, max_positions - NUM_TOKENS))
     sequence = _FirstSequence(language.embed([0] * num_positions))
     sequence.max_new_tokens = min(NUM_TOKENS, max_positions - num_positions)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hivtp_ops.errors import (
+    BackendUnavailableError,
     ContextLengthError,
     HivtpError,
     ImageError,
@@ -74,5 +75,9 @@ def api_error(error: Exception) -> ApiError:
             return invalid(str(error))
         case OutOfMemoryError() | MemoryError():
             return ApiError(503, "memory ran out for this request; ask again later", "out_of_memory", retry_after=5)
+        case BackendUnavailableError():
+            # Its address is none of the client's business.
+            message = "the language model of this server is busy or away; ask again later"
+            return ApiError(error.status, message, "backend_unavailable", retry_after=error.retry_after or 5)
         case HivtpError() | Exception():
             return ApiError(500, "the server failed on this request; its log says more", "internal_error")
