@@ -171,10 +171,10 @@ def test_a_request_waits_no_longer_than_it_may(pruned: Pipeline):
 
 def test_a_prompt_that_runs_for_long_waits_for_nobody(pruned: Pipeline, monkeypatch: pytest.MonkeyPatch):
     prefill = OnnxRuntimeSlots.prefill
-    with serving(pruned.model, queue_seconds=0.3) as server:
-        monkeypatch.setattr(OnnxRuntimeSlots, "prefill", lambda *arguments: time.sleep(1) or prefill(*arguments))
+    with serving(pruned.model, queue_seconds=1) as server:
+        monkeypatch.setattr(OnnxRuntimeSlots, "prefill", lambda *arguments: time.sleep(2) or prefill(*arguments))
         assert server.chat("what is it", max_tokens=2).status_code == 200
-        assert server.metric("request_queue_time_seconds_sum") < 0.3
+        assert server.metric("request_queue_time_seconds_sum") < 1
 
 
 @pytest.mark.parametrize("streams", [True, False])
