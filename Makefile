@@ -56,6 +56,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.speed.throughput --rounds 3 --output benchmarks/results/throughput-cpu.json
 	$(BIN)/python -m benchmarks.speed.prefetch --checkpoint benchmarks/miniature/checkpoint \
 		--output benchmarks/results/prefetch-cpu.json
+	$(BIN)/python -m benchmarks.serve --images 0 --output benchmarks/results/serve-cpu.json
+	$(BIN)/python -m benchmarks.serve --rates --output benchmarks/results/serve-memory-cpu.json
 	$(BIN)/python -m benchmarks.accuracy --ablation --output benchmarks/results/accuracy.json
 	$(BIN)/python -m benchmarks.accuracy.parity --output benchmarks/results/parity.json
 	$(MAKE) report

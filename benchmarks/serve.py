@@ -43,9 +43,11 @@ def options_from(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, "serve.json")
     parser.add_argument("--bundle", type=Path, help="serve this one (default: int8 / int4, preset 192, made)")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1, 2, 4], help="times the capacity")
+    parser.add_argument("--rates", type=float, nargs="*", default=[0.5, 1, 2, 4], help="times the capacity")
     parser.add_argument("--seconds", type=float, default=120, help="of each load (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=500, help="distinct ones for the memory (default: %(default)s)")
+    parser.add_argument(
+        "--images", type=int, default=500, help="distinct ones for the memory, 0 for none (default: %(default)s)"
+    )
     parser.add_argument("--ttft-goal", type=float, default=5, help="seconds, of a good answer (default: %(default)s)")
     parser.add_argument("--gap-goal", type=float, default=0.3, help="seconds between tokens (default: %(default)s)")
     parser.add_argument(
@@ -116,7 +118,7 @@ async def measure_all(options: argparse.Namespace, bundle: Path) -> tuple[dict[s
             await stack.enter_async_context(server)
         targets: list[Target] = [*ours, *peers(options.peer)]
         results["capacity"] = capacity = {}
-        for target in targets:
+        for target in targets if options.rates else ():
             rate, load_average = await measure_capacity(target, min(60.0, options.seconds))
             capacity[target.name] = {"answers_per_s": rate, "load_average": load_average}
             print(f"{target.name}: {rate:.2f} answers/s, load average {load_average:.1f}", flush=True)
@@ -129,9 +131,12 @@ async def measure_all(options: argparse.Namespace, bundle: Path) -> tuple[dict[s
                 faults += [
                     f"{server.name} at {multiple:g}: {words}" for words in found[server.name].faults(QUEUE_SECONDS)
                 ]
-        results["memory"] = memory = await measure_memory(ours[0], options.images)
-        if memory["growth_bytes"] > MAX_GROWTH_BYTES:
-            faults.append("memory grew with the images seen")
+        if options.images:
+            results["memory"] = memory = await measure_memory(ours[0], options.images)
+            growth = memory["growth_bytes"] / 2**20
+            print(f"\nmemory grew by {growth:.1f} MiB over the last four fifths of {options.images} images")
+            if memory["growth_bytes"] > MAX_GROWTH_BYTES:
+                faults.append("memory grew with the images seen")
     return results, faults
 
 
@@ -140,8 +145,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = options_from(arguments)
     bundle = options.bundle or Workspace.open(options, "answers").bundle(QUANTIZED, BUNDLES[QUANTIZED])
     results, faults = asyncio.run(measure_all(options, bundle))
-    growth = results["memory"]["growth_bytes"] / 2**20
-    print(f"\nmemory grew by {growth:.1f} MiB over the last four fifths of {options.images} images")
     write(options, {**results, "faults": faults})
     print("\n".join(faults) or "nothing lost, no first token too late, no lag, no growth")
     sys.exit(bool(faults))

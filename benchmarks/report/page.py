@@ -13,7 +13,9 @@ from benchmarks.accuracy.comparison import UNPRUNED, accuracy_table
 from benchmarks.accuracy.intervals import goal_table
 from benchmarks.accuracy.parity import table as parity_table
 from benchmarks.report.excerpts import write_excerpts
+from benchmarks.report.place import place_of
 from benchmarks.report.plots import TITLES, draw
+from benchmarks.report.serving import serving_parts
 from benchmarks.report.time_plots import draw_budgets, draw_stages, draw_throughput
 from benchmarks.timing.record import tables_of
 from benchmarks.timing.stages import staged
@@ -181,6 +183,7 @@ def write_page(results: Path, page: Path) -> None:
             by_size = [result["samples"] for result in measured["results"].values()]
             draw_throughput(by_size, section.title, page.parent / f"{section.name}.png")
             parts.append(f"![Answers per second over the batch size]({section.name}.png)\n")
+    parts += serving_parts(_load(results / "serve-cpu.json"), _load(results / "serve-memory-cpu.json"))
     if answers:
         draw_stages(answers, page.parent / "where-the-time-goes.png")
         parts.append("## Where the time goes\n\n![Stages of an answer](where-the-time-goes.png)\n")
@@ -193,12 +196,7 @@ def write_page(results: Path, page: Path) -> None:
 
 def text_of(measured: Any) -> str:
     """Where one file of results was measured, the lengths of prompt and answers where it says both, and its tables."""
-    found = measured["environment"]
-    packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
-    sets = found.get("instruction_sets", [])
-    cpu = found["cpu"] + (f" ({', '.join(sets)})" if sets else "")
-    machine = ", ".join([cpu, *([found["gpu"]] if "gpu" in found else [])])
-    parts = [f"{machine}, {found['num_threads']} threads, {found['date'][:10]}; {packages}."]
+    parts = [place_of(measured["environment"])]
     by_system = [result["samples"] for result in measured["results"].values()]
     samples = [sample for systems in by_system for passes in systems.values() for sample in passes]
     known = [sample for sample in samples if {"num_text_tokens", "num_image_tokens"} <= sample.keys()]

@@ -121,6 +121,16 @@ class Figures:
         """Ready for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Figures:
+        """What `to_dict` gave, after JSON, which has no numbers for keys."""
+        by_quantile = {
+            name: {int(percent): seconds for percent, seconds in value.items()}
+            for name, value in values.items()
+            if isinstance(value, dict)
+        }
+        return cls(**{**values, **by_quantile})
+
 
 def quantiles(values: Sequence[float]) -> dict[int, float]:
     """By percent; empty where there are none."""

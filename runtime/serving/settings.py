@@ -26,7 +26,8 @@ class ServerSettings:
         max_context: positions of a prompt and its answer; None takes the model's context.
         max_tokens: of an answer, and what a request gets that names no number; None takes what the context leaves.
         max_kv_bytes: KV cache of all requests together; None takes half of the memory that is free at the start.
-        chunk_size: while others decode, a prompt runs in chunks of this many positions; None runs it whole.
+        chunk_size: while others decode, a prompt runs in chunks of this many positions, and otherwise in longer ones;
+            None runs it whole.
         steps_per_chunk: decode steps between two chunks.
         reuses_prefix: a chat's next turn finds the KV cache of the last one. Never across API keys; and never with a
             prefill decoder, which would round it otherwise.

@@ -87,7 +87,7 @@ def serving(model: Model, *, waits: bool = True, **settings: Any) -> Iterator[Se
     server = make_server(app, chosen)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    wait_for(lambda: server.started and (not waits or app.service.state != "loading"), 20)
+    wait_for(lambda: server.started and (not waits or app.service.state != "loading"), 60)
     found = Server(app.service, server.servers[0].sockets[0].getsockname()[1])
     try:
         yield found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from hivtp.runtime.attempt import attempt
 from hivtp.runtime.language import open_scheduler
 from hivtp.runtime.language.scheduler import SchedulerOptions
-from hivtp.runtime.serving.flow.job import Failed, Job
+from hivtp.runtime.serving.flow.job import Begun, Failed, Job
 from hivtp.runtime.serving.flow.memory import KvMemory
 from hivtp.runtime.serving.flow.warm_up import warm_up_decoder
 from hivtp.runtime.serving.protocol.errors import ApiError
@@ -123,7 +123,11 @@ class Engine:
 
     def emit(self, job: Job, event: Event) -> None:
         """Note what happened to a job; called in the engine's thread."""
-        self._happened.append((job, event))
+        if isinstance(event, Begun):
+            # At once: the run of its prompt may take long, and the job no longer waits for others.
+            self._deliver([(job, event)])
+        else:
+            self._happened.append((job, event))
 
     def submit(self, job: Job) -> None:
         """Take a job into the queue.

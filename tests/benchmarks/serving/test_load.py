@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benchmarks import serve
+from benchmarks.report.serving import serving_parts
 from benchmarks.serving.client import Exchange, ask
 from benchmarks.serving.figures import Figures, Goals, bucket_quantile
 from benchmarks.serving.load import Run
@@ -126,8 +127,12 @@ def test_the_script_loads_servers_and_writes_what_it_found(
         assert figures["resident_bytes"][1] > 2**20
     assert written["memory"]["num_images"] == 40
     assert len(written["memory"]["resident_bytes"]) == 2
-    assert written["environment"]["cpu"]
     assert written["faults"] == []
+    [page] = serving_parts(written, written)
+    assert "| 0.3 x capacity | offered | answered |" in page
+    assert f"| {serve.BATCHED} |" in page
+    assert "Memory over 40 distinct images" in page
+    assert serving_parts(None, written) == []
 
 
 def test_every_image_of_the_memory_test_is_another():

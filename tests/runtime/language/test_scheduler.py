@@ -13,7 +13,7 @@ from hivtp.engines.manifest import SamplingDefaults
 from hivtp.runtime.language import LanguageOptions, create_language
 from hivtp.runtime.language.sampler import Sampler
 from hivtp.runtime.language.sampling import SamplingParams
-from hivtp.runtime.language.scheduler import Scheduler, SchedulerOptions
+from hivtp.runtime.language.scheduler import LONG_CHUNK, Scheduler, SchedulerOptions
 from hivtp_ops.errors import EngineError, HivtpError, OutOfMemoryError, PromptError, RequestError, SettingsError
 from tests.support.decoding import Decoded, decode, decode_all, embeddings, greedy, make_scheduler
 
@@ -449,6 +449,22 @@ def test_slots_together_take_the_memory_of_what_they_hold(language) -> None:
         # A page holds positions of two slots at their border.
         page = 4096 // (4 * memory.array.shape[-1])
         assert (written <= 2 * page).all()
+
+
+def test_a_long_prompt_can_be_given_up_though_nobody_else_is_there(language, monkeypatch) -> None:
+    scheduler = make_scheduler(language, 2, chunk_size=10)
+    runs = runs_of(scheduler, monkeypatch)
+    whole, given_up = Decoded(embeddings(200), 3), Decoded(embeddings(200), 3)
+    scheduler.add(whole)
+    scheduler.run()
+    assert runs[:3] == [(0, 10 * LONG_CHUNK), (0, 10 * LONG_CHUNK), (0, 200 - 20 * LONG_CHUNK)]
+    assert whole.tokens == decode(language, whole.embeds, 3)
+    runs.clear()
+    scheduler.add(given_up)
+    scheduler.step()
+    scheduler.cancel(given_up)
+    assert not scheduler.step()
+    assert runs == [(0, 10 * LONG_CHUNK)]
 
 
 def test_a_prompt_that_was_given_up_half_way_is_continued(language, monkeypatch) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from hivtp.runtime.cli.serve import make_parser
 from hivtp.runtime.language.base import kv_bytes_per_position
@@ -48,6 +53,19 @@ def as_written(default: Any) -> str:
     if isinstance(default, int) and default >= 2**20 and default % 2**20 == 0:
         return f"{default // 2**20} MiB"
     return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_first_question_is_answered(server: Server, tmp_path: Path):
+    [command] = re.findall(r"(?:^    .*\n)*^.*curl .*-d @-$", PAGE, re.MULTILINE)
+    # Larger than what a command line may hold.
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg", quality=95)
+    assert (tmp_path / "photo.jpg").stat().st_size > 2**18
+    command = command.replace("curl http://127.0.0.1:8000", f"curl --noproxy '*' -s {server.url}")
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+    usage = json.loads(done.stdout)["usage"]
+    assert usage["prompt_tokens_details"]["unpruned_multimodal_tokens"]["image"] == 64
 
 
 def test_every_option_has_its_row_and_its_default():
