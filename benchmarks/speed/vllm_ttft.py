@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from benchmarks.timing.worker import Sample
 
 BASELINE = "576 tokens"
-PRUNING = {BASELINE: {"preset": "none"}, "288 tokens": {"preset": "288"}, "192 tokens": {"preset": "192"}}
+PRUNING = {BASELINE: {"preset": "none"}, "192 tokens": {"preset": "192"}}
 NUM_NEW = 8
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.timing.vllm_server import VllmServerError, vllm_server
-from hivtp.runtime.integrations.vllm.models import SIGNATURE
+from hivtp.runtime.language.vllm.backend import PLUGIN_SIGNATURE
 from tests.support.family import NUM_NEW, SIZES, picture
 from tests.vllm.conftest import ARGUMENTS
 from tests.vllm.reference import RULES, Prompt, expected
@@ -109,7 +109,7 @@ def test_images_and_embeddings_of_several_lengths_at_once(client, server):
 def test_embeddings_of_another_width_are_refused_and_the_plugin_says_that_it_is_there(client):
     import openai
 
-    with pytest.raises(openai.BadRequestError, match=re.escape(SIGNATURE)):
+    with pytest.raises(openai.BadRequestError, match=re.escape(PLUGIN_SIGNATURE)):
         ask(client, "how many?", embeds_part(21, width=64))
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from hivtp.runtime.language import LanguageOptions
 from hivtp.runtime.serving.settings import ServerSettings
 from hivtp.runtime.vision import VisionOptions
 from hivtp_ops.errors import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 T = TypeVar("T")
 

@@ -9,10 +9,8 @@ from hivtp.runtime.integrations.vllm.checks import checked_settings
 from hivtp.runtime.integrations.vllm.counts import count_tokens
 from hivtp.runtime.integrations.vllm.encoding import VllmLayers, encode_images
 from hivtp.runtime.integrations.vllm.settings import PluginSettings
+from hivtp.runtime.language.vllm.backend import PLUGIN_SIGNATURE
 from hivtp_ops.errors import EngineError
-
-# In what a server with the plugin answers to embeddings of another width; front ends look for it there.
-SIGNATURE = "hivtp: images of this server may have any number of tokens"
 
 
 class PrunedCounts:
@@ -40,7 +38,7 @@ class PrunedCounts:
             try:
                 return parse(*data, **options)
             except ValueError as error:
-                raise ValueError(f"{error} ({SIGNATURE})") from error
+                raise ValueError(f"{error} ({PLUGIN_SIGNATURE})") from error
 
         parser.parse_mm_data = signed
         return parser

@@ -67,26 +67,23 @@ class VllmLanguage(RemoteBackend):
                 '(--hf-overrides, with "preset": "none"), or export the bundle with a preset of an exact count'
             )
         try:
-            self._ask(ask)
-        except PromptError:
-            # Templates that write the bos token themselves want no tokenizer that adds another.
-            self._adds_special_tokens = False
-            self._ask(ask)
-
-    def close(self) -> None:
-        """See RemoteBackend.close."""
-        self._is_closed = True
-
-    def _ask(self, ask: Callable[[], object]) -> None:
-        try:
-            ask()
+            try:
+                ask()
+            except PromptError:
+                # Templates that write the bos token themselves want no tokenizer that adds another.
+                self._adds_special_tokens = False
+                ask()
+        except BackendUnavailableError:
+            raise
         except (EngineError, PromptError) as error:
-            if isinstance(error, BackendUnavailableError) or (self._adds_special_tokens and _is_about_prompt(error)):
-                raise
             raise EngineError(
                 f"the vLLM server at {self._address.url} cannot decode for this bundle: {error}; start it with the "
                 "checkpoint that the bundle was exported from, and with --enable-mm-embeds"
             ) from error
+
+    def close(self) -> None:
+        """See RemoteBackend.close."""
+        self._is_closed = True
 
     def _answering(self, request: RemoteRequest, emit: Emit) -> Answering:
         self._check_open()
@@ -138,7 +135,3 @@ class VllmLanguage(RemoteBackend):
     def _check_open(self) -> None:
         if self._is_closed:
             raise closed_error()
-
-
-def _is_about_prompt(error: HivtpError) -> bool:
-    return isinstance(error, PromptError)
