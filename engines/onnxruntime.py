@@ -32,6 +32,7 @@ class OnnxRuntimeEngine:
     """
 
     max_tiles: int | None = None
+    description = "onnxruntime"
 
     def __init__(self, file: Path, settings: EngineSettings | None = None) -> None:
         # Idle threads spin for the next run. The decoder's comes at once; after this graph's, the decoder runs, and

@@ -12,6 +12,7 @@ import numpy as np
 
 from hivtp.engines import open_vision_engine
 from hivtp.engines.bundle import Bundle
+from hivtp.runtime.answer import Ran
 from hivtp.runtime.attempt import request_errors
 from hivtp.runtime.inputs.images import image_name, load_image
 from hivtp.runtime.inputs.prepared_image import PreparedImage
@@ -148,6 +149,11 @@ class Model:
         """What the bundle says of its language model."""
         assert self.bundle.manifest.language is not None, "create_language refuses an encoder bundle"
         return self.bundle.manifest.language
+
+    @property
+    def ran(self) -> Ran:
+        """What computes the answers."""
+        return Ran(self.images.description, self.language.description)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
