@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -127,22 +128,19 @@ class Model:
     ) -> Model:
         """Load a bundle; see `Pipeline.load`."""
         bundle = Bundle.open(folder, check_hashes=check_hashes)
-        decoder = create_language(bundle, language)
-        try:
-            template = PromptTemplate.from_json(bundle.read_json("prompt.json"))
-            # Its process is up by the time that the vision graph is loaded.
-            template.start()
-            engine = _open_vision(bundle, vision, language, trust_plans=trust_plans)
-            return cls(
-                bundle,
-                create_image_encoder(bundle, engine, vision),
-                template,
-                Tokenizer.load(bundle.processor_folder),
-                decoder,
-            )
-        except BaseException:
-            decoder.close()
-            raise
+        with ThreadPoolExecutor(1) as executor:
+            # Each engine reads and arranges its weights in one thread, most of the time.
+            opened = executor.submit(_open_vision, bundle, vision, language, trust_plans=trust_plans)
+            decoder = create_language(bundle, language)
+            try:
+                template = PromptTemplate.from_json(bundle.read_json("prompt.json"))
+                # Its process is up by the time that the vision graph is loaded.
+                template.start()
+                tokenizer = Tokenizer.load(bundle.processor_folder)
+                return cls(bundle, create_image_encoder(bundle, opened.result(), vision), template, tokenizer, decoder)
+            except BaseException:
+                decoder.close()
+                raise
 
     @property
     def manifest(self) -> LanguageManifest:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hivtp.engines.openvino.graph import check_graph, read_graph
 from hivtp.engines.openvino.library import FloatType, compile_graph, load_openvino, resolve_precision, run_errors
-from hivtp.engines.openvino.scores import cut_after_scores
+from hivtp.engines.openvino.scores import EMBEDS, cut_after_scores
 from hivtp.engines.signature import vision_tensors
 from hivtp_ops.errors import EngineWarning
 
@@ -57,19 +57,16 @@ class OpenVinoEngine:
             check_graph(bundle.vision_file, model, *vision_tensors(bundle.manifest))
         self.output_names = tuple(output.get_any_name() for output in model.outputs)
         self.description = f"openvino in {precision}"
-        self._parts: list[tuple[Any, tuple[str, ...]]] = []
-        has_scores = len(self.output_names) > 1
-        if precision == "bfloat16" and has_scores and settings.precision == "auto":
+        todo: list[tuple[Any, FloatType, tuple[str, ...]]] = [(model, precision, self.output_names)]
+        if precision == "bfloat16" and len(self.output_names) > 1 and settings.precision == "auto":
             if vision.graph == "encoder":
                 # What it is for are features and scores, all of them.
-                precision, self.description = "float32", "openvino in float32"
+                todo, self.description = [(model, "float32", self.output_names)], "openvino in float32"
             else:
-                self.description += ", scores in float32"
                 parts = cut_after_scores(openvino, model)
-                self._parts.append((compile_graph(core, parts.scores, settings, "float32"), parts.names))
-                model = parts.rest
-        names = tuple(name for name in self.output_names if not any(name in part for _, part in self._parts))
-        self._parts.append((compile_graph(core, model, settings, precision), names))
+                todo = [(parts.scores, "float32", parts.names), (parts.rest, precision, (EMBEDS,))]
+                self.description += ", scores in float32"
+        self._parts = [(compile_graph(core, part, settings, kind), names) for part, kind, names in todo]
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """See Engine.run."""

@@ -115,7 +115,7 @@ class OpenVinoSlots:
             for port in caches
         }
         self._types = {port.get_any_name(): port.get_element_type() for port in caches}
-        self._block_size = next(iter(self._shapes.values()))[1]
+        self._block_size: int = next(iter(self._shapes.values()))[1]
         self._memories: dict[str, NDArray[Any]] = {}
         self._request: Any = None
         self._allocate(capacity)
@@ -126,7 +126,8 @@ class OpenVinoSlots:
 
     def prefill(self, slot: int, embeds: NDArray[np.float32], prompt_length: int) -> NDArray[np.float32]:  # noqa: ARG002  one decoder runs prompts of any length
         """See Slots.prefill."""
-        return self._run([slot], embeds[None])[0]
+        logits: NDArray[np.float32] = self._run([slot], embeds[None])[0]
+        return logits
 
     def step(self, slots: Sequence[int], embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Slots.step."""
@@ -141,7 +142,6 @@ class OpenVinoSlots:
         """See Slots.reserve."""
         if capacity > self.capacity:
             self._allocate(capacity)
-            self.capacity = capacity
 
     @property
     def _blocks_per_slot(self) -> int:
@@ -154,22 +154,21 @@ class OpenVinoSlots:
         """Memory for this many positions of each slot, with what the slots hold."""
         import openvino
 
-        num_blocks, old = self._blocks(capacity), self._memories
+        num_blocks = self._blocks(capacity)
         with run_errors("allocating the KV cache"):
             # The operating system gives pages as they are written, so positions never reached cost nothing.
-            self._memories = {
+            memories = {
                 name: np.zeros((self.num_slots * num_blocks, *shape), _DTYPES[self._types[name].get_type_name()])
                 for name, shape in self._shapes.items()
             }
-            for name, memory in old.items():
-                for slot, length in enumerate(self._lengths):
-                    source, target = slot * self._blocks_per_slot, slot * num_blocks
-                    held = self._blocks(length)
-                    self._memories[name][target : target + held] = memory[source : source + held]
-            self._request = self._compiled.create_infer_request()
             for name, memory in self._memories.items():
-                shape = openvino.Shape(memory.shape)
-                self._request.set_tensor(name, openvino.Tensor(memory, shape, self._types[name]))
+                for slot, length in enumerate(self._lengths):
+                    source, target, held = slot * self._blocks_per_slot, slot * num_blocks, self._blocks(length)
+                    memories[name][target : target + held] = memory[source : source + held]
+            request = self._compiled.create_infer_request()
+            for name, memory in memories.items():
+                request.set_tensor(name, openvino.Tensor(memory, openvino.Shape(memory.shape), self._types[name]))
+        self._memories, self._request, self.capacity = memories, request, capacity
 
     def _run(self, slots: Sequence[int], embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """Append positions [slots, num_new, hidden], the same number to each slot; the logits [slots, vocab]."""
@@ -187,7 +186,9 @@ class OpenVinoSlots:
             np.concatenate(blocks),
             list(accumulate(map(len, blocks), initial=0)),
         )
-        inputs = {name: np.array(values, np.int32) for name, values in zip(INDICES, indices, strict=True)}
+        inputs: dict[str, NDArray[Any]] = {
+            name: np.array(values, np.int32) for name, values in zip(INDICES, indices, strict=True)
+        }
         inputs[LONGEST] = np.array(max(lengths), np.int32)
         inputs[POSITIONS] = (np.array(past)[:, None] + np.arange(num_new)).reshape(-1)
         inputs["inputs_embeds"] = np.ascontiguousarray(embeds, np.float32)

@@ -25,8 +25,9 @@ class VisionOptions:
     Args:
         engine: what runs the vision graph: "onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt" or
             "tensorrt-rtx"; or "transformers", the tower of the checkpoint that the language backend of that name has.
-            "auto" takes the first that works: a TensorRT plan that fits this machine, ONNX Runtime on a GPU, transformers where the
-            language model runs in it on a GPU, ONNX Runtime on the CPU; and warns of what it passed over.
+            "auto" takes the first that works: a TensorRT plan that fits this machine, ONNX Runtime on a GPU,
+            transformers where the language model runs in it on a GPU, ONNX Runtime on the CPU; and warns of what it
+            passed over.
         num_threads: threads of one run on the CPU; None takes the physical cores.
         uses_cuda_graph: see EngineSettings.
         precision: of openvino; see EngineSettings.
