@@ -30,7 +30,7 @@ def test_the_summary_is_a_table_of_what_was_written_and_how_close_it_is(
     assert export([str(tiny_checkpoint), str(folder), *options]) == 0
     printed, progress = capsys.readouterr()
     manifest = Bundle.open(folder).manifest
-    assert printed.startswith(f"wrote {folder}\n")
+    assert printed.startswith(f"wrote {folder} from checkpoint\n")
     header, vision, language, prefill, processor, everything = table(printed)
     assert header == ["part", "precision", "MB", "error", "allowed"]
     assert [row[0] for row in (vision, language, prefill, processor, everything)] == [
