@@ -94,6 +94,13 @@ SECTIONS = (
         "stage is divided as ONNX Runtime's profiler found it. `python -m benchmarks.speed.ttft`",
     ),
     Section(
+        "peers-cpu",
+        "Beside OpenVINO GenAI on a CPU",
+        "The same models. OpenVINO GenAI does not prune LLaVA; each of our systems stands beside its configuration of "
+        "the same class, and its ratio is to that. The machine did other work meanwhile, so compare ratios, which are "
+        "those within a round. [How](../benchmarks/peers/README.md): `python -m benchmarks.peers`",
+    ),
+    Section(
         "vision-cpu-avx2",
         "The vision stage on a CPU without AVX-512",
         "The same on a processor that has AVX2 alone. There PyTorch is nearer to "

@@ -118,6 +118,7 @@ def _check_embeddings(model: Model, checkpoint: Checkpoint, token_ids: list[int]
 class _NoLanguage:
     """A language backend of which only the size of the context is asked."""
 
+    description = "nothing"
     kv_bytes_per_position = 0
 
     def __init__(self, bundle: Bundle) -> None:

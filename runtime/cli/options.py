@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from hivtp.engines import EngineName
+from hivtp.engines.base import Precision
 from hivtp.runtime.cli.interrupts import INTERRUPTS
 from hivtp.runtime.language.options import BackendName, LanguageDtype, LanguageOptions
 from hivtp.runtime.language.sampling import SamplingParams
@@ -105,6 +106,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="load TensorRT plans that another machine built; a plan is code, so trust who made it",
     )
     group.add_argument("--threads", type=int, metavar="N", help="threads of each engine (default: physical cores)")
+    group.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default=vision.precision,
+        help="for openvino: auto computes in bfloat16 where the processor is made for it, and what decides about "
+        "patches in float32; bfloat16 computes all in it (default: %(default)s)",
+    )
     group = parser.add_argument_group("vision")
     group.add_argument(
         "--vision-engine",
@@ -131,8 +139,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--language-backend",
         choices=get_args(BackendName),
         default=language.backend,
-        help="what decodes the answer: onnxruntime the bundle's decoder, transformers the language model of the "
-        "checkpoint, vllm a server of vLLM (default: %(default)s)",
+        help="what decodes the answer: onnxruntime and openvino the bundle's decoder, transformers the language "
+        "model of the checkpoint, vllm a server of vLLM (default: %(default)s)",
     )
     group.add_argument(
         "--language-device",
@@ -167,6 +175,8 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
     """Load what `add_model_options` asked for; see `Pipeline.load` for the errors."""
     from hivtp.runtime.pipeline import Pipeline
 
+    # Where neither is openvino, the vision options say that precision is of no use.
+    is_for_language_alone = options.language_backend == "openvino" != options.vision_engine
     pipeline = Pipeline.load(
         options.bundle,
         vision=VisionOptions(
@@ -174,6 +184,7 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
             num_threads=options.threads,
             max_tiles=options.max_tiles,
             max_tiles_per_run=options.max_tiles_per_run,
+            precision=VisionOptions.precision if is_for_language_alone else options.precision,
         ),
         language=LanguageOptions(
             backend=options.language_backend,
@@ -184,6 +195,7 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
             url=options.language_url,
             api_key=os.environ.get(LANGUAGE_KEY_VARIABLE) or None if options.language_backend == "vllm" else None,
             model_name=options.language_model_name,
+            precision=options.precision if options.language_backend == "openvino" else LanguageOptions.precision,
         ),
         revision=options.revision,
         check_hashes=options.check_hashes,

@@ -84,5 +84,6 @@ def report(answer: Answer) -> str:
         f"first token    {timings.ttft_ms:8.1f} ms",
         f"decode         {decode:8.1f} ms per token" if decode is not None else "decode                - (one token)",
         f"{len(answer.token_ids)} tokens, finished by {answer.finish_reason}",
+        f"ran by         {answer.ran.vision}; {answer.ran.language}",
     ]
     return "\n".join(lines)

@@ -122,6 +122,10 @@ class LanguageBackend(Protocol):
     """A decoder and its token embeddings. It knows nothing of images. Several threads may use it at once."""
 
     @property
+    def description(self) -> str:
+        """What decodes, for people: the precision of the weights, what runs them, and in which type it computes."""
+
+    @property
     def context_length(self) -> int:
         """Positions of the longest sequence, prompt and answer together."""
 

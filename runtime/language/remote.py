@@ -95,6 +95,11 @@ class RemoteBackend(ABC):
 
     context_length: int
 
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """What computes the answers, for people."""
+
     @abstractmethod
     def open_scheduler(self, num_slots: int) -> RequestScheduler:
         """Takes instances of RemoteRequest; at most this many are with the server at once."""

@@ -72,10 +72,12 @@ class CachedEncoder:
     Args:
         encoder: encodes what the cache does not hold.
         cache: may be shared between threads.
+        description: of what encodes, for people.
     """
 
-    def __init__(self, encoder: ImageEncoder, cache: EmbeddingCache) -> None:
+    def __init__(self, encoder: ImageEncoder, cache: EmbeddingCache, description: str) -> None:
         self.cache = cache
+        self.description = description
         self._encoder = encoder
 
     def prepare(self, image: Image.Image) -> PreparedImage:

@@ -279,7 +279,7 @@ def test_a_float32_decoder_runs_on_the_cpu_and_is_refused_on_a_gpu(bundle, monke
 
 
 def test_a_device_that_the_decoder_cannot_run_on_is_refused():
-    with pytest.raises(SettingsError, match="runs on one of auto, cpu, cuda, not on 'cuda:1'"):
+    with pytest.raises(SettingsError, match="decoder on one of auto, cpu, cuda, not on 'cuda:1'"):
         LanguageOptions(device="cuda:1")
 
 
