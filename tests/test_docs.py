@@ -23,10 +23,11 @@ from tests.support.documents import DOCUMENTS, ROOT, blocks, commands, inline_co
 
 PARTS = ("hivtp_ops", "engines", "runtime", "export", "benchmarks")
 # Folders of tests that have no counterpart in the source.
-OWN_FOLDERS = {"support", "clients", "fuzz", "data"}
+OWN_FOLDERS = {"support", "clients", "fuzz", "data", "vllm", "ray"}
 # Options of other programs.
 FOREIGN = {"--index-url", "--batch_size", "--log_samples", "--limit", "--model", "--model_args", "--output_path"}
 FOREIGN |= {"--save-outputs", "--load-outputs", "--gen-script", "--compare", "--enable-prompt-tokens-details"}
+FOREIGN |= {"--limit-mm-per-prompt", "--enable-mm-embeds"}
 
 
 @pytest.fixture(params=sorted(DOCUMENTS))

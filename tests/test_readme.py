@@ -61,10 +61,29 @@ def test_an_example_in_python_runs(
     document: str, example: str, workplace: Path, names: Mapping[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert workplace == Path.cwd()
+    if "8000" in example:
+        pytest.skip("the next test runs what asks a server")
     if "prune(model" in example:
         # The example's model has 24 x 24 patches, this one 8 x 8.
         monkeypatch.setattr(PruningSpec, "preset", small_presets(PruningSpec.preset))
     exec(compile(example, document, "exec"), dict(names))
+
+
+@pytest.mark.parametrize(
+    ("document", "example"),
+    [pair for pair in EXAMPLES if "8000" in pair[1]],
+    ids=lambda text: text.splitlines()[0],
+)
+def test_an_example_that_asks_a_server_runs(document: str, example: str, pruned_bundle: Path) -> None:
+    for package in ("openai", "langchain_openai"):
+        if f"from {package} " in example:
+            # Of LangChain there is a test in tests/clients, which has an environment of its own.
+            pytest.importorskip(package)
+    with Pipeline.load(pruned_bundle) as pipeline, serving(pipeline.model) as server:
+        names: dict[str, Any] = {}
+        exec(compile(example.replace("8000", str(server.port)), document, "exec"), names)
+        if "stream" in names:
+            assert [chunk.usage for chunk in names["stream"]][-1].completion_tokens > 0
 
 
 def small_presets(preset: Callable[..., PruningSpec]) -> Callable[[str], PruningSpec]:
