@@ -23,14 +23,17 @@ from hivtp.export.checkpoint.processor import Processor
 from hivtp.export.decoder.reuse import open_source
 from hivtp.export.decoder.support import check_decoder
 from hivtp.export.graph.builder import save_model
-from hivtp.export.graph.calibration import activation_ranges
+from hivtp.export.graph.calibration import activation_maxima
 from hivtp.export.graph.clip import VisionShape
 from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.language import export_decoder, language_manifest, num_decoder_steps
 from hivtp.export.progress import Progress
 from hivtp.export.settings import min_for_base
-from hivtp.export.staging import check_destination, staged
-from hivtp.export.verify.checks import verify_vision
+from hivtp.export.space import check_space
+from hivtp.export.staging.destination import check_destination
+from hivtp.export.staging.staged import staged
+from hivtp.export.verify.opening import open_and_ask
+from hivtp.export.verify.vision import verify_vision
 from hivtp.runtime.inputs.images import load_image
 
 if TYPE_CHECKING:
@@ -53,7 +56,9 @@ def export_bundle(
     *,
     is_quiet: bool = False,
 ) -> Bundle:
-    """Export a LLaVA checkpoint; each graph is compared with PyTorch before the bundle appears.
+    """Export a LLaVA checkpoint.
+
+    Before the bundle appears, each graph is compared with PyTorch, and the bundle is opened and asked about an image.
 
     Args:
         checkpoint_folder: a Hugging Face folder, or the id of a repository on the hub, which is downloaded.
@@ -65,49 +70,49 @@ def export_bundle(
         CheckpointError: the checkpoint is not supported or incomplete.
         HubError: a checkpoint of the hub cannot be downloaded.
         SpecError: the pruning spec does not fit the model.
-        ImageError: a picture for the calibration cannot be read.
-        VerificationError: a graph differs from PyTorch by more than its tolerance.
+        ImageError: an image for the calibration cannot be read.
+        VerificationError: a graph differs from PyTorch by more than its tolerance, or the bundle cannot be used.
         BundleError: the destination cannot be written.
         MissingExtraError: a package of the export extra is not installed; onnxruntime-genai is needed for a decoder
             that is written, and for nothing else.
     """
-    destination = Path(destination)
     settings.check_calibration()
-    check_destination(destination, settings.overwrite)
+    place = check_destination(Path(destination), settings.overwrite, Path(checkpoint_folder))
     kind = settings.decoder
-    num_steps = 4 + bool(settings.calibration)
+    num_steps = 5 + bool(settings.calibration)
     num_steps += num_decoder_steps(kind, is_taken_over=settings.decoder_from is not None)
     progress = Progress(num_steps, is_quiet=is_quiet)
-    with progress.step(f"Checkpoint {checkpoint_folder}"):
-        checkpoint = Checkpoint.open(checkpoint_folder, settings.revision, is_quiet=is_quiet)
-        shape = VisionShape.of(checkpoint.config)
-        settings.check_family(checkpoint, shape)
-        spec = settings.resolved_spec(shape)
-        processor = generation = source = None
-        if settings.graph != "encoder":
-            processor = Processor.open(checkpoint, settings.chat_template)
-            generation = GenerationDefaults.of(checkpoint, processor.tokenizer)
-            generation.warn_of_ignored(checkpoint.folder)
-        if kind is not None:
-            check_decoder(checkpoint)
-        if kind is not None and settings.decoder_from is not None:
-            source = open_source(settings.decoder_from, checkpoint, kind)
-    with staged(destination) as folder:
+    with staged(place) as folder:
+        with progress.step(f"Checkpoint {checkpoint_folder}"):
+            checkpoint = Checkpoint.open(checkpoint_folder, settings.revision, is_quiet=is_quiet)
+            shape = VisionShape.of(checkpoint.config)
+            settings.check_family(checkpoint, shape)
+            spec = settings.resolved_spec(shape)
+            processor = generation = source = None
+            if settings.graph != "encoder":
+                processor = Processor.open(checkpoint, settings.chat_template)
+                generation = GenerationDefaults.of(checkpoint, processor.tokenizer)
+                generation.warn_of_ignored(checkpoint.folder)
+            if kind is not None:
+                check_decoder(checkpoint)
+            if kind is not None and settings.decoder_from is not None:
+                source = open_source(settings.decoder_from, checkpoint, kind)
+            check_space(checkpoint, settings, folder)
         verification: dict[str, Any] = {}
-        ranges = None
+        maxima = None
         if settings.calibration:
-            with progress.step(f"Ranges of activations, pictures: {len(settings.calibration)}"):
+            with progress.step(f"Calibration on {len(settings.calibration)} images"):
                 runs = _calibration_runs(settings, processor or Processor.open(checkpoint), progress)
-                ranges = activation_ranges(checkpoint, spec, runs, folder)
+                maxima = activation_maxima(checkpoint, spec, runs, folder)
         with progress.step(f"Vision graph, {settings.vision_precision}"):
-            graph = build_vision_graph(checkpoint, spec, settings.vision_precision, settings.graph, ranges)
+            graph = build_vision_graph(checkpoint, spec, settings.vision_precision, settings.graph, maxima)
             save_model(graph, folder / VISION_FILE, progress.update)
         with progress.step("Vision graph against PyTorch"):
             verification["vision"] = verify_vision(
                 checkpoint, spec, folder / VISION_FILE, settings.vision_precision, settings.graph
             )
             if settings.calibration:
-                verification["vision"]["calibration_pictures"] = len(settings.calibration)
+                verification["vision"]["calibration_images"] = len(settings.calibration)
         decoder = None
         if kind is not None:
             decoder, found = export_decoder(checkpoint, folder, kind, source, progress)
@@ -133,13 +138,15 @@ def export_bundle(
                 files=_file_records(folder),
             )
             (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    return Bundle.open(destination)
+        with progress.step("The bundle opened and asked"):
+            open_and_ask(folder, checkpoint, processor)
+    return Bundle.open(place.path)
 
 
 def _calibration_runs(
     settings: ExportSettings, processor: Processor, progress: Progress
 ) -> Iterator[NDArray[np.float32]]:
-    """The pixels of one picture after the other, so that memory does not grow with their number."""
+    """The pixels of one image after the other, so that memory does not grow with their number."""
     for done, file in enumerate(settings.calibration, start=1):
         yield processor.pixel_values([load_image(file)])
         progress.update(done, len(settings.calibration))

@@ -1,4 +1,4 @@
-"""The language part of a bundle: a decoder, written or taken over, or none; and what the manifest says of it."""
+"""The language part of a bundle: a decoder, written or copied from another bundle, or none; and its manifest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hivtp.export.decoder.build import (
 )
 from hivtp.export.decoder.layout import LANGUAGE_FOLDER, decoder_manifest
 from hivtp.export.decoder.reuse import take_decoder
-from hivtp.export.verify.checks import LanguageReport, verify_language
+from hivtp.export.verify.language import LanguageReport, verify_language
 from hivtp_ops.errors import BundleError
 
 if TYPE_CHECKING:
@@ -76,11 +76,11 @@ def export_decoder(
         with progress.step("Decoder against PyTorch"):
             verification = {"language": verify_language(checkpoint, decoder, kind.precision)}
         if kind.prefill_precision is not None:
-            with progress.step(f"Decoder for prompts, {kind.prefill_precision}"):
+            with progress.step(f"Prefill decoder, {kind.prefill_precision}"):
                 prefill = write_decoder(
                     checkpoint, language, kind.prefill_precision, progress.update, name=PREFILL_NAME
                 )
-            with progress.step("Decoder for prompts against PyTorch"):
+            with progress.step("Prefill decoder against PyTorch"):
                 verification["prefill"] = verify_language(
                     checkpoint, prefill, kind.prefill_precision, is_for_prompts=True
                 )

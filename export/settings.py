@@ -1,4 +1,4 @@
-"""What to export: every setting with its default, and what settings exclude each other."""
+"""What to export: every setting with its default, and which settings exclude each other."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ class ExportSettings:
 
     Attributes:
         preset: name of the pruning preset, used where `spec` is None.
-        spec: a pruning spec of one's own.
+        spec: a rule of your own; None takes the preset.
         first_layer: first scoring layer, 0-based; None leaves it to the spec.
         num_layers: number of scoring layers; None leaves it to the spec.
         is_pruned: False exports the unpruned model.
         vision_precision: fp32, fp16, fp8 or int8.
-        calibration: for fp8: picture files, whose activations it is scaled to.
+        calibration: for fp8: files of images; their activations set its scales.
         language_precision: of the decoder: fp32, int8, int4 or w8a8 for a CPU; fp16 or int4-fp16 for a GPU; "none"
             leaves it out, for those who run the language model of the checkpoint in transformers.
-        block_size: weights of a decoder of int8 or int4 that share a scale; None for DEFAULT_BLOCK_SIZE.
-        prefill_precision: of a second decoder, which runs the prompts: w8a8 multiplies sooner than int8 or int4 do,
-            and takes a byte more for each weight; None lets one decoder run all.
-        newline: which picture rows of LLaVA-NeXT end with a newline token.
-        keep_total: one budget over all tiles of a LLaVA-NeXT picture; None keeps per tile what the spec says.
+        block_size: weights of an int8 or int4 decoder that share a scale; None for DEFAULT_BLOCK_SIZE.
+        prefill_precision: of a prefill decoder, a second one that runs the prompts: w8a8 is faster there than int8 or
+            int4, and takes one byte more per weight; None lets one decoder run both.
+        newline: which rows of patches of a LLaVA-NeXT image end with a newline token.
+        keep_total: one budget over all tiles of a LLaVA-NeXT image; None keeps what the spec says of each tile.
         graph: "vision" for a bundle that answers; "encoder" for the graph that emits the features and the
             attention of the scoring layers, without a language model.
-        decoder_from: a bundle of the same language model whose decoder is taken over instead of written again.
+        decoder_from: a bundle of the same language model; its decoder is copied instead of written again.
         chat_template: the name of the checkpoint's chat template, where it has several; None takes the default.
         revision: of a checkpoint that is named by its id on the hub: a branch, tag or commit; None is the main branch.
         overwrite: replace an existing bundle.
@@ -86,15 +86,15 @@ class ExportSettings:
                 raise SpecError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, allowed))}")
         if self.vision_precision != "fp8" and self.calibration:
             raise SpecError(
-                f"calibration pictures are for vision_precision fp8, not {self.vision_precision}; leave them out"
+                f"calibration images are for vision_precision fp8, not {self.vision_precision}; leave them out"
             )
         self._check_decoder()
         if not self.is_pruned and (self.first_layer, self.num_layers) != (None, None):
-            raise SpecError("first_layer and num_layers say what scores the patches, and without pruning nothing does")
+            raise SpecError("first_layer and num_layers say which layers score the patches; without pruning none does")
         if self.graph == "encoder" and not self.is_pruned:
-            raise SpecError("the encoder graph emits the scoring layers' attention, so it needs a spec for them")
+            raise SpecError("the encoder graph gives the attention of the scoring layers; it needs pruning")
         if self.graph == "encoder" and self.chat_template is not None:
-            raise SpecError("an encoder bundle is asked nothing; drop chat_template")
+            raise SpecError("an encoder bundle answers no prompts; drop chat_template")
         for name in ("decoder_from", "block_size", "prefill_precision") if self.graph == "encoder" else ():
             if getattr(self, name) is not None:
                 raise SpecError(f"an encoder bundle has no decoder; drop {name}")
@@ -108,15 +108,15 @@ class ExportSettings:
         return DecoderKind(self.language_precision, block_size, self.prefill_precision)
 
     def check_calibration(self) -> None:
-        """Refuse an export in fp8 without pictures; who only chooses layers needs none.
+        """Refuse an export in fp8 without images; the choice of layers needs none.
 
         Raises:
             SpecError: there are none.
         """
         if self.vision_precision == "fp8" and not self.calibration:
             raise SpecError(
-                "vision_precision fp8 is scaled to pictures like those that the model is meant for: give some files "
-                "with calibration (--calibration-pictures)"
+                "vision_precision fp8 takes its scales from images like those that you will ask about: give some files "
+                "with calibration (--calibration-images)"
             )
 
     def _check_decoder(self) -> None:
@@ -129,7 +129,7 @@ class ExportSettings:
             return
         if self.language_precision not in NUM_BITS:
             raise SpecError(
-                f"block_size is for weights rounded in blocks, and {self.language_precision} has none; "
+                f"block_size is for weights rounded in blocks, and those of {self.language_precision} are not; "
                 f"drop it, or choose a language_precision of {' or '.join(NUM_BITS)}"
             )
         if self.block_size not in BLOCK_SIZES:
@@ -137,10 +137,10 @@ class ExportSettings:
 
     def _check_prefill(self, precision: PrefillPrecision) -> None:
         if self.language_precision == precision:
-            raise SpecError(f"language_precision {precision} runs prompts in {precision} already; drop one of the two")
+            raise SpecError(f"language_precision {precision} already runs prompts in {precision}; drop one of the two")
         if self.language_precision in HALF_PRECISIONS:
             raise SpecError(
-                f"prefill_precision is for a CPU, and language_precision {self.language_precision} for a GPU; "
+                f"prefill_precision is for a CPU, and language_precision {self.language_precision} is for a GPU; "
                 "drop one of the two"
             )
 
@@ -169,7 +169,7 @@ class ExportSettings:
         return spec
 
     def check_family(self, checkpoint: Checkpoint, shape: VisionShape) -> None:
-        """Refuse what the architecture cannot do.
+        """Refuse a budget that the architecture or the rule cannot use.
 
         Raises:
             SpecError: a budget without tiles, without pruning, or too small for the base tile.
@@ -177,15 +177,15 @@ class ExportSettings:
         if self.keep_total is None:
             return
         if checkpoint.family != "llava_next":
-            raise SpecError("keep_total shares a budget between the tiles of LLaVA-NeXT; this is LLaVA-1.5: use keep")
+            raise SpecError("keep_total is a budget over the tiles of LLaVA-NeXT, and this is LLaVA-1.5; use keep")
         if not self.is_pruned:
             raise SpecError("keep_total needs pruning; drop one of the two")
-        least = min_for_base(shape)
-        if self.keep_total < least:
-            raise SpecError(f"keep_total is {self.keep_total}; the base tile alone keeps at least {least}")
+        minimum = min_for_base(shape)
+        if self.keep_total < minimum:
+            raise SpecError(f"keep_total is {self.keep_total}; the base tile alone keeps at least {minimum}")
 
 
 def min_for_base(shape: VisionShape) -> int:
-    """Tokens that the base tile gets at least from a budget: those of the smallest preset."""
+    """The minimum that the base tile gets of a budget: the tokens of the smallest preset."""
     counts = [PruningSpec.preset(name, shape.grid).keep for name in PRESETS]
     return min(count for count in counts if count is not None)

@@ -77,7 +77,8 @@ class Processor:
     def write(self, folder: Path) -> None:
         """Write tokenizer.json, image_processor.json and prompt.json."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        # Not by the tokenizer itself, which says nothing of a full disk that could be told from other failures.
+        (folder / "tokenizer.json").write_text(self.tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
         (folder / "image_processor.json").write_text(json.dumps(self.image_processor, indent=2) + "\n")
         (folder / "prompt.json").write_text(json.dumps(self.prompt, indent=2) + "\n")
 

@@ -24,8 +24,8 @@ from hivtp_ops.spec import PRESETS, PruningSpec
 
 DESCRIPTION = """\
 Turn a LLaVA-1.5 or LLaVA-NeXT checkpoint (Hugging Face format) into a bundle: a folder with the vision graph,
-HIVTP token pruning inside it, and the language model, all ONNX. Every graph is compared with PyTorch
-before the bundle appears. Run a bundle with hivtp run.
+HIVTP token pruning inside it, and the language model, all ONNX. Before the bundle appears, every graph is compared
+with PyTorch, and the bundle is opened and asked about an image. Run a bundle with hivtp run.
 """
 EXAMPLES = """\
 examples:
@@ -38,7 +38,7 @@ examples:
   hivtp-export llava-1.5-7b-hf bundle --vision-precision fp16 \\
       --engine tensorrt                                          with a TensorRT plan for this GPU
   hivtp-export llava-1.5-7b-hf bundle --vision-precision fp8 \\
-      --calibration-pictures *.jpg --engine tensorrt             the same in fp8, on Ada, Hopper or Blackwell
+      --calibration-images *.jpg --engine tensorrt               the same in fp8, on Ada, Hopper or Blackwell
   hivtp-export llava-1.5-7b-hf bundle --vision-precision fp16 \\
       --language-precision fp16                                  all of it on a GPU
   hivtp-export llava-1.5-7b-hf bundle --language-precision none  no decoder, to answer in transformers
@@ -60,24 +60,24 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     )
     add_checkpoint(parser)
     parser.add_argument(
-        "bundle", type=Path, nargs="?", help="folder to write; whole when it appears; none with --choose-layers"
+        "bundle", type=Path, nargs="?", help="folder to write; it appears when it is whole; none with --choose-layers"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle, in one step")
     parser.add_argument("--quiet", action="store_true", help="print the summary only")
 
     add_pruning_options(parser)
-    tiles = parser.add_argument_group("LLaVA-NeXT, whose pictures are cut into tiles; presets count per tile")
+    tiles = parser.add_argument_group("LLaVA-NeXT, which cuts images into tiles; presets count per tile")
     tiles.add_argument(
         "--keep-total",
         type=int,
         metavar="N",
-        help="one budget of tokens over all tiles of a picture, newlines not counted",
+        help="one budget of tokens over all tiles of an image, newlines not counted",
     )
     tiles.add_argument(
         "--newline",
         choices=get_args(NewlineRule),
         default=defaults.newline,
-        help="picture rows that end with a newline token (default: %(default)s)",
+        help="rows of patches that end with a newline token (default: %(default)s)",
     )
 
     precision = parser.add_argument_group("precision and graph")
@@ -85,49 +85,49 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         "--vision-precision",
         choices=get_args(VisionPrecision),
         default=defaults.vision_precision,
-        help="int8 is fastest on a CPU, fp16 and fp8 are meant for a GPU: fp8 is for TensorRT on Ada, Hopper and later "
+        help="int8 is fastest on a CPU; fp16 and fp8 are for a GPU, fp8 for TensorRT on Ada, Hopper and later "
         "(default: %(default)s)",
     )
     precision.add_argument(
-        "--calibration-pictures",
+        "--calibration-images",
         type=Path,
         nargs="+",
         metavar="IMAGE",
-        help="for fp8: pictures like those that the model is meant for, whose activations it is scaled to",
+        help="for fp8: images like those that you will ask about; their activations set its scales",
     )
     precision.add_argument(
         "--language-precision",
         choices=get_args(LanguagePrecision),
         default=defaults.language_precision,
-        help="what the decoder computes in: fp32, int8, int4 and w8a8 are for a CPU, fp16 and int4-fp16 for a GPU; "
-        "none leaves it out, for hivtp run --language-backend transformers (default: %(default)s)",
+        help="of the decoder: fp32, int8, int4 and w8a8 are for a CPU, fp16 and int4-fp16 for a GPU; none writes no "
+        "decoder, for hivtp run --language-backend transformers (default: %(default)s)",
     )
     precision.add_argument(
         "--block-size",
         type=int,
         choices=BLOCK_SIZES,
-        help="weights of an int8 or int4 decoder that share a scale; 128 answers sooner than the default, and rounds "
-        f"more coarsely, by as much as the summary says (default: {DEFAULT_BLOCK_SIZE})",
+        help="weights of an int8 or int4 decoder that share a scale; 128 is faster than the default and rounds more "
+        f"coarsely; the summary says by how much (default: {DEFAULT_BLOCK_SIZE})",
     )
     precision.add_argument(
         "--prefill-precision",
         choices=get_args(PrefillPrecision),
-        help="write a second decoder, which runs the prompts: w8a8 halves the time of an int4 prefill on a CPU, for "
-        "one byte more per weight; the summary says what it rounds (default: one decoder runs all)",
+        help="write a prefill decoder, a second one that runs the prompts: w8a8 halves the time of an int4 prefill on "
+        "a CPU, for one byte more per weight (default: one decoder runs both)",
     )
     precision.add_argument(
         "--decoder-from",
         type=Path,
         metavar="BUNDLE",
-        help="take the decoder of another bundle with this language model, and the one for prompts with it, instead of "
-        "writing them again, to try another pruning in a fraction of the time",
+        help="copy the decoders of another bundle of this language model instead of writing them again, to try another "
+        "pruning in a fraction of the time",
     )
     precision.add_argument(
         "--graph",
         choices=get_args(GraphKind),
         default=defaults.graph,
-        help="vision: a bundle that answers; encoder: only the graph that emits features and middle-layer "
-        "attention (default: %(default)s)",
+        help="vision: a bundle that answers; encoder: only a graph that gives features and the attention of the "
+        "scoring layers (default: %(default)s)",
     )
     add_checkpoint_options(parser)
     parser.add_argument(
@@ -176,7 +176,7 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
     )
     choice.add_argument("--no-pruning", action="store_true", help="keep every token")
 
-    layers = parser.add_argument_group("pruning, the layers that score, for any preset or rule")
+    layers = parser.add_argument_group("pruning, the layers that score the patches, for any preset or rule")
     layers.add_argument("--first-layer", type=int, metavar="N", help="first scoring layer, 0-based (default: 6 of 24)")
     layers.add_argument("--num-layers", type=int, metavar="N", help="number of scoring layers (default: 3 of 24)")
 
@@ -207,7 +207,7 @@ def pruning_from(options: argparse.Namespace) -> dict[str, Any]:
     if own and (options.preset or options.no_pruning):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in own)
         other = f"--preset {options.preset}" if options.preset else "--no-pruning"
-        raise SpecError(f"{flags} make a rule of your own and cannot go with {other}; drop one of the two")
+        raise SpecError(f"{flags} make a rule of your own, which excludes {other}; drop one of the two")
     return {
         "preset": options.preset or ExportSettings.preset,
         "spec": PruningSpec(**own) if own else None,
@@ -226,7 +226,7 @@ def settings_from(options: argparse.Namespace) -> ExportSettings:
     return ExportSettings(
         **pruning_from(options),
         vision_precision=options.vision_precision,
-        calibration=tuple(options.calibration_pictures or ()),
+        calibration=tuple(options.calibration_images or ()),
         language_precision=options.language_precision,
         block_size=options.block_size,
         prefill_precision=options.prefill_precision,
@@ -250,7 +250,7 @@ def run(options: argparse.Namespace) -> None:
         raise SpecError("no bundle was named; give the folder to write after the checkpoint")
     plan = None if options.engine is None else PlanSettings(options.engine)
     if plan is not None:
-        # An export takes minutes; what the plan lacks is better known before.
+        # An export takes minutes; a plan that cannot be built is refused before.
         Builder.find(plan, settings.vision_precision)
     bundle = export_bundle(options.checkpoint, options.bundle, settings, is_quiet=options.quiet)
     # The bundle is whole, whether or not anybody reads the summary.
@@ -261,15 +261,16 @@ def run(options: argparse.Namespace) -> None:
     try:
         print(plan_summary(*export_plan(options.bundle, plan, is_quiet=options.quiet)))
     except HivtpError as error:
-        raise EngineError(f"the bundle is whole, and without a plan: {error}") from error
+        raise EngineError(f"the bundle is whole, but has no plan: {error}") from error
     except KeyboardInterrupt as stopped:
-        raise KeyboardInterrupt("the bundle is whole, and without a plan") from stopped
+        raise KeyboardInterrupt("the bundle is whole, but has no plan") from stopped
 
 
 def _choose_layers(options: argparse.Namespace, settings: ExportSettings) -> None:
     if options.bundle is not None or options.engine is not None:
         raise SpecError(
-            "--choose-layers writes nothing; leave the bundle and --engine out, then export with what it prints"
+            "--choose-layers writes nothing: leave the bundle and --engine out, then export with the options that it "
+            "prints"
         )
     ranking = choose_layers(
         options.checkpoint, options.choose_layers, settings, ChoiceSettings(), is_quiet=options.quiet

@@ -15,7 +15,7 @@ from hivtp_ops.errors import SpecError
 
 DESCRIPTION = """\
 Rank the layers of a checkpoint's vision tower that could score its patches, on images of yours; they need no labels.
-Nothing is written. Export with what it prints: hivtp export ... --first-layer N --num-layers N.
+Nothing is written. It prints the options to export with: hivtp export ... --first-layer N --num-layers N.
 """
 EXAMPLES = """\
 examples:
@@ -40,8 +40,8 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--criterion",
         choices=get_args(Criterion),
-        help="answers: how much the model's answers change; features: how much is dropped of what tells the tokens "
-        f"apart, which needs no language model and says less (default: {defaults.criterion})",
+        help="answers: how much the model's answers change; features: how much of the differences between tokens is "
+        f"dropped, which needs no language model and says less (default: {defaults.criterion})",
     )
     parser.add_argument(
         "--question",
@@ -75,7 +75,7 @@ def choice_from(options: argparse.Namespace) -> ChoiceSettings:
     }
     given = {name: value for name, value in given.items() if value is not None}
     if options.criterion == "features" and len(given) > 1:
-        raise SpecError("features are ranked without questions; leave --question and --max-answer-tokens out")
+        raise SpecError("the criterion features asks no questions; leave --question and --max-answer-tokens out")
     return ChoiceSettings(**given)
 
 

@@ -1,4 +1,4 @@
-"""The last position alone: what a decoder computes for its logits only, it need not compute for a whole prompt."""
+"""The last position only: a decoder gives logits for it alone, and need not compute the others to the end."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ if TYPE_CHECKING:
 
 # Each output row of these depends on the same row of their inputs, and on constants.
 POSITION_WISE = {"MatMul", "Mul", "Add", "Sigmoid", "SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization"}
-# The builder's own cut, with `prune_lm_head`: after the last norm.
+# Where the builder itself takes the last position, with `prune_lm_head`: after the last norm.
 CUT = ("/lm_head/prune/Gather", "/lm_head/prune/Unsqueeze")
 # Of Slice: the last of dimension 1.
 BOUNDS = {"starts": -1, "ends": np.iinfo(np.int64).max, "axes": 1}
 
 
 def cut_to_last_position(model: ir.Model) -> None:
-    """Move the builder's choice of the last position as far up as the graph allows, in place.
+    """Move the point where the builder takes the last position as far up as the graph allows, in place.
 
     Logits are asked for at the last position only. The last layer's attention needs keys and values of all
     positions; its output projection and MLP are then computed for one position instead of the whole prompt.
     The logits stay the same.
 
     Args:
-        model: [batch, sequence, hidden] activations, with the builder's cut before `lm_head`.
+        model: [batch, sequence, hidden] activations; the builder takes the last position before `lm_head`.
 
     Raises:
-        CheckpointError: the builder's cut is not where it should be: another version wrote the graph.
+        CheckpointError: the nodes that take it are not where they should be: another version wrote the graph.
     """
     nodes = {node.name: node for node in model.graph}
     try:
         gather, unsqueeze = (nodes[name] for name in CUT)
     except KeyError as error:
         raise CheckpointError(
-            f"the decoder graph has no node {error}, so its last position cannot be cut out. "
+            f"the decoder graph has no node {error}, so the last position cannot be taken earlier. "
             "Install the version of onnxruntime-genai that hivtp's `export` extra asks for."
         ) from error
     hidden, index = gather.inputs
@@ -49,7 +49,7 @@ def cut_to_last_position(model: ir.Model) -> None:
     entries: list[ir.Value] = []
     for node in region:
         for value in node.inputs:
-            # Weights have no positions, and what the region makes has one already.
+            # Weights have no positions, and values from within the region have one already.
             if value is None or value.const_value is not None or value.producer() in region or value in entries:
                 continue
             entries.append(value)

@@ -1,4 +1,4 @@
-"""W8A8 for a decoder: products of int8 weights with activations that are rounded to 8 bits as they come."""
+"""W8A8 for a decoder: products of int8 weights with activations that are rounded to 8 bits at run time."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 # One operator multiplies in int8 and scales; ONNX Runtime has it on the CPU.
 PRODUCT = "MatMulIntegerToFloat"
-# Rounded activations lie around it, in 1 to 255: what CPUs multiply by int8 is uint8.
+# Rounded activations are 1 to 255 around it, since CPUs multiply uint8 by int8.
 ZERO_POINT = 128
-LARGEST = 127
-# A position of zeros has no scale of its own.
-LEAST = 1e-30
+MAX_WHOLE = 127
+# For a position of zeros, which would have a scale of zero.
+MIN_SIZE = 1e-30
 
 
 def quantize_products(model: ir.Model, on_node: Callable[[int, int], None] = lambda _done, _total: None) -> None:
     """Replace every MatMul with a constant weight by a product in int8, in place.
 
-    A weight has one scale per output channel, and an activation one per position, which is found at run time: a
-    position with outliers rounds no other more coarsely, and a prompt gives the same whatever stands beside it.
+    A weight has one scale per output channel, and an activation one per position, which is found at run time: outliers
+    at one position do not make another one coarser, and a prompt gives the same in any batch.
 
     Source: ZeroQuant (arXiv 2206.01861), token-wise activations; its weights have several scales per channel.
 
@@ -46,7 +46,7 @@ def quantize_products(model: ir.Model, on_node: Callable[[int, int], None] = lam
 class _Rounder:
     def __init__(self, model: ir.Model) -> None:
         self._model = model
-        # By the name of an activation: what it is rounded to, and its scales; several products may share it.
+        # By the name of an activation: its rounded values and their scales; several products may share them.
         self._rounded: dict[str, tuple[ir.Value, ir.Value]] = {}
 
     def replace(self, node: ir.Node) -> None:
@@ -66,7 +66,7 @@ class _Rounder:
             shared_constant(self._model, f"{weight.name}.scales", scales),
             shared_constant(self._model, "w8a8/zero_point", np.array(ZERO_POINT, np.uint8)),
         ]
-        # It keeps the name of the product, by which DecoderWeights knows whose weight it holds.
+        # It keeps the name of the product, from which DecoderWeights knows the weight.
         product = ir.node(PRODUCT, inputs, domain=MICROSOFT, name=node.name)
         product.outputs[0].name = f"{node.name}/unscaled"
         scaled = ir.node("Mul", [product.outputs[0], value_scales], name=f"{node.name}/scaled")
@@ -91,8 +91,8 @@ class _Rounder:
 
         size = add("Abs", value, output="sizes")
         size = add("ReduceMax", size, constant("w8a8/axes", np.array([-1])), output="largest", keepdims=1)
-        size = add("Max", size, constant("w8a8/least", np.array(LEAST, np.float32)), output="size")
-        scales = add("Mul", size, constant("w8a8/step", np.array(1 / LARGEST, np.float32)), output="scales")
+        size = add("Max", size, constant("w8a8/least", np.array(MIN_SIZE, np.float32)), output="size")
+        scales = add("Mul", size, constant("w8a8/step", np.array(1 / MAX_WHOLE, np.float32)), output="scales")
         steps = add("Div", value, scales, output="steps")
         whole = add("Round", steps, output="whole")
         moved = add("Add", whole, constant("w8a8/middle", np.array(ZERO_POINT, np.float32)), output="moved")

@@ -70,7 +70,7 @@ def drop_unused(model: ir.Model, weight: ir.Value) -> None:
     if weight.uses():
         return
     model.graph.initializers.pop(str(weight.name))
-    # Now, not when the garbage collector comes: the tensor may map gigabytes of a file.
+    # Now, not when the garbage collector runs: the tensor may map gigabytes of a file.
     weight.const_value = None
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 VisionPrecision = Literal["fp32", "fp16", "fp8", "int8"]
-# What weights and activations are in; float32 where a precision is not named.
+# The dtype of weights and activations; float32 where a precision is not named.
 HALF_DTYPES = {"fp16": "FLOAT16", "fp8": "FLOAT16"}
 
 # 23 is the first opset with a fused Attention; onnxruntime and TensorRT both take it. IR version 10 goes with it.
@@ -25,9 +25,9 @@ IR_VERSION = 10
 
 
 # The largest number of FLOAT8E4M3FN.
-LARGEST_FP8 = 448.0
-# The least scale that float16 holds to half a percent.
-LEAST_FP8_SCALE = 2.0**-17
+MAX_FP8 = 448.0
+# The smallest scale that float16 holds to half a percent.
+MIN_FP8_SCALE = 2.0**-17
 
 # The domain of ONNX Runtime's own operators.
 MICROSOFT = "com.microsoft"
@@ -48,21 +48,20 @@ class GraphBuilder:
     Args:
         read_weight: returns a stored weight by name; called again at saving, so nothing is held meanwhile.
         precision: "fp32"; "fp16" (weights and activations in half, norms and softmax in float32); "fp8"
-            (linear layers with a range: weights and activations in fp8, one scale each; all else as in "fp16"); or
+            (calibrated linear layers: weights and activations in fp8, one scale each; all else as in "fp16"); or
             "int8" (linear layers with int8 weights per output channel and activations quantised to uint8
             per tensor at run time, all else in float32).
-        ranges: for "fp8", and for nothing else: by the name of a linear layer's weight the largest size of what it
-            multiplies.
+        maxima: for "fp8" only: by the name of a linear layer's weight its maximum absolute input.
 
     Attributes:
-        factors: by the name of a linear layer's weight what it multiplies.
+        factors: by the name of a linear layer's weight its input.
     """
 
     def __init__(
         self,
         read_weight: Callable[[str], torch.Tensor],
         precision: VisionPrecision,
-        ranges: Mapping[str, float] | None = None,
+        maxima: Mapping[str, float] | None = None,
     ) -> None:
         import onnx_ir as ir
         from onnx_ir.tape import Tape
@@ -72,8 +71,8 @@ class GraphBuilder:
         self._read_weight = read_weight
         self._inputs: list[ir.Value] = []
         self._weights: dict[str, ir.Value] = {}
-        assert (ranges is not None) == (precision == "fp8"), "ranges are for fp8, which cannot do without"
-        self._ranges = ranges or {}
+        assert (maxima is not None) == (precision == "fp8"), "fp8 is calibrated, and nothing else is"
+        self._maxima = maxima or {}
         self.factors: dict[str, ir.Value] = {}
         self.precision = precision
         self.is_half = precision in HALF_DTYPES
@@ -144,7 +143,7 @@ class GraphBuilder:
         return self.op("Cast", value, name=name, to=int(target))
 
     def widen(self, value: ir.Value, name: str) -> ir.Value:
-        """A value of the compute dtype in float32; the value itself where that is what it is."""
+        """A value of the compute dtype in float32; the value itself where it is float32."""
         return self.cast(value, "FLOAT", name) if self.is_half else value
 
     def narrow(self, value: ir.Value, name: str) -> ir.Value:
@@ -167,7 +166,7 @@ class GraphBuilder:
         self.factors[weight] = value
         if self.precision == "int8":
             product = self._int8_matmul(value, weight, name)
-        elif self.precision == "fp8" and weight in self._ranges:
+        elif self.precision == "fp8" and weight in self._maxima:
             product = self._fp8_matmul(value, weight, name)
         else:
             product = self.matmul(value, weight, name)
@@ -209,21 +208,21 @@ class GraphBuilder:
         return self.op("Mul", product, scales, name=f"{name}.matmul")
 
     def _fp8_matmul(self, value: ir.Value, weight: str, name: str) -> ir.Value:
-        # TensorRT multiplies in fp8 what comes from two DequantizeLinear; others round likewise, and multiply in a
-        # wider type.
+        # TensorRT multiplies in fp8 where both factors come from a DequantizeLinear; other engines round in the same
+        # way, and multiply in a wider type.
         matrix, scale = quantize_fp8(self.read(weight))
         zero = self._zero_fp8()
         inputs = (self.constant(f"{weight}.fp8", matrix), self.constant(f"{weight}.scale", scale), zero)
         factor = self.op("DequantizeLinear", *inputs, name=f"{weight}.half")
-        return self.op("MatMul", self._through_fp8(value, self._ranges[weight]), factor, name=f"{name}.matmul")
+        return self.op("MatMul", self._through_fp8(value, self._maxima[weight]), factor, name=f"{name}.matmul")
 
-    def _through_fp8(self, value: ir.Value, size: float) -> ir.Value:
-        """A value, rounded to fp8; what is beyond its range becomes the largest there is."""
+    def _through_fp8(self, value: ir.Value, maximum: float) -> ir.Value:
+        """A value, rounded to fp8; values beyond the maximum are clipped to it."""
         narrow = self._rounded_already(value, "QuantizeLinear")
         if narrow is not None:
             [usage] = narrow[0].uses()
             return usage.node.outputs[0]
-        scale = self.constant(f"{value.name}.scale", fp8_scale(size))
+        scale = self.constant(f"{value.name}.scale", fp8_scale(maximum))
         zero = self._zero_fp8()
         rounded = self.op("QuantizeLinear", value, scale, zero, name=f"{value.name}.fp8")
         return self.op("DequantizeLinear", rounded, scale, zero, name=f"{value.name}.rounded")
@@ -240,7 +239,7 @@ class GraphBuilder:
 
     @staticmethod
     def _rounded_already(value: ir.Value, op_type: str) -> Sequence[ir.Value] | None:
-        """What an operator made of a value before: queries, keys and values share one input, which is rounded once."""
+        """The outputs of an operator that already has a value as input: queries, keys and values are rounded once."""
         nodes = (usage.node for usage in value.uses())
         return next((node.outputs for node in nodes if node.op_type == op_type), None)
 
@@ -268,9 +267,9 @@ def quantize_per_channel(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(matrix), scale.astype(np.float32)
 
 
-def fp8_scale(size: float) -> np.ndarray:
-    """The scale [] float16 by which values up to a size fill the range of fp8."""
-    return np.array(max(size / LARGEST_FP8, LEAST_FP8_SCALE), np.float16)
+def fp8_scale(maximum: float) -> np.ndarray:
+    """The scale [] float16 by which values up to a maximum fill fp8."""
+    return np.array(max(maximum / MAX_FP8, MIN_FP8_SCALE), np.float16)
 
 
 def quantize_fp8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -286,7 +285,7 @@ def quantize_fp8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     scale = fp8_scale(float(np.abs(weight).max()))
     # float16 may have rounded the scale down, and fp8 has no infinity to overflow to.
-    matrix = np.clip(weight.T / scale.astype(np.float32), -LARGEST_FP8, LARGEST_FP8)
+    matrix = np.clip(weight.T / scale.astype(np.float32), -MAX_FP8, MAX_FP8)
     return np.ascontiguousarray(matrix.astype(ir.DataType.FLOAT8E4M3FN.numpy())), scale
 
 

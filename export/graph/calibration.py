@@ -1,4 +1,4 @@
-"""The ranges of activations over pictures, from which an fp8 graph has its scales."""
+"""Calibration: the largest activations over images, from which an fp8 graph takes its scales."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from hivtp_ops.spec import PruningSpec
 
 
-def activation_ranges(
+def activation_maxima(
     checkpoint: Checkpoint,
     spec: PruningSpec | None,
     runs: Iterable[NDArray[np.float32]],
     folder: Path,
 ) -> Mapping[str, float]:
-    """The largest size of what each linear map multiplies in the layers behind the scoring ones.
+    """Maximum absolute input of each linear layer after the scoring layers (amax).
 
-    In the layers up to those an fp8 graph multiplies in half precision, so that it scores and keeps what fp16 does.
-    The graph that is run is the one that is exported, in float32, since it moves biases about.
+    Up to the scoring layers an fp8 graph multiplies in half precision, so that it scores and keeps what fp16 does.
+    The graph that runs is the one that is exported, in float32, since biases are in other places there.
 
     Args:
         checkpoint: only its vision weights are read.
-        spec: with its layers resolved; None for no pruning, where every layer counts.
-        runs: pixel values [tiles, 3, H, W] float32, as many as memory is for at once in each.
-        folder: on whose disk the float32 graph is kept meanwhile.
+        spec: with its layers resolved; None for no pruning, where every layer is calibrated.
+        runs: pixel values [tiles, 3, H, W] float32, each with as many tiles as memory has room for.
+        folder: holds the float32 graph meanwhile.
 
     Returns:
         By the name of the weight.
@@ -45,43 +45,43 @@ def activation_ranges(
     Raises:
         SpecError: the scoring layers are the last that run.
     """
-    model, outputs = _range_graph(checkpoint, spec)
+    model, outputs = _maxima_graph(checkpoint, spec)
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        file = Path(place) / "ranges.onnx"
+        file = Path(place) / "maxima.onnx"
         save_model(model, file)
         session = open_session(file)
-        ranges = dict.fromkeys(outputs, 0.0)
+        maxima = dict.fromkeys(outputs, 0.0)
         for pixel_values in runs:
             found = session.run(list(outputs.values()), {"pixel_values": pixel_values})
-            ranges = {weight: max(ranges[weight], float(size)) for weight, size in zip(outputs, found, strict=True)}
-        # The file is mapped into memory, and some systems do not delete such.
+            maxima = {weight: max(maxima[weight], float(value)) for weight, value in zip(outputs, found, strict=True)}
+        # The file is mapped into memory, and some systems do not delete mapped files.
         del session
-    return ranges
+    return maxima
 
 
 def first_fp8_layer(spec: PruningSpec | None, shape: VisionShape) -> int:
-    """The first layer behind the scoring ones, 0-based; 0 without pruning.
+    """The first layer after the scoring layers, 0-based; 0 without pruning.
 
     Args:
         spec: with its layers resolved.
         shape: of the tower.
 
     Raises:
-        SpecError: there is none that runs.
+        SpecError: none of those that run comes after them.
     """
     if spec is None:
         return 0
     first = spec.scoring_layers.stop
     if first >= shape.num_feature_layers:
         raise SpecError(
-            f"fp8 is for the layers behind those that score, and of the {shape.num_feature_layers} that run there are "
-            f"none behind layer {first - 1}; choose fp16"
+            f"fp8 is for the layers after the scoring layers, and layer {first - 1} is the last of the "
+            f"{shape.num_feature_layers} that run; choose fp16"
         )
     return first
 
 
-def _range_graph(checkpoint: Checkpoint, spec: PruningSpec | None) -> tuple[ir.Model, Mapping[str, str]]:
-    """The tower up to the feature layer, and by weight the name of the output that is the range."""
+def _maxima_graph(checkpoint: Checkpoint, spec: PruningSpec | None) -> tuple[ir.Model, Mapping[str, str]]:
+    """The tower up to the feature layer, and for each weight the name of the output that is its maximum."""
     shape = VisionShape.of(checkpoint.config)
     first = first_fp8_layer(spec, shape)
     graph = GraphBuilder(checkpoint.tensor, "fp32")
@@ -95,9 +95,9 @@ def _range_graph(checkpoint: Checkpoint, spec: PruningSpec | None) -> tuple[ir.M
     factors = {weight: value for weight, value in graph.factors.items() if weight not in in_half}
     outputs: dict[str, Output] = {}
     for value in factors.values():
-        name = f"{value.name}.range"
+        name = f"{value.name}.maximum"
         if name not in outputs:
-            size = graph.op("Abs", value, name=f"{value.name}.size")
-            outputs[name] = Output(graph.op("ReduceMax", size, name=name, keepdims=0), "FLOAT", ())
-    names = {weight: f"{value.name}.range" for weight, value in factors.items()}
+            absolute = graph.op("Abs", value, name=f"{value.name}.absolute")
+            outputs[name] = Output(graph.op("ReduceMax", absolute, name=name, keepdims=0), "FLOAT", ())
+    names = {weight: f"{value.name}.maximum" for weight, value in factors.items()}
     return graph.model(list(outputs.values()), tower.functions()), names

@@ -113,7 +113,7 @@ class ClipTower:
         return self._norm(tokens, "vision.pre_layrnorm", "pre_norm")
 
     def layer(self, index: int, hidden: ir.Value, rows: ir.Value | None = None) -> ir.Value:
-        """One encoder layer on [tiles, tokens, width]; with `rows` [tiles, num, 1], its output for those alone."""
+        """One encoder layer on [tiles, tokens, width]; with `rows` [tiles, num, 1] its output for those tokens only."""
         graph, name, path = self.graph, f"layers.{index}", f"vision.encoder.layers.{index}"
         normed = self._norm(hidden, f"{path}.layer_norm1", f"{name}.norm1")
         queries_from, residual = normed, hidden
@@ -131,7 +131,7 @@ class ClipTower:
     def importance(self, name: str) -> ir.Value:
         """Scores [tiles, patches] float32: the mean attention that each patch receives, over layers, heads and queries.
 
-        Source: HIVTP (arXiv 2509.23663), importance; DESIGN.md, section 2, step 1.
+        Source: HIVTP (arXiv 2509.23663), importance.
         """
         graph = self.graph
         means = [self._received(item) for item in self.attention_maps]
@@ -164,9 +164,9 @@ class ClipTower:
     def _attention(self, index: int, queries_from: ir.Value, normed: ir.Value, name: str, path: str) -> ir.Value:
         graph = self.graph
         queries = self._linear(queries_from, f"{path}.q_proj", f"{name}.queries")
-        # Softmax takes no notice of what is the same for all keys of a query, and the keys' bias is just that.
+        # A term that is the same for all keys of a query cancels in the softmax; the bias of the keys is one.
         keys = graph.linear(normed, f"{path}.k_proj.weight", None, f"{name}.keys")
-        # Probabilities sum to one, so the values' bias passes through them, and is added behind instead.
+        # Probabilities sum to one, so the bias of the values passes through them, and is added afterwards instead.
         values = graph.linear(normed, f"{path}.v_proj.weight", None, f"{name}.values")
         if index in self.scoring_layers:
             mixed = self._explicit_attention(queries, keys, values, name)
@@ -186,8 +186,8 @@ class ClipTower:
     def functions(self) -> list[onnx.FunctionProto]:
         """Bodies for the operators of the tower that are not standard ONNX.
 
-        TensorRT refuses an Attention that asks for a softmax in float32, so this one does not ask: fused kernels
-        accumulate in float32 by themselves.
+        TensorRT refuses an Attention that asks for a softmax in float32, so this one does not ask; fused kernels
+        accumulate in float32 anyway.
         """
         from onnx import helper
 

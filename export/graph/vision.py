@@ -26,9 +26,9 @@ def build_vision_graph(
     spec: PruningSpec | None,
     precision: VisionPrecision,
     kind: GraphKind = "vision",
-    ranges: Mapping[str, float] | None = None,
+    maxima: Mapping[str, float] | None = None,
 ) -> ir.Model:
-    """Build one of the two vision graphs of DESIGN.md, section 3.
+    """Build one of the two vision graphs.
 
     "vision": `pixel_values` [tiles, 3, H, W] float32 and, pruned and for LLaVA-NeXT, `patch_mask`
     [tiles, patches] bool (False is padding, scored -inf) → `image_embeds` [tiles, prefix + capacity, hidden of
@@ -43,12 +43,12 @@ def build_vision_graph(
         spec: with its layers resolved; None for no pruning (only with "vision").
         precision: see GraphBuilder.
         kind: which graph.
-        ranges: for fp8, see export.calibration.
+        maxima: for fp8, see `activation_maxima`.
 
     Raises:
         CheckpointError: an activation of the model is not supported.
     """
-    builder = _VisionGraph(checkpoint, spec, precision, ranges)
+    builder = _VisionGraph(checkpoint, spec, precision, maxima)
     if kind == "encoder":
         return builder.encoder()
     return builder.unpruned() if spec is None else builder.pruned(spec)
@@ -60,11 +60,11 @@ class _VisionGraph:
         checkpoint: Checkpoint,
         spec: PruningSpec | None,
         precision: VisionPrecision,
-        ranges: Mapping[str, float] | None,
+        maxima: Mapping[str, float] | None,
     ) -> None:
         self.config = checkpoint.config
         self.shape = VisionShape.of(checkpoint.config)
-        self.graph = GraphBuilder(checkpoint.tensor, precision, ranges)
+        self.graph = GraphBuilder(checkpoint.tensor, precision, maxima)
         scoring_layers = range(0) if spec is None else spec.scoring_layers
         self.tower = ClipTower(self.graph, self.shape, self.config.vision_config, scoring_layers)
         side = self.shape.image_size
@@ -72,7 +72,7 @@ class _VisionGraph:
 
     def pruned(self, spec: PruningSpec) -> ir.Model:
         graph, shape, tower = self.graph, self.shape, self.tower
-        # Where the scores stand before the last layer, that layer needs the queries of the kept rows only.
+        # Where the scores are known before the last layer, that layer needs the queries of the kept tokens only.
         last = shape.num_feature_layers - 1
         prunes_last_layer = tower.scoring_layers.stop <= last
         hidden = self._run_layers(last if prunes_last_layer else shape.num_feature_layers)
@@ -119,7 +119,7 @@ class _VisionGraph:
         return graph.model(outputs, self.tower.functions())
 
     def _scores(self) -> ir.Value:
-        """The importance, -inf where a tile of LLaVA-NeXT shows padding and no picture."""
+        """The importance, -inf where a tile of LLaVA-NeXT shows padding."""
         if self.config.model_type != "llava_next":
             return self.tower.importance("importance")
         graph = self.graph
@@ -128,7 +128,7 @@ class _VisionGraph:
         return graph.op("Where", mask, self.tower.importance("importance.unmasked"), never, name="importance")
 
     def _run_layers(self, num_layers: int) -> ir.Value:
-        """The output of the first `num_layers`; scoring layers beyond them run for their attention alone."""
+        """The output of the first `num_layers`; scoring layers beyond them run for their attention only."""
         hidden = self.tower.embed(self.pixels)
         for index in range(num_layers):
             hidden = self.tower.layer(index, hidden)

@@ -1,4 +1,4 @@
-"""What a choice of scoring layers costs, judged without labels: by the answers, or by the features alone."""
+"""What a choice of scoring layers costs, without labels: by the answers, or by the features only."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
     from hivtp.export.checkpoint.folder import Checkpoint
 
-# Bounds the memory of a pass through the language model: 0.3 GB for the hidden states of a 7B model, and some times
-# that while a layer runs. Beyond it, the weights are read once more.
+# Bounds the memory of a pass through the language model: 0.3 GB for the hidden states of a 7B model, and several times
+# that while a layer runs. More positions take another pass, which reads the weights again.
 MAX_POSITIONS = 16_384
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What dropping the other tokens of one picture costs.
+    """The cost of dropping the other tokens of one image.
 
     Attributes:
-        value: 0 where nothing is lost; the criterion says of what.
+        value: 0 where nothing is lost; its unit is the criterion's.
         agreement: share of the answer's tokens that the pruned model would choose too; None without answers.
     """
 
@@ -35,13 +35,13 @@ class Cost:
 
 
 def feature_costs(features: NDArray[np.float32], kept_sets: Sequence[NDArray[np.int64]]) -> list[Cost]:
-    """How much of what tells the tokens apart is dropped: the dropped tokens' share of the spread around the mean.
+    """The dropped tokens' share of the variance around the mean token.
 
-    Where most of a picture is ground, ground lies near the mean, and what stands out of it lies far. Features are
+    Where most of an image is background, background lies near the mean, and things lie far from it. Features are
     scaled to length 1 first: CLIP has a few tokens that are much longer than all others and show nothing.
 
     Args:
-        features: [patches, width], of one picture.
+        features: [patches, width], of one image.
         kept_sets: raster indices of each set.
     """
     directions = features.astype(np.float64)
@@ -52,13 +52,13 @@ def feature_costs(features: NDArray[np.float32], kept_sets: Sequence[NDArray[np.
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question about a picture, as embeddings.
+    """A question about an image, as embeddings.
 
     Attributes:
         before: [length, hidden], the text before the image.
         image: [prefix + patches, hidden], all tokens of the image.
         after: [length, hidden], the text after the image.
-        num_prefix_tokens: tokens of the image that are no patches and always stay.
+        num_prefix_tokens: tokens of the image that are not patches and are always kept.
     """
 
     before: NDArray[np.float32]
@@ -75,28 +75,28 @@ class Prompt:
 
 @dataclass(frozen=True)
 class UnprunedAnswer:
-    """What the unpruned model answers.
+    """The answer of the unpruned model.
 
     Attributes:
         embeds: [tokens, hidden], of the answer's tokens.
-        log_probabilities: [tokens, vocab], from which each token was chosen.
+        log_probabilities: [tokens, vocab], those that each token was chosen from.
     """
 
     embeds: NDArray[np.float32]
     log_probabilities: NDArray[np.float32]
 
 
-class AnswerJudge:
-    """Compares what a language model says of the kept tokens with what it says of all of them.
+class AnswerCriterion:
+    """Compares the answers of a language model that sees the kept tokens with those of one that sees all.
 
-    The unpruned model answers greedily. Behind the kept tokens the same answer is read token by token, and the cost
-    is the Kullback-Leibler divergence, in nats and averaged over the answer's tokens, of the pruned model's
-    next-token distribution from the unpruned one's. One layer of the model is in memory at a time, in float32.
+    The unpruned model answers greedily. The pruned model then reads the same answer token by token, and the cost is
+    the Kullback-Leibler divergence, in nats and averaged over the answer's tokens, of its next-token distribution
+    from the unpruned one's. One layer of the model is in memory at a time, in float32.
 
     Args:
         checkpoint: only its language weights are read.
         eos_token_ids: tokens that end an answer.
-        max_answer_tokens: an answer is cut after so many tokens.
+        max_answer_tokens: answers end after this many tokens.
     """
 
     def __init__(self, checkpoint: Checkpoint, eos_token_ids: Sequence[int], max_answer_tokens: int) -> None:
@@ -133,13 +133,13 @@ class AnswerJudge:
         kept_sets: Sequence[Sequence[NDArray[np.int64]]],
         report: Callable[[int, int], None],
     ) -> list[list[Cost]]:
-        """What each set of kept tokens costs.
+        """The cost of each set of kept tokens.
 
         Args:
-            prompts: what was asked.
-            answers: what the unpruned model says to each.
-            kept_sets: for each prompt the sets to judge, raster indices each.
-            report: is told the progress.
+            prompts: the questions.
+            answers: of the unpruned model, one for each prompt.
+            kept_sets: for each prompt the sets, raster indices each.
+            report: gets (sets done, all sets).
         """
 
         def sequences() -> Iterator[tuple[NDArray[np.float32], int]]:
@@ -159,7 +159,7 @@ class AnswerJudge:
         return embeds
 
     def _logits(self, sequences: Iterable[tuple[NDArray[np.float32], int]]) -> Iterator[NDArray[np.float32]]:
-        """The logits of the last positions of each sequence, given with their number."""
+        """The logits of the last positions of each sequence, whose number comes with it."""
         for chunk in _chunks(sequences):
             embeds, num_last = zip(*chunk, strict=True)
             yield from language_reference(

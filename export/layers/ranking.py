@@ -1,4 +1,4 @@
-"""A ranking of layer ranges: how it was asked for, what came out, and its table."""
+"""A ranking of layer ranges: its settings, its results, and its table."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ NUM_ROWS = 12
 
 @dataclass(frozen=True)
 class ChoiceSettings:
-    """How layer ranges are judged.
+    """How layer ranges are scored.
 
     Attributes:
-        criterion: "answers" by what the language model says of the kept tokens, "features" by how much of
-            what tells the tokens apart is dropped; see `layer_criteria`.
-        questions: asked about every picture; the features need none.
-        max_answer_tokens: an answer is judged over so many tokens at most.
+        criterion: "answers" by how much the answers of the language model change, "features" by how much of the
+            differences between tokens is dropped; see `hivtp.export.layers.criteria`.
+        questions: asked about every image; the features need none.
+        max_answer_tokens: at most this many tokens of an answer are compared.
 
     Raises:
         SpecError: there is no such criterion, or nothing to ask, or no answer to judge.
     """
 
     criterion: Criterion = "answers"
-    questions: tuple[str, ...] = ("What is in the picture?",)
+    questions: tuple[str, ...] = ("What is in the image?",)
     max_answer_tokens: int = 16
 
     def __post_init__(self) -> None:
         if self.criterion not in get_args(Criterion):
             raise SpecError(f"criterion is {self.criterion!r}; choose one of {', '.join(get_args(Criterion))}")
         if not all(question.strip() for question in self.questions) or not self.questions:
-            raise SpecError("a question is empty; write what the model is to be asked about every picture")
+            raise SpecError("a question is empty; write a question that can be asked about every image")
         if self.max_answer_tokens < 1:
             raise SpecError(f"max_answer_tokens must be 1 or more, not {self.max_answer_tokens}")
 
@@ -64,12 +64,12 @@ class LayerRange:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What pruning costs with some scores; 0 is nothing lost.
+class LayerScore:
+    """What pruning costs with the scores of some layers; 0 where nothing is lost.
 
     Attributes:
-        costs: of each picture.
-        agreement: mean over the pictures; see `layer_criteria.Cost`.
+        costs: of each image.
+        agreement: mean over the images; see `Cost`.
     """
 
     costs: tuple[float, ...]
@@ -77,12 +77,12 @@ class Judgement:
 
     @property
     def cost(self) -> float:
-        """The mean over the pictures."""
+        """The mean over the images."""
         return float(np.mean(self.costs))
 
     @property
     def standard_error(self) -> float | None:
-        """Of that mean; None for a single picture."""
+        """Of that mean; None for a single image."""
         return standard_error(self.costs)
 
 
@@ -91,18 +91,18 @@ class LayerRanking:
     """Layer ranges from the best to the worst.
 
     Attributes:
-        settings: how they were judged.
-        spec: the rule that kept the tokens; its layers are as they were asked for, or open.
-        ranges: every range and its judgement, the lowest cost first.
-        default: the range that the rule takes where none is given; it may be none of the ranges.
-        random: the judgement of random scores, which ask nothing of the picture.
+        settings: how they were scored.
+        spec: the rule that kept the tokens; its layers are those that were given, or open.
+        ranges: every range and its score, the lowest cost first.
+        default: the range that the rule takes where none is given; it may not be among the ranges.
+        random: the score of random importance, which does not depend on the image.
     """
 
     settings: ChoiceSettings
     spec: PruningSpec
-    ranges: tuple[tuple[LayerRange, Judgement], ...]
+    ranges: tuple[tuple[LayerRange, LayerScore], ...]
     default: LayerRange
-    random: Judgement
+    random: LayerScore
 
     @property
     def best(self) -> LayerRange:
@@ -110,7 +110,7 @@ class LayerRanking:
         return self.ranges[0][0]
 
     @property
-    def is_telling(self) -> bool:
+    def is_significant(self) -> bool:
         """Whether the best range beats random scores, by more than two standard errors where there are any."""
         lead, error = _lead(self.ranges[0][1], self.random)
         return lead > 2 * (error or 0.0)
@@ -120,24 +120,24 @@ class LayerRanking:
         return {
             **asdict(self.settings),
             "pruning": self.spec.to_dict(),
-            "num_pictures": len(self.random.costs),
+            "num_images": len(self.random.costs),
             "recommended": asdict(self.best),
-            "is_telling": self.is_telling,
+            "is_significant": self.is_significant,
             "default": asdict(self.default),
-            "random": _judgement_dict(self.random),
-            "ranges": [{**asdict(layers), **_judgement_dict(judgement)} for layers, judgement in self.ranges],
+            "random": _score_dict(self.random),
+            "ranges": [{**asdict(layers), **_score_dict(score)} for layers, score in self.ranges],
         }
 
     def table(self) -> str:
-        """The best ranges, the default and random scores, and what to export with, for people."""
+        """The best ranges, the default, random scores, and the options to export with, for people."""
         uses_answers = self.settings.criterion == "answers"
         lines = [_row("layers", "divergence" if uses_answers else "dropped", "+-", "same token" * uses_answers)]
-        for place, (layers, judgement) in enumerate(self.ranges, start=1):
+        for place, (layers, score) in enumerate(self.ranges, start=1):
             is_default = layers == self.default
             if place <= NUM_ROWS or is_default:
                 note = f"   the default, {place} of {len(self.ranges)}" if is_default else ""
-                lines.append(_judgement_row(str(layers), judgement) + note)
-        lines += [_judgement_row("random scores", self.random), "", *self._verdict()]
+                lines.append(_score_row(str(layers), score) + note)
+        lines += [_score_row("random scores", self.random), "", *self._verdict()]
         return "\n".join(lines)
 
     def _verdict(self) -> list[str]:
@@ -147,8 +147,8 @@ class LayerRanking:
             lead, error = _lead(by_range[self.best], by_range[self.default])
             spread = "" if error is None else f" +- {error:.4f}"
             lines.append(f"it costs {lead:.4f}{spread} less than the default")
-        if not self.is_telling:
-            lines.append("but random scores do about as well: nothing here tells the layers apart")
+        if not self.is_significant:
+            lines.append("but random scores do about as well, so that this ranking says nothing about the layers")
         return lines
 
 
@@ -157,21 +157,21 @@ def standard_error(values: Sequence[float]) -> float | None:
     return None if len(values) == 1 else float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
-def _lead(better: Judgement, worse: Judgement) -> tuple[float, float | None]:
-    """By how much one judgement costs less than another, picture by picture, and the standard error."""
+def _lead(better: LayerScore, worse: LayerScore) -> tuple[float, float | None]:
+    """By how much one costs less than another, image by image, and the standard error."""
     differences = np.subtract(worse.costs, better.costs)
     return float(differences.mean()), standard_error(differences.tolist())
 
 
-def _judgement_dict(judgement: Judgement) -> dict[str, Any]:
-    return {"cost": judgement.cost, "standard_error": judgement.standard_error, **asdict(judgement)}
+def _score_dict(score: LayerScore) -> dict[str, Any]:
+    return {"cost": score.cost, "standard_error": score.standard_error, **asdict(score)}
 
 
-def _judgement_row(name: str, judgement: Judgement) -> str:
-    error, agreement = judgement.standard_error, judgement.agreement
+def _score_row(name: str, score: LayerScore) -> str:
+    error, agreement = score.standard_error, score.agreement
     return _row(
         name,
-        f"{judgement.cost:.4f}",
+        f"{score.cost:.4f}",
         "" if error is None else f"{error:.4f}",
         "" if agreement is None else f"{agreement:.1%}",
     )

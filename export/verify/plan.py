@@ -7,20 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hivtp.export.verify.checks import (
-    VISION_TOLERANCES,
-    jaccard,
-    largest_difference,
-    refuse,
-    relative_error,
-    sample_patch_mask,
-    sample_pixels,
-)
+from hivtp.export.verify.checks import refuse, relative_error
+from hivtp.export.verify.samples import sample_patch_mask, sample_pixels
+from hivtp.export.verify.vision import VISION_TOLERANCES
+from hivtp.runtime.vision.agreement import compare_outputs, score_error
 from hivtp_ops.errors import VerificationError
 from hivtp_ops.selection import select
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -34,8 +29,8 @@ class PlanReport:
 
     Attributes:
         relative_error: of the embeddings of the tokens that both keep, or of all where nothing is pruned.
-        importance_error: largest absolute difference of a score; None where there are none.
-        kept_jaccard: least agreement of the kept sets; None where nothing is pruned.
+        importance_error: of the scores, see `score_error`; None where there are none.
+        kept_jaccard: least agreement of the kept sets of a run; None where nothing is pruned.
     """
 
     relative_error: float
@@ -97,13 +92,21 @@ def _sample_inputs(manifest: Manifest, reference: Engine, num_tiles: int) -> Arr
     return inputs
 
 
-def _compare(found: Mapping[str, Any], expected: Mapping[str, Any], manifest: Manifest) -> PlanReport:
-    importance_error = None
-    if "importance" in expected:
-        importance_error = largest_difference(found["importance"], expected["importance"])
-    if "kept_indices" not in expected:
+def _compare(found: Arrays, expected: Arrays, manifest: Manifest) -> PlanReport:
+    if "image_embeds" not in expected:
+        # An encoder graph: every output but the scores is compared as it is.
         error = max(relative_error(found[name], expected[name]) for name in expected if name != "importance")
-        return PlanReport(error, importance_error, None)
+        return PlanReport(error, score_error(found["importance"], expected["importance"]), None)
+    is_pruned = "kept_indices" in expected
+    if is_pruned:
+        _check_rule(found, manifest)
+    agreement = compare_outputs(found, expected, manifest.vision.num_prefix_tokens)
+    return PlanReport(
+        agreement.relative_error, agreement.importance_error, agreement.kept_jaccard if is_pruned else None
+    )
+
+
+def _check_rule(found: Arrays, manifest: Manifest) -> None:
     assert manifest.pruning is not None, "a graph that prunes has a spec"
     if np.isnan(found["importance"]).any():
         raise VerificationError("the engine's importance scores hold NaN; choose a higher precision")
@@ -115,23 +118,6 @@ def _compare(found: Mapping[str, Any], expected: Mapping[str, Any], manifest: Ma
             "the engine keeps other patches than the rule selects from its own scores; nothing was written. "
             "Report this with the versions of TensorRT and of the driver"
         )
-    prefix = manifest.vision.num_prefix_tokens
-    pairs = [_common_rows(found, expected, tile, prefix) for tile in range(len(expected["kept_indices"]))]
-    return PlanReport(
-        relative_error(np.concatenate([pair[0] for pair in pairs]), np.concatenate([pair[1] for pair in pairs])),
-        importance_error,
-        jaccard(found["kept_indices"], expected["kept_indices"]),
-    )
-
-
-def _common_rows(
-    found: Mapping[str, Any], expected: Mapping[str, Any], tile: int, prefix: int
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The embeddings that both have of one tile: of the prefix, and of the patches that both keep."""
-    mine, its = (outputs["kept_indices"][tile, : outputs["kept_counts"][tile]] for outputs in (found, expected))
-    _, *places = np.intersect1d(mine, its, assume_unique=True, return_indices=True)
-    rows = [np.concatenate([np.arange(prefix), place + prefix]) for place in places]
-    return found["image_embeds"][tile, rows[0]], expected["image_embeds"][tile, rows[1]]
 
 
 def _worst(choose: Callable[[Iterable[float]], float], values: Iterable[float | None]) -> float | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from hivtp.export.checkpoint.config import sliding_window
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
     from numpy.typing import NDArray
@@ -44,7 +44,10 @@ class VisionReference:
 
 
 def vision_reference(
-    checkpoint: Checkpoint, spec: PruningSpec | None, pixel_values: NDArray[np.float32]
+    checkpoint: Checkpoint,
+    spec: PruningSpec | None,
+    pixel_values: NDArray[np.float32],
+    observer: Callable[[Any, Any], None] | None = None,
 ) -> VisionReference:
     """Run transformers' CLIP tower and projector.
 
@@ -52,19 +55,28 @@ def vision_reference(
         checkpoint: only its vision and projector weights are read.
         spec: with its layers resolved.
         pixel_values: [tiles, 3, H, W] float32.
+        observer: gets the tower and the projector in the end.
     """
     import torch
     from transformers import CLIPVisionModel
+    from transformers.initialization import no_init_weights
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     # transformers writes into the config.
     config = deepcopy(checkpoint.config)
-    # In float32 whatever the config says: checkpoints in half precision say so for each of their parts.
-    tower = CLIPVisionModel._from_config(config.vision_config, attn_implementation="eager", dtype=torch.float32).eval()
-    weights = {name: tensor.float() for name, tensor in checkpoint.part("vision.").items()}
-    tower.load_state_dict(weights, strict=False)
-    projector = LlavaMultiModalProjector(config).eval()
-    projector.load_state_dict({name: tensor.float() for name, tensor in checkpoint.part("projector.").items()})
+    # Random weights, which are overwritten, would take a third of the time.
+    with no_init_weights():
+        # In float32 whatever the config says: checkpoints in half precision say so for each of their parts.
+        tower = CLIPVisionModel._from_config(
+            config.vision_config, attn_implementation="eager", dtype=torch.float32
+        ).eval()
+        projector = LlavaMultiModalProjector(config).eval()
+    fused = deepcopy(tower.config)
+    fused._attn_implementation = "sdpa"
+    for part, module in (("vision.", tower), ("projector.", projector)):
+        weights = {name: tensor.float() for name, tensor in checkpoint.part(part).items()}
+        # The tower's last norm serves an output that LLaVA does not use.
+        module.load_state_dict(weights, strict=part != "vision.", assign=True)
 
     received: list[torch.Tensor] = []
 
@@ -72,9 +84,12 @@ def vision_reference(
         # Mean over heads and queries, CLS column dropped (HIVTP, arXiv 2509.23663, importance).
         received.append(outputs[1].float().mean(dim=(1, 2))[:, 1:])
 
-    if spec is not None:
-        for index in spec.scoring_layers:
-            tower.encoder.layers[index].self_attn.register_forward_hook(record)
+    for index, layer in enumerate(tower.encoder.layers):
+        if spec is not None and index in spec.scoring_layers:
+            layer.self_attn.register_forward_hook(record)
+        else:
+            # Attention that nobody reads need not be written out.
+            layer.self_attn.config = fused
     with torch.inference_mode():
         outputs = tower(torch.from_numpy(pixel_values), output_hidden_states=True)
         features = outputs.hidden_states[config.vision_feature_layer]
@@ -82,7 +97,19 @@ def vision_reference(
             features = features[:, 1:]
         embeds = projector(features)
         layer_importance = torch.stack(received).numpy() if received else None
+        if observer is not None:
+            observer(tower, projector)
     return VisionReference(features.numpy(), embeds.numpy(), layer_importance)
+
+
+class LayerObserver(Protocol):
+    """Looks at the layers of a language model while each is in memory."""
+
+    def layer(self, index: int, layer: torch.nn.Module, places: Mapping[str, Any]) -> None:
+        """A layer with the checkpoint's weights, which it may lose, and its arguments besides the hidden states."""
+
+    def head(self, norm: torch.nn.Module, head: torch.Tensor) -> None:
+        """The last norm, and the projection [vocab, hidden] to the logits."""
 
 
 def language_reference(
@@ -90,6 +117,7 @@ def language_reference(
     read_weight: Callable[[str], torch.Tensor],
     sequences: Sequence[NDArray[np.float32]],
     num_last: Sequence[int] | None = None,
+    observer: LayerObserver | None = None,
 ) -> list[NDArray[np.float32]]:
     """Run transformers' language model in float32 with one layer in memory at a time.
 
@@ -98,6 +126,7 @@ def language_reference(
         read_weight: returns a weight by its name in the causal language model; each is read once.
         sequences: embeddings, [length, hidden] float32 each; those of one length are computed together.
         num_last: for each sequence how many of its last positions are wanted; None is all of all.
+        observer: gets each layer after it has run; all sequences have one length.
 
     Returns:
         For each sequence the logits of the wanted positions, [positions, vocab] float32.
@@ -136,13 +165,19 @@ def language_reference(
         for index, layer in enumerate(skeleton.layers):
             load(layer, f"model.layers.{index}.")
             states = {length: layer(hidden, **places[length]) for length, hidden in states.items()}
+            if observer is not None:
+                [places_of_all] = places.values()
+                observer.layer(index, layer, places_of_all)
             layer.to("meta")
-        norm, head = load(skeleton.norm, "model.norm."), read_weight("lm_head.weight").float().T
+        norm, weight = load(skeleton.norm, "model.norm."), read_weight("lm_head.weight").float()
+        head = weight.T
         logits: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(sequences)
         for length, indices in members.items():
             for row, index in enumerate(indices):
                 first = 0 if num_last is None else length - num_last[index]
                 logits[index] = (norm(states[length][row, first:]) @ head).numpy()
+        if observer is not None:
+            observer.head(norm, weight)
     return logits
 
 

@@ -41,7 +41,7 @@ LEGEND = """\
 tokens      visual tokens kept of an image, over all its tiles
 kept sets   patches that both keep over patches that either keeps: the mean over tiles, and the worst tile
 embeddings  relative error where both keep a patch, of the worst image; and of the median token
-scores      largest error of a score over the mean score
+scores      error of the scores over how much they differ between the patches of a tile, of the worst tile
 ms          of the vision graph for an image: the median of the rounds, and the least
 peak MB     host memory that opening the engine and its first runs took; the first of a library pays for loading it"""
 
@@ -90,7 +90,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         "--max-score-error",
         type=float,
         metavar="X",
-        help="difference of a patch's score over the mean score, the worst image (default: no bound)",
+        help="error of the scores over how much they differ between the patches of a tile, the worst tile",
     )
     group = parser.add_argument_group("engines")
     group.add_argument(

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from hivtp.engines.base import Arrays
 
 
-_CHECKED_AT_EXPORT = ("relative_error", "min_jaccard")
+_BOUNDS = ("relative_error", "min_jaccard", "importance_error")
+# Scores that differ by less than this share of their size do not tell patches apart in any precision.
+MIN_SPREAD = 1e-3
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,7 @@ class Agreement:
         worst_jaccard: the least over tiles.
         relative_error: ||a - b|| / ||b|| of the embeddings of all tokens that both keep; 0 where there are none.
         median_row_error: the same of each such token, the median.
-        importance_error: largest difference of a score, divided by the mean score of the reference; None where one of
-            the two has no scores.
+        importance_error: of the scores, see `score_error`; None where one of the two has none.
     """
 
     kept_jaccard: float
@@ -61,7 +62,7 @@ class VisionTolerance:
     Attributes:
         relative_error: at most.
         min_jaccard: of the mean over tiles, at least.
-        importance_error: at most; None bounds it by the kept patches alone, which are all that scores decide.
+        importance_error: at most; None does not bound it.
     """
 
     relative_error: float
@@ -70,7 +71,7 @@ class VisionTolerance:
 
     @classmethod
     def read(cls, verification: Mapping[str, Any]) -> VisionTolerance:
-        """The tolerance of embeddings and kept patches that a graph or a plan was checked with when it was made.
+        """The tolerance that a graph or a plan was checked with when it was made.
 
         Args:
             verification: what the manifest says of the vision graph, or the sidecar of a plan.
@@ -79,8 +80,7 @@ class VisionTolerance:
             BundleError: it holds no tolerance, or a damaged one.
         """
         try:
-            bounds = {name: verification["tolerance"][name] for name in _CHECKED_AT_EXPORT}
-            return read_record(cls, {**bounds, "importance_error": None}, "tolerance")
+            return read_record(cls, {name: verification["tolerance"][name] for name in _BOUNDS}, "tolerance")
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(
                 f"the bundle does not say how exact its vision graph is ({error}); export it again"
@@ -148,6 +148,25 @@ def compare_outputs(found: Arrays, expected: Arrays, num_prefix_tokens: int) -> 
     )
 
 
+def score_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """The error of scores [tiles, patches], relative to how much they differ between the patches of a tile.
+
+    ||found - expected|| / ||expected - mean of the tile||, the largest of the tiles: what decides which patches are
+    kept is the difference between their scores, not their size. A score of -inf on both sides is no difference.
+    """
+    errors = []
+    for tile, reference in zip(found.astype(np.float64), expected.astype(np.float64), strict=True):
+        is_padding = np.isneginf(tile) & np.isneginf(reference)
+        tile, reference = tile[~is_padding], reference[~is_padding]
+        if not len(reference):
+            continue
+        spread = np.linalg.norm(reference - reference.mean())
+        spread = max(spread, MIN_SPREAD * np.linalg.norm(reference))
+        errors.append(float(np.linalg.norm(tile - reference) / spread))
+    # Not max(), which passes NaN over.
+    return float(np.max(errors, initial=0.0))
+
+
 def _kept_rows(outputs: Arrays, num_prefix_tokens: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
     """Of each tile an id for every token that it keeps, negative for prefix tokens, and their embeddings."""
     if "image_embeds" not in outputs:
@@ -174,10 +193,7 @@ def _importance_error(found: Arrays, expected: Arrays) -> float | None:
     mine, its = found["importance"], expected["importance"]
     if mine.shape != its.shape:
         raise EngineError(f"scores of shape {list(mine.shape)} and {list(its.shape)} cannot be compared")
-    # Padding is -inf on both sides.
-    is_image = ~(np.isneginf(mine) & np.isneginf(its))
-    mine, its = mine[is_image].astype(np.float64), its[is_image].astype(np.float64)
-    return float(_ratio(np.abs(mine - its).max(), its.mean())) if len(its) else 0.0
+    return score_error(mine, its)
 
 
 def _ratio(part: Any, whole: Any) -> NDArray[np.float64]:

@@ -14,7 +14,8 @@ from hivtp.engines import EngineSettings, create_engine, onnxruntime_cuda
 from hivtp.engines.bundle import Bundle
 from hivtp.engines.onnxruntime import open_session
 from hivtp.engines.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaEngine, has_cuda_provider
-from hivtp.export.verify.checks import relative_error, sample_pixels
+from hivtp.export.verify.checks import relative_error
+from hivtp.export.verify.samples import sample_pixels
 from hivtp_ops.errors import EngineError, MissingExtraError
 
 if TYPE_CHECKING:

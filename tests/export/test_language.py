@@ -72,12 +72,16 @@ def test_the_summary_says_that_there_is_no_decoder_and_how_to_ask(
     folder = tmp_path / "bundle"
     assert main([str(tiny_checkpoint), str(folder), "--language-precision", "none"]) == 0
     printed, progress = capsys.readouterr()
-    assert "language  none      no decoder" in printed
-    assert "vision    fp32" in printed
+    rows = [line.split() for line in printed.splitlines()]
+    assert [row[:2] for row in rows if row[:1] in (["vision"], ["language"])] == [
+        ["vision", "fp32"],
+        ["language", "none"],
+    ]
+    assert "transformers answers, from the checkpoint" in printed
     assert "hivtp run" in printed
     backend = f"--language-backend transformers --language-checkpoint {tiny_checkpoint}"
-    assert f"{folder} {backend} --image PHOTO" in printed
-    assert "[4/4] Manifest and hashes: done" in progress
+    assert f"{folder} --image PHOTO {backend}" in printed
+    assert "[5/5] The bundle opened and asked: done" in progress
     assert "ecoder" not in progress
 
 

@@ -27,12 +27,12 @@ from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.cli.plan import make_parser, plan_summary, settings_from
 from hivtp.export.exporter import export_bundle
 from hivtp.export.graph.builder import save_model
-from hivtp.export.graph.calibration import activation_ranges
+from hivtp.export.graph.calibration import activation_maxima
 from hivtp.export.graph.clip import VisionShape
 from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.plan import Builder, PlanSettings, export_plan
 from hivtp.export.settings import ExportSettings
-from hivtp.export.verify.checks import sample_pixels
+from hivtp.export.verify.samples import sample_pixels
 from hivtp.main import export, main
 from hivtp_ops import PRESETS, PruningSpec, tensorrt_plugin
 from hivtp_ops.errors import BundleError, EngineError, EngineWarning, KernelError, MissingExtraError
@@ -427,11 +427,11 @@ def test_a_bundle_is_whole_where_its_plan_fails(
 def write_graph(folder: Path, file: Path, spec: PruningSpec | None, precision: str, kind: str = "vision") -> Path:
     checkpoint = Checkpoint.open(folder)
     resolved = None if spec is None else spec.resolve(VisionShape.of(checkpoint.config).num_layers)
-    ranges = None
+    maxima = None
     if precision == "fp8":
         pixel_values = sample_pixels(1, checkpoint.config.vision_config.image_size)
-        ranges = activation_ranges(checkpoint, resolved, [pixel_values], file.parent)
-    save_model(build_vision_graph(checkpoint, resolved, precision, kind, ranges), file)
+        maxima = activation_maxima(checkpoint, resolved, [pixel_values], file.parent)
+    save_model(build_vision_graph(checkpoint, resolved, precision, kind, maxima), file)
     return file
 
 

@@ -165,12 +165,12 @@ class CompareArgs(BaseArgs):  # type: ignore[misc]
         [option] = [action for action in compare.group._group_actions if action.dest == "compare"]
         option.choices.append("hivtp")
         at_export = "what the bundle was checked with at export"
-        for name, what, default in (
-            ("min-kept-agreement", "Least agreement of the kept patches, the mean over the tiles of a run", at_export),
-            ("max-embeddings-error", "Largest relative error of the embeddings where both keep a patch", at_export),
-            ("max-score-error", "Largest difference of a patch's score, over the mean score", "no bound"),
+        for name, what in (
+            ("min-kept-agreement", "Least agreement of the kept patches, the mean over the tiles of a run"),
+            ("max-embeddings-error", "Largest relative error of the embeddings where both keep a patch"),
+            ("max-score-error", "Largest error of the scores of a tile, over how much they differ"),
         ):
-            self.group.add_argument(f"--hivtp-{name}", type=float, metavar="X", help=f"{what} (default: {default})")
+            self.group.add_argument(f"--hivtp-{name}", type=float, metavar="X", help=f"{what} (default: {at_export})")
 
     def parse_impl(self, args: Any) -> None:
         """Read the arguments.

@@ -36,7 +36,7 @@ class KeptSetsThreshold(Threshold):  # type: ignore[misc]  # Polygraphy ships no
         """A line for people, and whether it is good news."""
         found = Agreement(**metric_values)
         problems = self.tolerance.problems(found)
-        importance = "" if found.importance_error is None else f", scores {found.importance_error:.2e} of their mean"
+        importance = "" if found.importance_error is None else f", scores {found.importance_error:.2e}"
         line = (
             f"kept patches agree to {found.kept_jaccard:.3f} (worst tile {found.worst_jaccard:.3f}); errors: "
             f"embeddings {found.relative_error:.2e} (median row {found.median_row_error:.2e}){importance}"

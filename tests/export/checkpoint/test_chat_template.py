@@ -75,7 +75,7 @@ def test_a_name_where_there_is_one_template_is_refused(broken: Path) -> None:
     (broken / "chat_template.jinja").unlink()
     with pytest.raises(CheckpointError, match="has no chat template, so none is named 'default'"):
         template_of(broken, "default")
-    with pytest.raises(SpecError, match="an encoder bundle is asked nothing; drop chat_template"):
+    with pytest.raises(SpecError, match="an encoder bundle answers no prompts; drop chat_template"):
         ExportSettings(graph="encoder", chat_template="rag")
 
 

@@ -171,7 +171,7 @@ def test_the_command_downloads_a_checkpoint(hub: FakeHub, tmp_path: Path) -> Non
     process = run("llava-hf/absent", "other")
     assert process.returncode == 1
     assert "there is no folder llava-hf/absent, and the repository llava-hf/absent of the hub" in process.stderr
-    process = run("bundle/..", "other", "--revision", "main")
+    process = run("bundle/../bundle", "other", "--revision", "main")
     assert process.returncode == 1
     assert "is a path; leave --revision out" in process.stderr
     assert not (tmp_path / "other").exists()

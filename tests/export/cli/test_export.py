@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hivtp.export.cli.export import main, make_parser, settings_from
+from hivtp.export.cli.export import make_parser, settings_from
 from hivtp.export.settings import ExportSettings
+from hivtp.main import export, main
 from hivtp_ops import PruningSpec
 
 if TYPE_CHECKING:
@@ -13,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def parse(*arguments: str) -> ExportSettings:
-    return settings_from(make_parser().parse_args(["checkpoint", "bundle", *arguments]))
+    return settings_from(make_parser("hivtp export").parse_args(["checkpoint", "bundle", *arguments]))
 
 
 def test_no_option_means_the_defaults() -> None:
     assert parse() == ExportSettings()
 
 
-def test_options_become_settings() -> None:
+def test_options_become_settings(tmp_path: Path) -> None:
     assert parse("--preset", "64", "--overwrite") == ExportSettings(preset="64", overwrite=True)
     assert parse("--no-pruning") == ExportSettings(is_pruned=False)
     assert parse("--keep", "100", "--window", "3") == ExportSettings(spec=PruningSpec(window=3, keep=100))
@@ -34,14 +35,24 @@ def test_options_become_settings() -> None:
     assert parse("--language-precision", "int8", "--block-size", "128").decoder.block_size == 128
     assert parse().decoder.block_size is None
     assert parse("--prefill-precision", "w8a8").decoder.prefill_precision == "w8a8"
-    assert parse("--vision-precision", "bf16").vision_precision == "bf16"
+    images = [tmp_path / "a.jpg", tmp_path / "b.jpg"]
+    calibrated = parse("--vision-precision", "fp8", "--calibration-images", *map(str, images))
+    assert calibrated.calibration == tuple(images)
+    assert parse("--keep-total", "600", "--newline", "all") == ExportSettings(keep_total=600, newline="all")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int4", "FP16", ""])
+def test_only_precisions_that_there_are_can_be_asked_for(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--vision-precision", precision)
+    assert "choose from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--keep", "9", "--preset", "192"], "--keep make a rule of your own and cannot go with --preset 192"),
-        (["--window", "2", "--no-pruning"], "cannot go with --no-pruning"),
+        (["--keep", "9", "--preset", "192"], "--keep make a rule of your own, which excludes --preset 192"),
+        (["--window", "2", "--no-pruning"], "which excludes --no-pruning"),
         (["--global-ratio", "1.5"], "global_ratio must be a number from 0 to 1"),
         (["--global-ratio", "nan"], "global_ratio must be a number from 0 to 1"),
         (["--keep", "0"], "keep must be a whole number of at least 1"),
@@ -55,17 +66,31 @@ def test_options_that_cannot_work_are_refused(
     arguments: list[str],
     message: str,
 ) -> None:
-    assert main([str(tiny_checkpoint), str(tmp_path / "bundle"), *arguments]) == 1
+    assert export([str(tiny_checkpoint), str(tmp_path / "bundle"), *arguments]) == 1
     _, errors = capsys.readouterr()
     assert message in errors
     assert errors.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_destination_that_cannot_be_written_is_refused_in_one_line(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_text("precious")
+    command = [str(tiny_checkpoint), str(tmp_path / "photos"), "--overwrite"]
+    assert export(command) == 1
+    assert main(["export", *command]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    message = f"{tmp_path / 'photos'} exists and is not a bundle of hivtp; give another destination"
+    assert (first, second) == (f"hivtp-export: {message}", f"hivtp export: {message}")
+
+
 def test_help_explains_presets_and_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(["--help"])
+        make_parser("hivtp export").parse_args(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
     for part in ("--preset", "252 to 288 of 576", "--no-pruning", "--vision-precision", "examples:", "--preset 192"):
         assert part in text
+    assert "picture" not in text

@@ -17,8 +17,9 @@ from hivtp.export.decoder.build import (
 )
 from hivtp.export.decoder.last_position import cut_to_last_position
 from hivtp.export.decoder.model_builder import BUILDER_OPTIONS, builder_class, builder_config
-from hivtp.export.verify.checks import relative_error, verify_language
-from hivtp.export.verify.decoder_weights import DecoderWeights
+from hivtp.export.verify.checks import relative_error
+from hivtp.export.verify.language import verify_language
+from hivtp.export.verify.operations.decoder_weights import DecoderWeights
 from hivtp.export.verify.reference import language_reference
 
 if TYPE_CHECKING:

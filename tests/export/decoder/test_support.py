@@ -18,7 +18,8 @@ from hivtp.export.decoder.model_builder import rotations
 from hivtp.export.decoder.support import ROPE_TYPES, check_decoder
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
-from hivtp.export.verify.checks import relative_error, verify_language
+from hivtp.export.verify.checks import relative_error
+from hivtp.export.verify.language import verify_language
 from hivtp.runtime.inputs.images import load_image
 from hivtp_ops.errors import CheckpointError
 from tests.support.folders import edit_json

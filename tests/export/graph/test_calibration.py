@@ -13,20 +13,21 @@ from onnx import TensorProto, numpy_helper
 from transformers import CLIPVisionModel
 
 from benchmarks.checkpoints import make_checkpoint
-from hivtp import Pipeline
+from hivtp import Pipeline, SamplingParams
 from hivtp.engines import create_engine, open_vision_engine
 from hivtp.engines.bundle import Bundle
 from hivtp.export.checkpoint.folder import Checkpoint
-from hivtp.export.cli.export import main
 from hivtp.export.exporter import export_bundle
-from hivtp.export.graph.builder import LARGEST_FP8, quantize_fp8, save_model
-from hivtp.export.graph.calibration import activation_ranges, first_fp8_layer
+from hivtp.export.graph.builder import MAX_FP8, quantize_fp8, save_model
+from hivtp.export.graph.calibration import activation_maxima, first_fp8_layer
 from hivtp.export.graph.clip import VisionShape
 from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.settings import ExportSettings
-from hivtp.export.verify.checks import relative_error, sample_pixels
+from hivtp.export.verify.checks import relative_error
+from hivtp.export.verify.samples import sample_pixels
+from hivtp.main import export, main
 from hivtp_ops import PruningSpec
-from hivtp_ops.errors import EngineError, EngineWarning, SpecError
+from hivtp_ops.errors import EngineWarning, SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,7 +39,7 @@ FP8_LAYERS = (3, 4)
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 
 
-def sizes_in_pytorch(checkpoint: Checkpoint, pixels: np.ndarray) -> Mapping[str, float]:
+def maxima_in_pytorch(checkpoint: Checkpoint, pixels: np.ndarray) -> Mapping[str, float]:
     """What the linear layers of transformers' tower multiply."""
     tower = CLIPVisionModel._from_config(checkpoint.config.vision_config).eval()
     tower.load_state_dict({name: tensor.float() for name, tensor in checkpoint.part("vision.").items()}, strict=False)
@@ -53,7 +54,7 @@ def sizes_in_pytorch(checkpoint: Checkpoint, pixels: np.ndarray) -> Mapping[str,
     modules = dict(tower.named_modules())
     for name, module in modules.items():
         if isinstance(module, torch.nn.Linear):
-            # The values' bias is added behind the output projection, not before it.
+            # The bias of the values is added after the output projection, not before it.
             values = modules.get(name.replace("out_proj", "v_proj")) if name.endswith("out_proj") else None
             module.register_forward_pre_hook(record(name, 0.0 if values is None else values.bias.detach()))
     with torch.inference_mode():
@@ -61,22 +62,22 @@ def sizes_in_pytorch(checkpoint: Checkpoint, pixels: np.ndarray) -> Mapping[str,
     return found
 
 
-def test_ranges_are_those_of_pytorch_behind_the_scoring_layers(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_maxima_are_those_of_pytorch_after_the_scoring_layers(tiny_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint, pixels = Checkpoint.open(tiny_checkpoint), sample_pixels(3, 64)
-    found = activation_ranges(checkpoint, SPEC, [pixels], tmp_path)
+    found = activation_maxima(checkpoint, SPEC, [pixels], tmp_path)
     assert list(found) == [f"vision.encoder.layers.{layer}.{name}.weight" for layer in FP8_LAYERS for name in LINEARS]
-    expected = sizes_in_pytorch(checkpoint, pixels)
+    expected = maxima_in_pytorch(checkpoint, pixels)
     for weight, size in found.items():
         assert size == pytest.approx(expected[weight], rel=1e-5)
-    one_by_one = activation_ranges(checkpoint, SPEC, (pixels[tile : tile + 1] for tile in range(3)), tmp_path)
+    one_by_one = activation_maxima(checkpoint, SPEC, (pixels[tile : tile + 1] for tile in range(3)), tmp_path)
     assert one_by_one == pytest.approx(found, rel=1e-6)
-    assert len(activation_ranges(checkpoint, None, [pixels[:1]], tmp_path)) == 5 * len(LINEARS)
+    assert len(activation_maxima(checkpoint, None, [pixels[:1]], tmp_path)) == 5 * len(LINEARS)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_scores_of_the_last_layer_leave_nothing_for_fp8(tiny_checkpoint: Path) -> None:
     spec = PruningSpec(first_layer=3, num_layers=2).resolve(6)
-    with pytest.raises(SpecError, match="of the 5 that run there are none behind layer 4; choose fp16"):
+    with pytest.raises(SpecError, match="layer 4 is the last of the 5 that run; choose fp16"):
         first_fp8_layer(spec, VisionShape.of(Checkpoint.open(tiny_checkpoint).config))
 
 
@@ -85,21 +86,21 @@ def test_weights_are_rounded_as_torch_rounds_them(seed: int, size: float) -> Non
     weight = (np.random.default_rng(seed).normal(size=(5, 7)) * size).astype(np.float32)
     matrix, scale = quantize_fp8(weight)
     assert (matrix.shape, scale.dtype, scale.shape) == ((7, 5), np.float16, ())
-    scaled = torch.from_numpy(weight.T / scale.astype(np.float32)).clamp(-LARGEST_FP8, LARGEST_FP8)
+    scaled = torch.from_numpy(weight.T / scale.astype(np.float32)).clamp(-MAX_FP8, MAX_FP8)
     expected = scaled.to(torch.float8_e4m3fn).float().numpy()
     np.testing.assert_array_equal(matrix.astype(np.float32), expected)
     if size > 1e-4:
-        assert np.abs(matrix.astype(np.float32)).max() > 0.99 * LARGEST_FP8
+        assert np.abs(matrix.astype(np.float32)).max() > 0.99 * MAX_FP8
 
 
 def write(folder: Path, file: Path, precision: str, spec: PruningSpec | None = SPEC) -> Path:
     checkpoint = Checkpoint.open(folder)
-    ranges = activation_ranges(checkpoint, spec, [sample_pixels(1, 64)], file.parent) if precision == "fp8" else None
-    save_model(build_vision_graph(checkpoint, spec, precision, ranges=ranges), file)
+    maxima = activation_maxima(checkpoint, spec, [sample_pixels(1, 64)], file.parent) if precision == "fp8" else None
+    save_model(build_vision_graph(checkpoint, spec, precision, maxima=maxima), file)
     return file
 
 
-def test_an_fp8_graph_keeps_what_fp16_keeps_and_rounds_what_comes_behind(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_an_fp8_graph_keeps_what_fp16_keeps_and_rounds_what_comes_after(tiny_checkpoint: Path, tmp_path: Path) -> None:
     inputs = {"pixel_values": sample_pixels(4, 64)}
     half, fp8 = (
         create_engine("onnxruntime", write(tiny_checkpoint, tmp_path / f"{precision}.onnx", precision)).run(inputs)
@@ -134,36 +135,37 @@ def test_what_is_multiplied_in_fp8_comes_from_two_dequantizations(tiny_checkpoin
     assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == len(FP8_LAYERS) * 4 + 1
 
 
-def test_the_command_exports_fp8_and_says_what_it_was_scaled_to(
+def test_the_command_exports_fp8_and_says_how_it_was_calibrated(
     tiny_checkpoint: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--vision-precision", "fp8", "--language-precision", "none", "--calibration-pictures", str(photo)]
-    assert main([str(tiny_checkpoint), str(tmp_path / "bundle"), *options]) == 0
+    options = ["--vision-precision", "fp8", "--language-precision", "none", "--calibration-images", str(photo)]
+    assert export([str(tiny_checkpoint), str(tmp_path / "bundle"), *options]) == 0
     printed, progress = capsys.readouterr()
-    assert "vision    fp8" in printed
-    assert "scaled to 1 picture" in printed
-    assert "[2/5] Ranges of activations, pictures: 1: done" in progress
+    [line] = [line for line in printed.splitlines() if line.startswith("vision ")]
+    assert line.split()[1] == "fp8"
+    assert line.endswith("calibrated on 1 image")
+    assert "[2/6] Calibration on 1 images: done" in progress
     bundle = Bundle.open(tmp_path / "bundle", check_hashes=True)
     found = bundle.manifest.verification["vision"]
-    assert (bundle.manifest.vision.precision, found["calibration_pictures"]) == ("fp8", 1)
+    assert (bundle.manifest.vision.precision, found["calibration_images"]) == ("fp8", 1)
     assert 1e-3 < found["relative_error"] <= found["tolerance"]["relative_error"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--vision-precision", "fp8"], "fp8 is scaled to pictures .* give some files with calibration"),
+        (["--vision-precision", "fp8"], "fp8 takes its scales from images .* give some files with calibration"),
         (
-            ["--calibration-pictures", "a.jpg"],
-            "calibration pictures are for vision_precision fp8, not fp32; leave them out",
+            ["--calibration-images", "a.jpg"],
+            "calibration images are for vision_precision fp8, not fp32; leave them out",
         ),
-        (["--vision-precision", "fp8", "--calibration-pictures", "absent.jpg"], "there is no picture file absent.jpg"),
+        (["--vision-precision", "fp8", "--calibration-images", "absent.jpg"], "there is no image file .absent.jpg"),
     ],
 )
-def test_fp8_without_pictures_and_pictures_without_fp8_are_refused(
+def test_fp8_without_images_and_images_without_fp8_are_refused(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    assert main([str(tiny_checkpoint), str(tmp_path / "bundle"), "--quiet", *options]) == 1
+    assert export([str(tiny_checkpoint), str(tmp_path / "bundle"), "--quiet", *options]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
@@ -198,29 +200,29 @@ def test_fp8_goes_with_every_other_choice(
         settings = settings | {"language_precision": "none"}
     asked = ExportSettings(vision_precision="fp8", calibration=(photo, photo), **settings)
     bundle = export_bundle(folder, tmp_path / "bundle", asked, is_quiet=True)
-    assert bundle.manifest.verification["vision"]["calibration_pictures"] == 2
+    assert bundle.manifest.verification["vision"]["calibration_images"] == 2
     graph = onnx.load(bundle.vision_file, load_external_data=False).graph
     assert sum(item.data_type == TensorProto.FLOAT8E4M3FN and len(item.dims) == 2 for item in graph.initializer) == (
         num_rounded
     )
     if "decoder_from" in settings:
-        with pytest.warns(EngineWarning, match="in fp8"):
+        with pytest.warns(EngineWarning, match="rounds to fp8"):
             pipeline = Pipeline.load(bundle.folder)
-        answer = pipeline.generate("what", [photo], max_new_tokens=4)
+        answer = pipeline.generate("what", [photo], SamplingParams(max_new_tokens=4))
         assert (answer.num_image_tokens, answer.num_kept_tokens) == (64, 21)
 
 
 def test_layers_are_chosen_without_calibration(
     tiny_checkpoint: Path, photo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--vision-precision", "fp8", "--choose-layers", str(photo), "--criterion", "features", "--quiet"]
-    assert main([str(tiny_checkpoint), *options]) == 0
-    assert "layers" in capsys.readouterr().out
+    assert main(["layers", str(tiny_checkpoint), str(photo), "--criterion", "features", "--quiet"]) == 0
+    assert "export with: --first-layer" in capsys.readouterr().out
+    options = ["--vision-precision", "fp8", "--choose-layers", str(photo), "--quiet"]
+    assert export([str(tiny_checkpoint), *options]) == 0
+    assert "export with: --first-layer" in capsys.readouterr().out
 
 
-def test_other_engines_than_tensorrt_warn_or_refuse(fp8_bundle: Path) -> None:
+def test_other_engines_than_tensorrt_warn(fp8_bundle: Path) -> None:
     bundle = Bundle.open(fp8_bundle)
-    with pytest.warns(EngineWarning, match=r"onnxruntime rounds .* multiplies it in a wider type, .* build a plan"):
+    with pytest.warns(EngineWarning, match=r"onnxruntime rounds to fp8 .* multiplies in a wider type, .* build a plan"):
         open_vision_engine(bundle, "onnxruntime")
-    with pytest.raises(EngineError, match=r"holds the operator .*; .* an fp8 graph for TensorRT"):
-        open_vision_engine(bundle, "torch")

@@ -9,16 +9,16 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import numpy_helper
 from transformers import LlavaForConditionalGeneration
 
 from benchmarks.checkpoints import make_checkpoint
-from hivtp.engines import cpu_engine, create_engine
+from hivtp.engines import create_engine
 from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.graph.builder import quantize_per_channel, save_model
 from hivtp.export.graph.clip import VisionShape
 from hivtp.export.graph.vision import build_vision_graph
-from hivtp.export.verify.checks import jaccard, relative_error, sample_pixels
+from hivtp.export.verify.checks import jaccard, relative_error
+from hivtp.export.verify.samples import sample_pixels
 from hivtp_ops import PruningSpec, select
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ def write(folder: Path, file: Path, spec: PruningSpec | None, precision: str = "
     return file
 
 
-def run(file: Path, pixel_values: NDArray[np.float32], precision: str = "fp32") -> dict[str, NDArray[Any]]:
-    return create_engine(cpu_engine(precision), file).run({"pixel_values": pixel_values})
+def run(file: Path, pixel_values: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    return create_engine("onnxruntime", file).run({"pixel_values": pixel_values})
 
 
 def check_pruned(folder: Path, tmp_path: Path, spec: PruningSpec, num_tiles: int = 3) -> None:
@@ -147,16 +147,14 @@ def test_the_encoder_graph_emits_features_and_attention(tiny_checkpoint: Path, t
     assert np.abs(outputs["importance"] - reference.importance).max() <= 1e-6
 
 
-@pytest.mark.parametrize(
-    ("precision", "max_error", "min_jaccard"), [("fp16", 1e-2, 0.95), ("bf16", 2e-2, 0.95), ("int8", 1e-1, 0.8)]
-)
+@pytest.mark.parametrize(("precision", "max_error", "min_jaccard"), [("fp16", 1e-2, 0.95), ("int8", 1e-1, 0.8)])
 def test_lower_precision_stays_within_its_tolerance(
     tiny_checkpoint: Path, tmp_path: Path, precision: str, max_error: float, min_jaccard: float
 ) -> None:
     spec = PruningSpec().resolve(6)
     pixels = sample_pixels(2, 64)
     reference = Reference(tiny_checkpoint, pixels, spec)
-    outputs = run(write(tiny_checkpoint, tmp_path / "model.onnx", spec, precision), pixels, precision)
+    outputs = run(write(tiny_checkpoint, tmp_path / "model.onnx", spec, precision), pixels)
     assert outputs["image_embeds"].dtype == np.float32
     assert jaccard(outputs["kept_indices"], select(reference.importance, (8, 8), spec).indices) >= min_jaccard
     kept = np.maximum(outputs["kept_indices"], 0)[:, :, None]
@@ -236,14 +234,9 @@ def test_the_body_of_fused_attention_computes_what_its_kernel_does(tiny_checkpoi
     np.testing.assert_array_equal(with_body["kept_indices"], with_kernel["kept_indices"])
 
 
-@pytest.mark.parametrize(
-    ("precision", "half"), [("fp16", onnx.TensorProto.FLOAT16), ("bf16", onnx.TensorProto.BFLOAT16)]
-)
-def test_half_graphs_keep_norms_softmax_and_scores_in_float32(
-    tiny_checkpoint: Path, tmp_path: Path, precision: str, half: int
-) -> None:
+def test_half_graphs_keep_norms_softmax_and_scores_in_float32(tiny_checkpoint: Path, tmp_path: Path) -> None:
     spec = PruningSpec(first_layer=1, num_layers=2).resolve(6)
-    file = write(tiny_checkpoint, tmp_path / "model.onnx", spec, precision)
+    file = write(tiny_checkpoint, tmp_path / "model.onnx", spec, "fp16")
     onnx.checker.check_model(str(file), full_check=True)
     inferred = onnx.shape_inference.infer_shapes(onnx.load(file))
     dtypes = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
@@ -251,36 +244,13 @@ def test_half_graphs_keep_norms_softmax_and_scores_in_float32(
         if node.op_type in ("LayerNormalization", "Softmax", "ReduceMean"):
             assert dtypes[node.input[0]] == onnx.TensorProto.FLOAT, node.name
         if node.op_type in ("MatMul", "MultiHeadAttention"):
-            assert dtypes[node.output[0]] == half, node.name
-    floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+            assert dtypes[node.output[0]] == onnx.TensorProto.FLOAT16, node.name
+    floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16}
     for weight in inferred.graph.initializer:
         is_island = weight.name.endswith(".float32") or weight.name in ("layer_share", "padding")
         assert weight.data_type not in floats or (weight.data_type == onnx.TensorProto.FLOAT) == is_island, weight.name
     for value in (*inferred.graph.input, *inferred.graph.output):
         assert value.type.tensor_type.elem_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.INT64)
-
-
-def test_weights_in_bfloat16_reach_a_bf16_graph_bit_for_bit(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "checkpoint", dtype="bfloat16"))
-    save_model(build_vision_graph(checkpoint, None, "bf16"), tmp_path / "model.onnx")
-    weights = {weight.name: weight for weight in onnx.load(tmp_path / "model.onnx").graph.initializer}
-    num_compared = 0
-    for name in (name for name in weights if name.removesuffix(".T") in checkpoint.locations):
-        stored = checkpoint.tensor(name.removesuffix(".T")).view(torch.int16).numpy()
-        found = numpy_helper.to_array(weights[name]).view(np.int16)
-        if name.endswith(".T"):
-            stored = stored.reshape(len(stored), -1).T
-        np.testing.assert_array_equal(found.ravel(), stored.ravel(), name)
-        num_compared += 1
-    # Of each layer six matrices and three biases, of all the CLS, positions, the patches' kernel and the projector's.
-    assert num_compared == 5 * (6 + 3) + 3 + 4
-    # What is folded of several weights is rounded at the end.
-    path = "vision.encoder.layers.0.self_attn"
-    output, values, bias = (
-        checkpoint.tensor(f"{path}.{name}").float() for name in ("out_proj.weight", "v_proj.bias", "out_proj.bias")
-    )
-    folded = numpy_helper.to_array(weights[f"{path}.out_proj.bias_with_values"]).view(np.int16)
-    np.testing.assert_array_equal(folded, (output @ values + bias).bfloat16().view(torch.int16).numpy())
 
 
 def test_int8_linear_layers_become_one_fused_kernel_each(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -5,19 +5,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hivtp.export.pictures import read_pictures
 
 from benchmarks.checkpoints import make_checkpoint
-from hivtp import Pipeline
+from hivtp import Pipeline, SamplingParams
 from hivtp.engines.bundle import Bundle
 from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.checkpoint.processor import Processor
-from hivtp.export.cli.export import main
 from hivtp.export.layers.choice import _kept_sets, _run_tower, choose_layers, layer_ranges
 from hivtp.export.layers.ranking import ChoiceSettings, LayerRange
 from hivtp.export.settings import ExportSettings
+from hivtp.main import export, main
+from hivtp.runtime.inputs.images import load_image
+from hivtp.runtime.inputs.templating.renderer import TemplateFailedError
 from hivtp_ops import PruningSpec
-from hivtp_ops.errors import CheckpointError, ImageError, SpecError
+from hivtp_ops.errors import ImageError, SpecError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,15 +50,16 @@ def test_a_range_keeps_what_a_bundle_exported_with_it_keeps(
     tiny_checkpoint: Path, pruned_bundle: Path, images: list[Path]
 ) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint)
-    tower = _run_tower(checkpoint, Processor.open(checkpoint), read_pictures(images), 5, lambda *_: None)
+    loaded = [load_image(image) for image in images]
+    tower = _run_tower(checkpoint, Processor.open(checkpoint), loaded, 5, lambda *_: None)
     spec = Bundle.open(pruned_bundle).manifest.pruning
     layers = LayerRange(spec.first_layer, spec.num_layers)
     kept = _kept_sets(tower, (8, 8), spec, [LayerRange(0, 3), layers])
-    pipeline = Pipeline.load(pruned_bundle, num_threads=1)
-    for picture, (_, expected, random) in zip(images, kept, strict=True):
-        found = pipeline.generate("what", [picture], max_new_tokens=1).kept_indices
-        assert found == [expected.tolist()]
-        assert random.tolist() != expected.tolist()
+    with Pipeline.load(pruned_bundle) as pipeline:
+        for image, (_, expected, random) in zip(images, kept, strict=True):
+            found = pipeline.generate("what", [image], SamplingParams(max_new_tokens=1)).kept_indices
+            assert found == [expected.tolist()]
+            assert random.tolist() != expected.tolist()
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
@@ -66,12 +68,12 @@ def test_ranges_are_ordered_by_cost(tiny_checkpoint: Path, tmp_path: Path, image
     settings = ChoiceSettings(questions=("what", "how many dogs"), max_answer_tokens=3)
     ranking = choose_layers(folder, images[:2], RULE, settings, is_quiet=True)
     assert len(ranking.ranges) == 5 + 4 + 3
-    costs = [judgement.cost for _, judgement in ranking.ranges]
+    costs = [score.cost for _, score in ranking.ranges]
     assert costs == sorted(costs)
     assert ranking.best == ranking.ranges[0][0]
     assert ranking.default == LayerRange(2, 1)
-    assert all(len(judgement.costs) == 2 for _, judgement in ranking.ranges)
-    assert all(0 <= judgement.agreement <= 1 for _, judgement in [*ranking.ranges, (None, ranking.random)])
+    assert all(len(score.costs) == 2 for _, score in ranking.ranges)
+    assert all(0 <= score.agreement <= 1 for _, score in [*ranking.ranges, (None, ranking.random)])
 
 
 def test_a_cost_is_the_mean_over_the_questions(tiny_checkpoint: Path, images: list[Path]) -> None:
@@ -80,7 +82,7 @@ def test_a_cost_is_the_mean_over_the_questions(tiny_checkpoint: Path, images: li
     def costs(*questions: str) -> dict[LayerRange, float]:
         settings = ChoiceSettings(questions=questions, max_answer_tokens=3)
         ranking = choose_layers(tiny_checkpoint, images[:1], export, settings, is_quiet=True)
-        return {layers: judgement.cost for layers, judgement in ranking.ranges}
+        return {layers: score.cost for layers, score in ranking.ranges}
 
     first, second, both = costs("what"), costs("how many dogs"), costs("what", "how many dogs")
     assert both == pytest.approx({layers: (first[layers] + second[layers]) / 2 for layers in both}, rel=1e-4)
@@ -95,30 +97,30 @@ def test_the_features_need_no_language_model(
     ranking = choose_layers(tiny_checkpoint, images, RULE, FEATURES, is_quiet=True)
     assert read
     assert not [name for name in read if name.startswith("language.")]
-    assert {judgement.agreement for _, judgement in ranking.ranges} == {None}
+    assert {score.agreement for _, score in ranking.ranges} == {None}
 
 
-def test_keeping_everything_tells_nothing_apart(tiny_checkpoint: Path, images: list[Path]) -> None:
+def test_keeping_everything_makes_no_range_better(tiny_checkpoint: Path, images: list[Path]) -> None:
     export = ExportSettings(spec=PruningSpec(keep=64))
     ranking = choose_layers(tiny_checkpoint, images, export, FEATURES, is_quiet=True)
-    assert {judgement.cost for _, judgement in ranking.ranges} == {0.0}
-    assert not ranking.is_telling
-    assert "nothing here tells the layers apart" in ranking.table()
+    assert {score.cost for _, score in ranking.ranges} == {0.0}
+    assert not ranking.is_significant
+    assert "this ranking says nothing about the layers" in ranking.table()
 
 
 def test_the_command_prints_a_table_and_what_to_export_with(
     tiny_checkpoint: Path, tmp_path: Path, images: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [str(tiny_checkpoint), "--preset", "192", "--quiet", "--max-answer-tokens", "2", "--question", "what"]
-    chosen = ["--choose-layers", *map(str, images)]
-    assert main([*command, *chosen]) == 0
+    options = ["--preset", "192", "--quiet", "--max-answer-tokens", "2", "--question", "what"]
+    command = ["layers", str(tiny_checkpoint), *map(str, images), *options]
+    assert main(command) == 0
     table, errors = capsys.readouterr()
     assert errors == ""
-    assert main([*command, *chosen, "--json"]) == 0
+    assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     first, count = found["recommended"]["first_layer"], found["recommended"]["num_layers"]
     assert found["ranges"][0] | found["recommended"] == found["ranges"][0]
-    assert (found["num_pictures"], found["questions"], found["max_answer_tokens"]) == (3, ["what"], 2)
+    assert (found["num_images"], found["questions"], found["max_answer_tokens"]) == (3, ["what"], 2)
     assert found["pruning"]["keep"] == 21
     lines = table.splitlines()
     assert lines[0].split() == ["layers", "divergence", "+-", "same", "token"]
@@ -131,7 +133,7 @@ def test_the_command_prints_a_table_and_what_to_export_with(
     [advice] = [line for line in lines if line.startswith("export with: ")]
     options = advice.removeprefix("export with: ").split()
     bundle = tmp_path / "bundle"
-    assert main([str(tiny_checkpoint), str(bundle), "--preset", "192", "--quiet", *options]) == 0
+    assert export([str(tiny_checkpoint), str(bundle), "--preset", "192", "--quiet", *options]) == 0
     spec = Bundle.open(bundle).manifest.pruning
     assert (spec.first_layer, spec.num_layers, spec.keep) == (first, count, 21)
 
@@ -139,33 +141,43 @@ def test_the_command_prints_a_table_and_what_to_export_with(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bundle", "--choose-layers", "a.png"], "--choose-layers writes nothing; leave bundle out"),
-        (["--choose-layers", "no-such.png"], "there is no picture file no-such.png"),
-        (["--no-pruning", "--choose-layers", "a.png"], "without pruning no layer scores anything"),
-        (["--first-layer", "5", "--choose-layers", "a.png"], "no range of layers is left"),
-        (["--criterion", "features", "--question", "what", "--choose-layers", "a.png"], "judged without questions"),
-        (["--question", " ", "--choose-layers", "a.png"], "a question is empty"),
-        (["--max-answer-tokens", "0", "--choose-layers", "a.png"], "max_answer_tokens must be 1 or more, not 0"),
-        (["bundle", "--json"], "go with --choose-layers"),
-        ([], "no bundle was named"),
+        (["a.png", "--no-pruning"], "without pruning no layer scores patches"),
+        (["no-such.png"], "there is no image file 'no-such.png'"),
+        (["{photo}", "--first-layer", "5"], "no range of layers is left"),
+        (["a.png", "--criterion", "features", "--question", "what"], "the criterion features asks no questions"),
+        (["a.png", "--question", " "], "a question is empty"),
+        (["a.png", "--max-answer-tokens", "0"], "max_answer_tokens must be 1 or more, not 0"),
     ],
 )
 def test_options_that_cannot_work_are_refused(
-    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    tiny_checkpoint: Path, photo: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert main([str(tiny_checkpoint), "--quiet", *arguments]) == 1
+    arguments = [argument.format(photo=photo) for argument in arguments]
+    assert main(["layers", str(tiny_checkpoint), "--quiet", *arguments]) == 1
     printed, errors = capsys.readouterr()
     assert printed == ""
     assert message in errors
     assert errors.count("\n") == 1
 
 
-def test_pictures_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(ImageError, match=r"broken\.png is no picture, or a damaged one"):
-        read_pictures([tmp_path / "broken.png"])
-    with pytest.raises(ImageError, match="no pictures were given"):
-        read_pictures([])
+def test_the_export_ranks_layers_too(
+    tiny_checkpoint: Path, tmp_path: Path, images: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export([str(tiny_checkpoint), "--quiet", "--preset", "192", "--choose-layers", str(images[0])]) == 0
+    assert "export with: --first-layer " in capsys.readouterr().out
+    assert export([str(tiny_checkpoint), str(tmp_path / "bundle"), "--choose-layers", str(images[0])]) == 1
+    assert "--choose-layers writes nothing: leave the bundle and --engine out" in capsys.readouterr().err
+    assert export([str(tiny_checkpoint)]) == 1
+    assert "no bundle was named" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_cannot_be_read_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    with pytest.raises(ImageError, match=r"broken\.png'?: not an image, or a damaged one"):
+        choose_layers(tiny_checkpoint, [tmp_path / "broken.png"], RULE, FEATURES, is_quiet=True)
+    with pytest.raises(ImageError, match="no images were given"):
+        choose_layers(tiny_checkpoint, [], RULE, FEATURES, is_quiet=True)
 
 
 def test_a_tile_budget_is_refused(tmp_path: Path, images: list[Path]) -> None:
@@ -178,7 +190,7 @@ def test_a_template_that_loses_the_question_is_refused(tiny_checkpoint: Path) ->
     processor = Processor.open(Checkpoint.open(tiny_checkpoint))
     assert processor.question_ids("what is this").count(511) == 1
     processor.prompt["chat_template"] = "USER: <image>"
-    with pytest.raises(CheckpointError, match="it must write each once"):
+    with pytest.raises(TemplateFailedError, match="loses words or an image"):
         processor.question_ids("what is this")
     processor.prompt["chat_template"] = None
     assert processor.question_ids("what").count(511) == 1

@@ -9,7 +9,7 @@ from torch.nn.functional import kl_div
 
 from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.layers import criteria as layer_criteria
-from hivtp.export.layers.criteria import AnswerJudge, feature_costs
+from hivtp.export.layers.criteria import AnswerCriterion, feature_costs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,10 +60,10 @@ def test_features_of_rare_things_are_worth_more_than_ground_and_long_tokens() ->
 def test_an_answer_is_what_hugging_face_answers_greedily(
     checkpoint: Checkpoint, hugging_face: HuggingFace, make_image: Callable[[int], np.ndarray]
 ) -> None:
-    judge = AnswerJudge(checkpoint, [END_TOKEN], max_answer_tokens=6)
-    prompts = [judge.prompt([1, 70 + seed, IMAGE_TOKEN, 90, 91], make_image(seed), 0) for seed in range(3)]
+    criterion = AnswerCriterion(checkpoint, [END_TOKEN], max_answer_tokens=6)
+    prompts = [criterion.prompt([1, 70 + seed, IMAGE_TOKEN, 90, 91], make_image(seed), 0) for seed in range(3)]
     table = hugging_face.model.get_input_embeddings().weight.detach().numpy()
-    for prompt, answer in zip(prompts, judge.answer(prompts, ignore), strict=True):
+    for prompt, answer in zip(prompts, criterion.answer(prompts, ignore), strict=True):
         embeds = prompt.embeds(None, np.empty((0, 64), np.float32))
         assert embeds.shape == (3 + 64 + 1, 64)
         expected = hugging_face.continue_embeds(embeds, 6)
@@ -73,10 +73,10 @@ def test_an_answer_is_what_hugging_face_answers_greedily(
 
 def test_an_answer_ends_at_an_end_token(checkpoint: Checkpoint, make_image: Callable[[int], np.ndarray]) -> None:
     token_ids = [1, 70, IMAGE_TOKEN, 90]
-    long = AnswerJudge(checkpoint, [END_TOKEN], max_answer_tokens=6)
+    long = AnswerCriterion(checkpoint, [END_TOKEN], max_answer_tokens=6)
     [answer] = long.answer([long.prompt(token_ids, make_image(0), 0)], ignore)
     second = int(answer.log_probabilities[1].argmax())
-    short = AnswerJudge(checkpoint, [second], max_answer_tokens=6)
+    short = AnswerCriterion(checkpoint, [second], max_answer_tokens=6)
     [cut] = short.answer([short.prompt(token_ids, make_image(0), 0)], ignore)
     num_tokens = answer.log_probabilities.argmax(axis=1).tolist().index(second) + 1
     np.testing.assert_array_equal(cut.embeds, answer.embeds[:num_tokens])
@@ -85,12 +85,12 @@ def test_an_answer_ends_at_an_end_token(checkpoint: Checkpoint, make_image: Call
 def test_a_cost_is_the_divergence_from_the_unpruned_answer(
     checkpoint: Checkpoint, hugging_face: HuggingFace, make_image: Callable[[int], np.ndarray]
 ) -> None:
-    judge = AnswerJudge(checkpoint, [END_TOKEN], max_answer_tokens=4)
+    criterion = AnswerCriterion(checkpoint, [END_TOKEN], max_answer_tokens=4)
     image, kept = make_image(0), np.array([3, 4, 60])
     # One token before the patches always stays.
-    prompt = judge.prompt([1, IMAGE_TOKEN, 90], image, num_prefix_tokens=1)
-    [answer] = judge.answer([prompt], ignore)
-    [[cost]] = judge.costs([prompt], [answer], [[kept]], ignore)
+    prompt = criterion.prompt([1, IMAGE_TOKEN, 90], image, num_prefix_tokens=1)
+    [answer] = criterion.answer([prompt], ignore)
+    [[cost]] = criterion.costs([prompt], [answer], [[kept]], ignore)
 
     num_tokens, table = len(answer.embeds), hugging_face.model.get_input_embeddings().weight.detach().numpy()
 
@@ -107,11 +107,11 @@ def test_a_cost_is_the_divergence_from_the_unpruned_answer(
 def test_keeping_all_costs_nothing_and_keeping_little_something(
     checkpoint: Checkpoint, make_image: Callable[[int], np.ndarray]
 ) -> None:
-    judge = AnswerJudge(checkpoint, [END_TOKEN], max_answer_tokens=4)
-    prompts = [judge.prompt([1, IMAGE_TOKEN, 90 + seed], make_image(seed), 0) for seed in range(2)]
-    answers = judge.answer(prompts, ignore)
+    criterion = AnswerCriterion(checkpoint, [END_TOKEN], max_answer_tokens=4)
+    prompts = [criterion.prompt([1, IMAGE_TOKEN, 90 + seed], make_image(seed), 0) for seed in range(2)]
+    answers = criterion.answer(prompts, ignore)
     kept = sets(list(range(64)), [0])
-    for everything, little in judge.costs(prompts, answers, [kept, kept], ignore):
+    for everything, little in criterion.costs(prompts, answers, [kept, kept], ignore):
         assert (everything.value, everything.agreement) == (pytest.approx(0, abs=1e-6), 1.0)
         assert little.value > 0.01
 
@@ -119,13 +119,13 @@ def test_keeping_all_costs_nothing_and_keeping_little_something(
 def test_memory_is_bounded_and_changes_nothing(
     checkpoint: Checkpoint, make_image: Callable[[int], np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge = AnswerJudge(checkpoint, [END_TOKEN], max_answer_tokens=3)
-    prompts = [judge.prompt([1, IMAGE_TOKEN, 90], make_image(seed), 0) for seed in range(3)]
+    criterion = AnswerCriterion(checkpoint, [END_TOKEN], max_answer_tokens=3)
+    prompts = [criterion.prompt([1, IMAGE_TOKEN, 90], make_image(seed), 0) for seed in range(3)]
     kept = [sets([1, 2, 3], [5], [7, 8])] * 3
 
     def run() -> list[float]:
-        costs = judge.costs(prompts, judge.answer(prompts, ignore), kept, ignore)
-        return [cost.value for picture in costs for cost in picture]
+        costs = criterion.costs(prompts, criterion.answer(prompts, ignore), kept, ignore)
+        return [cost.value for of_image in costs for cost in of_image]
 
     at_once = run()
     reference, most = layer_criteria.language_reference, []
@@ -142,9 +142,9 @@ def test_memory_is_bounded_and_changes_nothing(
 
 
 def test_progress_is_reported(checkpoint: Checkpoint, make_image: Callable[[int], np.ndarray]) -> None:
-    judge = AnswerJudge(checkpoint, [], max_answer_tokens=2)
-    prompts = [judge.prompt([1, IMAGE_TOKEN, 90], make_image(seed), 0) for seed in range(2)]
+    criterion = AnswerCriterion(checkpoint, [], max_answer_tokens=2)
+    prompts = [criterion.prompt([1, IMAGE_TOKEN, 90], make_image(seed), 0) for seed in range(2)]
     reports: list[tuple[int, int]] = []
-    answers = judge.answer(prompts, lambda *report: reports.append(report))
-    judge.costs(prompts, answers, [sets([1], [2]), sets([3])], lambda *report: reports.append(report))
+    answers = criterion.answer(prompts, lambda *report: reports.append(report))
+    criterion.costs(prompts, answers, [sets([1], [2]), sets([3])], lambda *report: reports.append(report))
     assert reports == [(1, 2), (2, 2), (2, 3), (3, 3)]

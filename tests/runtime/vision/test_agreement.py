@@ -171,9 +171,9 @@ def test_scores_are_bounded_where_that_is_asked():
     assert replace(TOLERANCE, importance_error=None).problems(replace(GOOD, importance_error=9)) == []
 
 
-def test_the_tolerance_of_an_export_is_that_of_embeddings_and_kept_patches():
+def test_the_tolerance_of_an_export_is_read():
     verification = {"tolerance": {"relative_error": 0.1, "min_jaccard": 0.9, "importance_error": 1e-6}, "tiles": 2}
-    assert VisionTolerance.read(verification) == VisionTolerance(0.1, 0.9)
+    assert VisionTolerance.read(verification) == VisionTolerance(0.1, 0.9, 1e-6)
 
 
 @pytest.mark.parametrize(

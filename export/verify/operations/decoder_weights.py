@@ -42,11 +42,16 @@ class DecoderWeights:
                 self._register(node)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A weight by its name in the causal language model, [out, in] float32 where it is quantised."""
+        """A weight by its name in the causal language model, [out, in] float32 where the decoder rounds it."""
+        rounded = self.rounded(name)
+        return self._checkpoint.language_tensor(name) if rounded is None else rounded
+
+    def rounded(self, name: str) -> torch.Tensor | None:
+        """The same; None for a weight that the decoder holds as the checkpoint does."""
         import torch
 
         if name not in self._places:
-            return self._checkpoint.language_tensor(name)
+            return None
         node, rows = self._places[name]
         return torch.from_numpy(dequantize(node, rows))
 

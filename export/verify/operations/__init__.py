@@ -1,0 +1,1 @@
+"""Every operation of a written graph, compared with transformers on the same inputs."""

@@ -1,0 +1,192 @@
+"""The layers of a vision graph: each operation against transformers, on the same inputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hivtp.export.verify.operations.graph_values import GraphValues
+from hivtp.export.verify.operations.steering import Comparison, Steering, take_weights
+from hivtp.export.verify.operations.vision_weights import VisionWeights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    import torch
+    from numpy.typing import NDArray
+
+# The values of a layer that are compared, see ClipTower, and those of the rest of the graph.
+_OF_LAYER = (
+    "norm1",
+    "kept_norm1",
+    "attention.queries",
+    "attention.keys.matmul",
+    "attention.values.matmul",
+    "attention.probabilities",
+    "attention.fused",
+    "attention.merged",
+    "attention.output",
+    "attended",
+    "norm2",
+    "fc1",
+    "activation",
+    "fc2",
+    "output",
+)
+_OF_GRAPH = (
+    "tokens.positioned",
+    "pre_norm",
+    "importance.with_cls",
+    "rows",
+    "kept_features",
+    "patch_features",
+    "projector.inner",
+    "projector.inner.matmul",
+    "projector.activation",
+    "projector.output",
+    "projector.output.matmul",
+)
+# After the name of a value: what a product of 8 bits multiplies instead of it.
+_ROUNDED = ("uint8", "scale", "zero_point", "rounded")
+
+
+class VisionLayers:
+    """Compares a vision graph with transformers' tower and projector, layer by layer.
+
+    The graph runs once, on one tile. Each layer of transformers then takes what the graph's has taken, with the weights
+    that the graph holds, and what it computes is compared operation by operation.
+
+    Args:
+        file: the graph.
+        inputs: of one tile.
+        num_layers: of the tower.
+        num_feature_layers: those before the features.
+
+    Attributes:
+        outputs: of the graph.
+        found: the comparisons, once it was called.
+    """
+
+    def __init__(
+        self, file: Path, inputs: Mapping[str, NDArray[Any]], num_layers: int, num_feature_layers: int
+    ) -> None:
+        self.found: list[Comparison] = []
+        self._num_feature_layers = num_feature_layers
+        self._weights = VisionWeights(file)
+        self._values = values = GraphValues(file, inputs, _wanted(num_layers))
+        self.outputs = values.outputs
+        # A pruned graph computes its last layer for the tokens that it keeps.
+        self._kept = values["rows"][0, :, 0].tolist() if "rows" in values else []
+
+    def __call__(self, tower: Any, projector: Any) -> None:
+        """Compare modules of transformers, with the checkpoint's weights, which they lose."""
+        import torch
+
+        values = self._values
+        with Steering("embeddings", self.found) as steering:
+            steering.takes("operation", "tokens", tower.pre_layrnorm, values["tokens.positioned"])
+            steering.gives("operation", "norm", tower.pre_layrnorm, values["pre_norm"])
+            tower.pre_layrnorm(tower.embeddings(torch.from_numpy(values["pixel_values"])))
+        states = [torch.from_numpy(np.asarray(values["pre_norm"], np.float32))]
+        scores: list[torch.Tensor] = []
+        for index, layer in enumerate(tower.encoder.layers):
+            # Layers after the features are in the graph where they score.
+            if f"layers.{index}.norm1" in values:
+                states.append(self._layer(index, layer, states[-1], scores))
+        with Steering("scores", self.found) as steering:
+            if "importance.with_cls" in values:
+                mean = torch.stack(scores).mean(dim=(0, 2, 3))[..., None]
+                steering.compare("operation", "importance", mean, values["importance.with_cls"][..., None])
+        if "projector.activation" in values:
+            self._project(projector, states[self._num_feature_layers])
+
+    def _layer(self, index: int, layer: Any, states: torch.Tensor, scores: list[torch.Tensor]) -> torch.Tensor:
+        """Compare one layer on the graph's states; returns its output as the graph has it."""
+        place, at, values = f"layer {index}", f"layers.{index}", self._values
+        _move_biases(layer.self_attn)
+        take_weights(layer, f"vision.encoder.layers.{index}.", self._weights.rounded, place, self.found)
+        kept = self._kept if f"{at}.kept_norm1" in values else None
+        with Steering(place, self.found) as steering, Steering(place, self.found, kept) as rest:
+            self._steer(steering, rest, layer, at)
+            if f"{at}.attention.probabilities" in values:
+                hook = layer.self_attn.register_forward_hook(lambda _module, _inputs, out: scores.append(out[1]))
+            output = layer(states, attention_mask=None)
+            if f"{at}.attention.probabilities" in values:
+                hook.remove()
+                found = values[f"{at}.attention.probabilities"]
+                steering.compare("operation", "attention maps", scores[-1], found)
+            return rest.compare("operation", "output", output, values[f"{at}.output"])
+
+    def _steer(self, steering: Steering, rest: Steering, layer: Any, at: str) -> None:
+        """Compare within a layer; all but the first norm, the keys and the values may be those of some tokens only."""
+        attention, mlp, values = layer.self_attn, layer.mlp, self._values
+        steering.gives("operation", "first norm", layer.layer_norm1, values[f"{at}.norm1"])
+        queries_from = f"{at}.norm1"
+        if f"{at}.kept_norm1" in values:
+            queries_from = f"{at}.kept_norm1"
+            rest.takes("operation", "kept tokens", attention.q_proj, values[queries_from])
+        self._product(rest, "q_proj", attention.q_proj, queries_from, f"{at}.attention.queries")
+        self._product(steering, "k_proj", attention.k_proj, f"{at}.norm1", f"{at}.attention.keys.matmul")
+        self._product(steering, "v_proj", attention.v_proj, f"{at}.norm1", f"{at}.attention.values.matmul")
+        [mixed] = [name for kind in ("fused", "merged") if (name := f"{at}.attention.{kind}") in values]
+        rest.takes("operation", "attention", attention.out_proj, values[mixed])
+        self._product(rest, "out_proj", attention.out_proj, mixed, f"{at}.attention.output")
+        rest.takes("operation", "sum", layer.layer_norm2, values[f"{at}.attended"])
+        rest.gives("operation", "second norm", layer.layer_norm2, values[f"{at}.norm2"])
+        self._product(rest, "fc1", mlp.fc1, f"{at}.norm2", f"{at}.fc1")
+        rest.takes("operation", "activation", mlp.fc2, values[f"{at}.activation"])
+        self._product(rest, "fc2", mlp.fc2, f"{at}.activation", f"{at}.fc2")
+
+    def _project(self, projector: Any, states: torch.Tensor) -> None:
+        values = self._values
+        take_weights(projector, "projector.", self._weights.rounded, "projector", self.found)
+        with Steering("projector", self.found) as steering:
+            source = f"layers.{self._num_feature_layers - 1}.output" if self._num_feature_layers else "pre_norm"
+            features = states[:, self._kept] if self._kept else states
+            if "patch_features" in values:
+                source, features = "patch_features", states[:, 1:]
+            elif "kept_features" in values:
+                source = "kept_features"
+            steering.takes("operation", "features", projector.linear_1, values[source])
+            self._product(steering, "linear_1", projector.linear_1, source, "projector.inner")
+            steering.takes("operation", "activation", projector.linear_2, values["projector.activation"])
+            self._product(steering, "linear_2", projector.linear_2, "projector.activation", "projector.output")
+            projector(features)
+
+    def _product(self, steering: Steering, name: str, module: torch.nn.Module, source: str, result: str) -> None:
+        # Without a bias the product itself is the result.
+        found = self._values[result if result in self._values else f"{result}.matmul"]
+        steering.product(name, module, self._rounded(source), found)
+
+    def _rounded(self, source: str) -> NDArray[np.float32] | None:
+        """What a product multiplies instead of a value; None where it multiplies the value."""
+        values = self._values
+        if f"{source}.rounded" in values:
+            return values[f"{source}.rounded"].astype(np.float32)
+        if f"{source}.uint8" not in values:
+            return None
+        whole = values[f"{source}.uint8"].astype(np.float32) - values[f"{source}.zero_point"].astype(np.float32)
+        rounded: NDArray[np.float32] = whole * values[f"{source}.scale"]
+        return rounded
+
+
+def _move_biases(attention: Any) -> None:
+    """Move biases as the graph does, which changes nothing that attention computes.
+
+    What is the same for all keys of a query cancels in the softmax, and probabilities sum to one, so that the bias of
+    the values passes through them.
+    """
+    import torch
+
+    bias = attention.out_proj.weight @ attention.v_proj.bias + attention.out_proj.bias
+    attention.out_proj.bias = torch.nn.Parameter(bias, requires_grad=False)
+    attention.k_proj.bias = attention.v_proj.bias = None
+
+
+def _wanted(num_layers: int) -> Iterator[str]:
+    values = [f"layers.{index}.{name}" for index in range(num_layers) for name in _OF_LAYER]
+    for name in (*values, *_OF_GRAPH):
+        yield name
+        yield from (f"{name}.{part}" for part in _ROUNDED)
