@@ -13,6 +13,7 @@ from hivtp.export.verify.inputs import QUESTION, check_inputs
 from hivtp.export.verify.samples import sample_files, sample_pixels
 from hivtp.runtime.inputs.prompt import PromptTemplate
 from hivtp.runtime.inputs.tokenizer import Tokenizer
+from hivtp.runtime.language import RemoteBackend
 from hivtp.runtime.language.options import LanguageOptions
 from hivtp.runtime.language.sampling import SamplingParams
 from hivtp.runtime.model import Model
@@ -104,6 +105,7 @@ def _run_encoder(bundle: Bundle) -> None:
 
 def _check_embeddings(model: Model, checkpoint: Checkpoint, token_ids: list[int]) -> None:
     expected = checkpoint.language_tensor("model.embed_tokens.weight")[np.array(token_ids)].float().numpy()
+    assert not isinstance(model.language, RemoteBackend), "a bundle is opened with its own decoder"
     found = model.language.embed(token_ids)
     error = np.abs(found - expected).max() / np.abs(expected).max()
     if not error <= MAX_EMBEDDING_ERROR:
