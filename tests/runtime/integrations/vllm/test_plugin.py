@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import re
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 
 from hivtp.runtime.integrations.vllm import models, plugin
 from hivtp.runtime.integrations.vllm.checks import ConfigCheck, checked_settings
+from hivtp.runtime.language.vllm.backend import PLUGIN_SIGNATURE
 from hivtp_ops.errors import EngineError, SettingsError, SpecError
 from tests.runtime.integrations.vllm.configs import llava
 
@@ -99,3 +101,24 @@ def test_a_config_that_cannot_work_is_refused_before_anything_is_loaded():
         ConfigCheck.verify_and_update_config(engine_config({"preset": "192"}, "eagle3"))
     with pytest.raises(SettingsError, match="leave --enable-tower-connector-lora out"):
         ConfigCheck.verify_and_update_config(engine_config({"preset": "192"}, adapts_tower=True))
+
+
+def test_what_is_refused_of_embeddings_is_signed():
+    """A front end finds out by it whether images of several lengths may meet; see `VllmLanguage.check`."""
+
+    def parse_mm_data(data):
+        if data == "wrong":
+            raise ValueError("hidden size mismatch")
+        return data
+
+    class Base:
+        def get_data_parser(self):
+            return SimpleNamespace(parse_mm_data=parse_mm_data)
+
+    class Info(models.PrunedCounts, Base):
+        pass
+
+    parser = Info().get_data_parser()
+    assert parser.parse_mm_data("right") == "right"
+    with pytest.raises(ValueError, match=rf"hidden size mismatch \({re.escape(PLUGIN_SIGNATURE)}\)"):
+        parser.parse_mm_data("wrong")
