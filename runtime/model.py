@@ -7,6 +7,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -129,15 +130,18 @@ class Model:
         """Load a bundle; see `Pipeline.load`."""
         bundle = Bundle.open(folder, check_hashes=check_hashes)
         with ThreadPoolExecutor(1) as executor:
-            # Each engine reads and arranges its weights in one thread, most of the time.
-            opened = executor.submit(_open_vision, bundle, vision, language, trust_plans=trust_plans)
+            open_vision = partial(_open_vision, bundle, vision, language, trust_plans=trust_plans)
+            # Each engine reads and arranges its weights in one thread, most of the time. What torch loads comes first:
+            # its options are those of both stages.
+            opened = None if language.backend == "transformers" else executor.submit(open_vision)
             decoder = create_language(bundle, language)
             try:
                 template = PromptTemplate.from_json(bundle.read_json("prompt.json"))
                 # Its process is up by the time that the vision graph is loaded.
                 template.start()
                 tokenizer = Tokenizer.load(bundle.processor_folder)
-                return cls(bundle, create_image_encoder(bundle, opened.result(), vision), template, tokenizer, decoder)
+                engine = open_vision() if opened is None else opened.result()
+                return cls(bundle, create_image_encoder(bundle, engine, vision), template, tokenizer, decoder)
             except BaseException:
                 decoder.close()
                 raise

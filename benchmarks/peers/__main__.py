@@ -42,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     workspace = Workspace.open(options, "peers")
     chosen = {name: system for name, system in OURS.items() if options.only is None or name in options.only}
-    bundles = workspace.bundles({name: system.export for name, system in chosen.items()})
+    # Some differ in their engine alone.
+    exports = {system.export: name for name, system in reversed(chosen.items())}
+    written = workspace.bundles({name: export for export, name in exports.items()})
+    bundles = {name: written[exports[system.export]] for name, system in chosen.items()}
     with contextlib.ExitStack() as stack:
         workers: list[Worker | ForeignWorker] = []
         for worker in _workers(options, workspace, bundles):
