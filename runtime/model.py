@@ -136,18 +136,22 @@ class Model:
     ) -> Model:
         """Load a bundle; see `Pipeline.load`."""
         bundle = Bundle.open(folder, check_hashes=check_hashes)
+
+        def open_vision() -> Engine:
+            return vision_engine or _open_vision(bundle, vision, language, trust_plans=trust_plans)
+
         with ThreadPoolExecutor(1) as executor:
-            # Each engine reads and arranges its weights in one thread, most of the time.
-            opened = executor.submit(
-                lambda: vision_engine or _open_vision(bundle, vision, language, trust_plans=trust_plans)
-            )
+            # Each engine reads and arranges its weights in one thread, most of the time. What torch loads comes first:
+            # its options are those of both stages.
+            opened = None if language.backend == "transformers" else executor.submit(open_vision)
             decoder = create_language(bundle, language)
             try:
                 template = PromptTemplate.from_json(bundle.read_json("prompt.json"))
                 # Its process is up by the time that the vision graph is loaded.
                 template.start()
                 tokenizer = Tokenizer.load(bundle.processor_folder)
-                return cls(bundle, create_image_encoder(bundle, opened.result(), vision), template, tokenizer, decoder)
+                engine = open_vision() if opened is None else opened.result()
+                return cls(bundle, create_image_encoder(bundle, engine, vision), template, tokenizer, decoder)
             except BaseException:
                 decoder.close()
                 raise

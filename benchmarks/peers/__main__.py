@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.peers.foreign import ForeignWorker
-from benchmarks.peers.systems import BUSY, GENAI, GOALS, OURS, PAIRS, open_ours
+from benchmarks.peers.systems import BUSY, CLASSES, GENAI, GOALS, OURS, PAIRS, open_ours
 from benchmarks.speed.ttft import PROMPT, open_hugging_face
 from benchmarks.timing.bundle_floors import Floors
 from benchmarks.timing.floor import Peaks
@@ -37,15 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_length(parser, 16)
     parser.add_argument("--genai", type=Path, metavar="PYTHON", help="of an environment with openvino-genai and nncf")
     parser.add_argument("--photos", type=Path, nargs="*", default=[], help="images for GenAI's 8-bit vision")
-    parser.add_argument("--only", nargs="*", help="names of our systems, to measure fewer")
+    parser.add_argument("--kind", choices=CLASSES, help="one class of systems, where memory is short (default: all)")
     parser.add_argument("--no-hugging-face", action="store_true", help="leave it out; it takes the most memory")
     options = parser.parse_args(arguments)
     workspace = Workspace.open(options, "peers")
-    chosen = {name: system for name, system in OURS.items() if options.only is None or name in options.only}
-    bundles = workspace.bundles({name: system.export for name, system in chosen.items()})
+    kinds = CLASSES if options.kind is None else (options.kind,)
+    chosen = {name: system for name, system in OURS.items() if system.kind in kinds}
+    # Some differ in their engine alone.
+    exports = {system.export: name for name, system in reversed(chosen.items())}
+    written = workspace.bundles({name: export for export, name in exports.items()})
+    bundles = {name: written[exports[system.export]] for name, system in chosen.items()}
     with contextlib.ExitStack() as stack:
         workers: list[Worker | ForeignWorker] = []
-        for worker in _workers(options, workspace, bundles):
+        for worker in _workers(options, workspace, bundles, kinds):
             print(f"  loading {worker.name}", flush=True)
             workers.append(stack.enter_context(contextlib.closing(worker)))
             worker.wait_until_ready()
@@ -54,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _workers(
-    options: argparse.Namespace, workspace: Workspace, bundles: Mapping[str, Path]
+    options: argparse.Namespace, workspace: Workspace, bundles: Mapping[str, Path], kinds: Sequence[str]
 ) -> Iterator[Worker | ForeignWorker]:
     length = {"num_new_tokens": options.new_tokens}
     yield Worker(System(NAME, open_peaks), options.threads)
@@ -65,8 +69,10 @@ def _workers(
     for name, folder in bundles.items():
         arguments = {"bundle": folder, "name": name, **length}
         yield Worker(System(name, open_ours, arguments), options.threads)
-    for name, (precision, is_vision_w8a8) in GENAI.items() if options.genai is not None else ():
-        folder = _genai_folder(options, workspace, precision, is_vision_w8a8=is_vision_w8a8)
+    for name, peer in GENAI.items() if options.genai is not None else ():
+        if peer.kind not in kinds:
+            continue
+        folder = _genai_folder(options, workspace, peer.precision, is_vision_w8a8=peer.is_vision_w8a8)
         settings = ["--threads", str(options.threads), "--new-tokens", str(options.new_tokens), "--prompt", PROMPT]
         program = str(HERE / "openvino_genai_worker.py")
         yield ForeignWorker(name, [str(options.genai), program, str(folder), *settings])

@@ -22,26 +22,41 @@ class Ours:
         export: the bundle.
         engine: of the vision graph, and the language backend.
         precision: of openvino.
+        kind: one of CLASSES.
     """
 
     export: ExportSettings
     engine: str = "onnxruntime"
     precision: str = "auto"
+    kind: str = "float"
 
 
+@dataclass(frozen=True)
+class GenAi:
+    """One configuration of OpenVINO GenAI: the precision of its weights, and whether its vision is quantised whole."""
+
+    precision: str
+    kind: str
+    is_vision_w8a8: bool = False
+
+
+CLASSES = ("float", "rounded")
 _QUANTISED = {"preset": "192", "vision_fallback": None}
 OURS = {
     "fp32 / fp32, preset 192, onnxruntime": Ours(ExportSettings(preset="192")),
     "fp32 / fp32, preset 192, openvino": Ours(ExportSettings(preset="192"), "openvino"),
     "fp32 / fp32, preset 192, openvino all in bfloat16": Ours(ExportSettings(preset="192"), "openvino", "bfloat16"),
-    "target cpu, preset 192": Ours(settings_for("cpu", **_QUANTISED)),
-    "target cpu, unpruned": Ours(settings_for("cpu", is_pruned=False, vision_fallback=None)),
+    "target cpu, preset 192": Ours(settings_for("cpu", **_QUANTISED), kind="rounded"),
+    "target cpu, unpruned": Ours(settings_for("cpu", is_pruned=False, vision_fallback=None), kind="rounded"),
 }
 GENAI_FLOAT = "OpenVINO GenAI, fp32 model, its defaults (bf16)"
 GENAI_INT4 = "OpenVINO GenAI, int4, its defaults"
 GENAI_BEST = "OpenVINO GenAI, int4, vision in w8a8"
-# The precision of its weights, and whether its vision is quantised whole.
-GENAI = {GENAI_FLOAT: ("fp32", False), GENAI_INT4: ("int4", False), GENAI_BEST: ("int4", True)}
+GENAI = {
+    GENAI_FLOAT: GenAi("fp32", "float"),
+    GENAI_INT4: GenAi("int4", "rounded"),
+    GENAI_BEST: GenAi("int4", "rounded", is_vision_w8a8=True),
+}
 # Each of ours beside the peer of its class, and which goals it has.
 PAIRS = {
     "fp32 / fp32, preset 192, onnxruntime": (GENAI_FLOAT, "none"),

@@ -94,11 +94,17 @@ SECTIONS = (
         "stage is divided as ONNX Runtime's profiler found it. `python -m benchmarks.speed.ttft`",
     ),
     Section(
-        "peers-cpu",
-        "Beside OpenVINO GenAI on a CPU",
-        "The same models. OpenVINO GenAI does not prune LLaVA; each of our systems stands beside its configuration of "
-        "the same class, and its ratio is to that. The machine did other work meanwhile, so compare ratios, which are "
-        "those within a round. [How](../benchmarks/peers/README.md): `python -m benchmarks.peers`",
+        "peers-float-cpu",
+        "Beside OpenVINO GenAI on a CPU: float models",
+        "The same models; OpenVINO GenAI does not prune LLaVA, and each ratio is to it. In OpenVINO our scores are "
+        "computed in float32 so that the kept patches are those of float32; beside it, all in bfloat16. "
+        "[openvino.md](openvino.md); `python -m benchmarks.peers --kind float` ([how](../benchmarks/peers/README.md))",
+    ),
+    Section(
+        "peers-rounded-cpu",
+        "Beside OpenVINO GenAI on a CPU: 8 and 4 bits",
+        "Bundles by their [target](targets.md), in ONNX Runtime, beside OpenVINO GenAI in int4 with its vision tower "
+        "quantised by NNCF. `python -m benchmarks.peers --kind rounded`",
     ),
     Section(
         "vision-cpu-avx2",

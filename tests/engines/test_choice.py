@@ -111,7 +111,9 @@ def test_cuda_that_does_not_work_is_passed_over_with_a_warning(bundle, monkeypat
 @pytest.mark.usefixtures("no_tensorrt")
 def test_an_engine_that_is_named_is_taken_or_refused(bundle):
     assert isinstance(open_vision_engine(bundle, "onnxruntime"), OnnxRuntimeEngine)
-    with pytest.raises(EngineError, match="'abacus'; there are auto, onnxruntime, openvino, onnxruntime-cuda, tensorrt, tensor"):
+    with pytest.raises(
+        EngineError, match="'abacus'; there are auto, onnxruntime, openvino, onnxruntime-cuda, tensorrt, tensor"
+    ):
         open_vision_engine(bundle, "abacus")
     with pytest.raises(MissingExtraError, match="tensorrt_rtx is not installed"):
         open_vision_engine(bundle, "tensorrt-rtx")

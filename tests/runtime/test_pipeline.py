@@ -295,7 +295,7 @@ def test_timings_are_positive_and_the_first_token_s_is_the_sum(pruned, photo):
 def test_an_answer_is_plain_values_with_the_documented_names(pruned, photo):
     answer = pruned.generate(PROMPT, [photo], at_most(5, logprobs=2))
     names = "text token_ids num_prompt_tokens num_image_tokens num_kept_tokens kept_indices finish_reason stop logprobs"
-    assert {field.name for field in fields(Answer)} == {*names.split(), "timings"}
+    assert {field.name for field in fields(Answer)} == {*names.split(), "timings", "ran"}
     plain = json.loads(json.dumps(answer.to_dict()))
     times = {"preprocess_ms", "vision_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token"}
     assert set(plain["timings"]) == times

@@ -111,7 +111,11 @@ def open_engine(bundle: Bundle, name: str, settings: RunnerSettings) -> Engine:
     """
     if name != "transformers":
         return open_vision_engine(
-            bundle, name, EngineSettings(num_threads=settings.num_threads), trust_plans=settings.trust_plans
+            bundle,
+            name,
+            # Tolerances are those of the graph's own precision, so openvino computes in it, too.
+            EngineSettings(num_threads=settings.num_threads, precision="float32"),
+            trust_plans=settings.trust_plans,
         )
     if settings.checkpoint is None:
         raise SettingsError(

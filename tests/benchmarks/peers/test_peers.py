@@ -80,7 +80,7 @@ def test_ratios_are_those_within_a_round_and_are_held_against_goals(tiny_checkpo
 
     monkeypatch.setattr(peers, "_workers", workers)
     monkeypatch.setattr(peers, "PAUSE_S", 0)
-    monkeypatch.setattr(peers.Workspace, "bundles", lambda *_: dict.fromkeys(OURS, tmp_path))
+    monkeypatch.setattr(peers.Workspace, "bundles", lambda _, settings: dict.fromkeys(settings, tmp_path))
     monkeypatch.setattr(peers, "BUSY", (GENAI_FLOAT,))
     output = tmp_path / "peers.json"
     options = [f"--checkpoint={tiny_checkpoint}", f"--work-dir={tmp_path}", "--rounds=2", f"--output={output}"]

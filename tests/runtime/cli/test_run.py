@@ -26,7 +26,9 @@ def test_the_answer_comes_first_then_the_counts_and_timings(pruned_bundle, prune
         "first token",
         "decode",
         "20 tokens, finished by length",
+        "ran by",
     ]
+    assert report.endswith("fp32 graph in onnxruntime; fp32 decoder in onnxruntime\n")
     assert "visual tokens  64 -> 32" in report
 
 
@@ -45,7 +47,9 @@ def test_json_is_one_object_with_exactly_the_documented_keys(pruned_bundle, prun
         "stop",
         "logprobs",
         "timings",
+        "ran",
     ]
+    assert list(found["ran"]) == ["vision", "language"]
     assert list(found.pop("timings")) == [
         "preprocess_ms",
         "vision_ms",

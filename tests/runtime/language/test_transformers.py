@@ -258,7 +258,10 @@ def test_a_tied_head_is_one_weight(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "abacus"}, "no language backend is named 'abacus'; there are onnxruntime, openvino, transformers, vllm"),
+        (
+            {"backend": "abacus"},
+            "no language backend is named 'abacus'; there are onnxruntime, openvino, transformers, vllm",
+        ),
         ({"backend": "transformers"}, "needs a checkpoint: the Hugging Face folder"),
         ({"backend": "transformers", "checkpoint": 3}, "checkpoint must be the path of a folder, not a int"),
         (

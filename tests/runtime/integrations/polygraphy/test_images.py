@@ -24,6 +24,7 @@ class Recorder:
     """An engine that keeps what it was given."""
 
     max_tiles = None
+    description = "recorder"
 
     def __init__(self, bundle: Bundle) -> None:
         self.engine = open_vision_engine(bundle, "onnxruntime")
