@@ -73,6 +73,13 @@ def test_the_number_of_threads_is_the_one_asked_for(graph):
     assert engine.session.get_session_options().intra_op_num_threads == 1
 
 
+def test_threads_wait_for_each_other_only_shortly(engine):
+    """Else a thread that has lost its core to another process holds up all others."""
+    options = engine.session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.spin_duration_us") == "10"
+    assert options.get_session_config_entry("session.dynamic_block_base") == "4"
+
+
 @pytest.mark.parametrize("num_threads", [0, -1, 513, 99_999, True, 1.0, "1"])
 def test_a_number_of_threads_that_cannot_be_is_refused(num_threads):
     with pytest.raises(SettingsError, match=f"num_threads must be a whole number from 1 to 512, not {num_threads!r}"):

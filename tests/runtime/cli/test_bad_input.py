@@ -205,6 +205,7 @@ def test_a_bad_prompt_is_one_line_and_exit_code_1(pruned_bundle, photo, prompt, 
         (["--max-tiles", 1], "max_tiles must be a whole number, 2 or more"),
         (["--max-tiles-per-run", 0], "max_tiles_per_run must be a whole number, 1 or more"),
         (["--language-backend", "transformers"], "needs a checkpoint"),
+        (["--precision", "float32"], "precision 'float32' belongs to the vision engine openvino"),
         (["--language-device", "moon"], "runs the bundle's decoder on one of auto, cpu, cuda, not on 'moon'"),
     ],
 )

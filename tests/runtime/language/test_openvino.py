@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from hivtp import LanguageOptions, Pipeline, SamplingParams, VisionOptions
 from hivtp.engines.bundle import Bundle
-from hivtp.runtime.language import LanguageOptions, create_language
+from hivtp.main import main
+from hivtp.runtime.language import create_language
 from hivtp_ops.errors import BundleError, EngineError, MissingExtraError, OutOfMemoryError, SettingsError
 from tests.support.decoding import Decoded, decode, decode_all, embeddings, greedy, logits_of_a_growing_cache
 
@@ -215,3 +217,28 @@ def test_options_of_other_backends_are_refused():
         LanguageOptions(precision="bfloat16")
     with pytest.raises(SettingsError, match="checkpoint 'x' belongs to the language backend transformers"):
         LanguageOptions("openvino", checkpoint="x")
+
+
+@pytest.mark.parametrize(
+    ("options", "ran"),
+    [
+        (["--language-backend", "openvino"], "fp32 graph in onnxruntime; fp32 decoder in openvino in float32"),
+        (["--vision-engine", "openvino"], "fp32 graph in openvino in float32; fp32 decoder in onnxruntime"),
+    ],
+)
+def test_the_command_gives_the_precision_to_the_stage_that_openvino_runs(pruned_bundle, capsys, options, ran):
+    arguments = ["run", str(pruned_bundle), "what", "--max-new-tokens", "2", "--precision", "float32", *options]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.endswith(f"ran by         {ran}\n")
+
+
+def test_a_conversation_reuses_what_its_slot_holds(pruned_bundle, photo):
+    options = {"vision": VisionOptions("onnxruntime", 1), "language": OPTIONS}
+    with Pipeline.load(pruned_bundle, **options) as pipeline:
+        chat, sampling = pipeline.chat(), SamplingParams(max_new_tokens=6)
+        first = chat.ask("what is it", [photo], sampling)
+        second = chat.ask("and the colour", (), sampling)
+        whole = pipeline.chat()
+        assert whole.ask("what is it", [photo], sampling).token_ids == first.token_ids
+        assert whole.ask("and the colour", (), sampling).token_ids == second.token_ids
+        assert first.num_prompt_tokens < second.num_prompt_tokens
