@@ -229,6 +229,7 @@ def make_checkpoint(
     shape: str = "tiny",
     *,
     family: str = "llava",
+    tower: str = "clip",
     language: str = "llama",
     layout: str = "hub",
     seed: int = 0,
@@ -244,7 +245,8 @@ def make_checkpoint(
         folder: where to write; replaced if it exists.
         shape: a name in SHAPES.
         family: "llava" (LLaVA-1.5) or "llava_next".
-        language: "llama" or "mistral".
+        tower: "clip" or "siglip".
+        language: "llama", "mistral" or "qwen2".
         layout: weight names as published on the hub ("hub", transformers 4) or as re-saved by
             transformers 5 ("v5").
         seed: of the weights.
@@ -256,13 +258,14 @@ def make_checkpoint(
     """
     import torch
 
-    config = make_config(shape, family=family, language=language, vision=vision, text=text, **model)
+    config = make_config(shape, family=family, tower=tower, language=language, vision=vision, text=text, **model)
     torch.manual_seed(seed)
     network = model_class(family)(config)
     with torch.no_grad():
         for name, weight in network.named_parameters():
             if "vision_tower" in name and ("q_proj.weight" in name or "k_proj.weight" in name):
-                weight.mul_(SHAPES[shape].attention_gain)
+                # transformers makes SigLIP's larger from the start.
+                weight.mul_(SHAPES[shape].attention_gain if tower == "clip" else 1.5)
             if name.endswith("bias"):
                 weight.normal_(std=0.02)
     network.to(getattr(torch, dtype))
@@ -278,6 +281,7 @@ def make_config(
     shape: str,
     *,
     family: str = "llava",
+    tower: str = "clip",
     language: str = "llama",
     vision: dict[str, Any] | None = None,
     text: dict[str, Any] | None = None,
@@ -287,10 +291,20 @@ def make_config(
     import transformers
 
     sizes = SHAPES[shape]
-    text_class = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[language]
+    text_class = {
+        "llama": transformers.LlamaConfig,
+        "mistral": transformers.MistralConfig,
+        "qwen2": transformers.Qwen2Config,
+    }[language]
     config_class = {"llava": transformers.LlavaConfig, "llava_next": transformers.LlavaNextConfig}[family]
     text_config = {"bos_token_id": 1, "eos_token_id": 2, **sizes.text, **(text or {})}
-    vision_config = transformers.CLIPVisionConfig(**{**sizes.vision, **(vision or {})})
+    if tower == "siglip":
+        # As in the published checkpoints: the patches do not reach to the end of the image.
+        side = sizes.vision["image_size"] + 4
+        vision = {"image_size": side, "vision_use_head": False} | (vision or {})
+        model = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"} | model
+    vision_class = {"clip": transformers.CLIPVisionConfig, "siglip": transformers.SiglipVisionConfig}[tower]
+    vision_config = vision_class(**{**sizes.vision, **(vision or {})})
     if family == "llava_next":
         side = vision_config.image_size
         # The five grids of llava-v1.6.
@@ -319,6 +333,7 @@ def write_processor(folder: Path, config: Any, tokenizer: Any = None) -> None:
     (tokenizer or make_tokenizer(config.text_config.vocab_size)).save_pretrained(folder)
     is_next = config.model_type == "llava_next"
     image_size = config.vision_config.image_size
+    is_siglip = config.vision_config.model_type == "siglip_vision_model"
     image_processor = {
         "image_processor_type": "LlavaNextImageProcessor" if is_next else "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -333,13 +348,26 @@ def write_processor(folder: Path, config: Any, tokenizer: Any = None) -> None:
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
+    if is_siglip and not is_next:
+        image_processor = {
+            "image_processor_type": "SiglipImageProcessor",
+            "do_convert_rgb": None,
+            "do_resize": True,
+            "size": {"height": image_size, "width": image_size},
+            "resample": 3,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        }
     if is_next:
         image_processor["image_grid_pinpoints"] = config.image_grid_pinpoints
     (folder / "preprocessor_config.json").write_text(json.dumps(image_processor, indent=2))
     processor = {
         "processor_class": "LlavaNextProcessor" if is_next else "LlavaProcessor",
         "patch_size": config.vision_config.patch_size,
-        "num_additional_image_tokens": 1,
+        "num_additional_image_tokens": 0 if is_siglip else 1,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "image_token": "<image>",
     }

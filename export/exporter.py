@@ -24,7 +24,7 @@ from hivtp.export.decoder.reuse import open_source
 from hivtp.export.decoder.support import check_decoder
 from hivtp.export.graph.builder import save_model
 from hivtp.export.graph.calibration import activation_maxima
-from hivtp.export.graph.clip import VisionShape
+from hivtp.export.graph.shape import VisionShape
 from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.language import export_decoder, language_manifest, num_decoder_steps
 from hivtp.export.progress import Progress

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hivtp.export.checkpoint.folder import Checkpoint
-    from hivtp.export.graph.clip import VisionShape
+    from hivtp.export.graph.shape import VisionShape
 
 NewlineRule = Literal["kept-rows", "all", "none"]
 

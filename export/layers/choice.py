@@ -9,7 +9,7 @@ import numpy as np
 from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.checkpoint.generation import GenerationDefaults
 from hivtp.export.checkpoint.processor import Processor
-from hivtp.export.graph.clip import VisionShape
+from hivtp.export.graph.shape import VisionShape
 from hivtp.export.layers.criteria import AnswerCriterion, Cost, feature_costs
 from hivtp.export.layers.ranking import ChoiceSettings, LayerRange, LayerRanking, LayerScore
 from hivtp.export.progress import Progress

@@ -43,7 +43,8 @@ class Steering:
     Args:
         place: of the module, for messages.
         found: gets the comparisons.
-        positions: those that the graph has where it computed some positions only.
+        positions: those that the graph has where it computed some positions only; as many as there are, in another
+            order, are still some.
     """
 
     def __init__(self, place: str, found: list[Comparison], positions: Sequence[int]) -> None:
@@ -63,7 +64,7 @@ class Steering:
         import torch
 
         found = torch.from_numpy(np.ascontiguousarray(value, np.float32))
-        is_whole = found.shape[1] == own.shape[1]
+        is_whole = found.shape[1] == own.shape[1] != len(self._positions)
         expected = own if is_whole else own[:, self._positions]
         self._found.append(Comparison(kind, f"{self._place}, {name}", _largest_error(found, expected)))
         if is_whole:

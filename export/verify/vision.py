@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hivtp.engines import create_engine
-from hivtp.export.graph.clip import VisionShape
+from hivtp.export.graph.shape import VisionShape
 from hivtp.export.verify.checks import jaccard, refuse, relative_error, row_errors, score_error
 from hivtp.export.verify.layers import LayerTolerance, check_layers
 from hivtp.export.verify.reference import vision_reference

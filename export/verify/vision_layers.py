@@ -11,13 +11,13 @@ from hivtp.export.verify.steering import Comparison, Steering, take_weights
 from hivtp.export.verify.vision_weights import VisionWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
     from numpy.typing import NDArray
 
-# The values of a layer that are compared, see ClipTower, and those of the rest of the graph.
+# The values of a layer that are compared, see Tower, and those of the rest of the graph.
 _OF_LAYER = (
     "norm1",
     "kept_norm1",
@@ -35,10 +35,12 @@ _OF_LAYER = (
     "fc2",
     "output",
 )
+# The first that a graph has is the mean over all tokens.
+_SCORES = ("importance.with_cls", "importance.unmasked", "importance")
 _OF_GRAPH = (
     "tokens.positioned",
     "pre_norm",
-    "importance.with_cls",
+    *_SCORES,
     "rows",
     "kept_features",
     "patch_features",
@@ -77,6 +79,8 @@ class VisionLayers:
         self._weights = VisionWeights(file)
         self._values = values = GraphValues(file, inputs, _wanted(num_layers))
         self.outputs = values.outputs
+        # What the first layer takes.
+        self._embedded = "pre_norm" if "pre_norm" in values else "tokens.positioned"
         # A pruned graph computes its last layer for the tokens that it keeps.
         self._kept = values["rows"][0, :, 0].tolist() if "rows" in values else []
 
@@ -86,51 +90,56 @@ class VisionLayers:
 
         values = self._values
         with self._steering("embeddings") as steering:
-            steering.takes("operation", "tokens", tower.pre_layrnorm, values["tokens.positioned"])
-            steering.gives("operation", "norm", tower.pre_layrnorm, values["pre_norm"])
-            tower.pre_layrnorm(tower.embeddings(torch.from_numpy(values["pixel_values"])))
-        states = [torch.from_numpy(np.asarray(values["pre_norm"], np.float32))]
+            steering.gives("operation", "tokens", tower.embeddings, values["tokens.positioned"])
+            tokens = tower.embeddings(torch.from_numpy(values["pixel_values"]))
+            if self._embedded == "pre_norm":
+                steering.gives("operation", "norm", tower.pre_layrnorm, values["pre_norm"])
+                tower.pre_layrnorm(tokens)
+        states = [torch.from_numpy(np.asarray(values[self._embedded], np.float32))]
         scores: list[torch.Tensor] = []
         for index, layer in enumerate(tower.encoder.layers):
             # Layers after the features are in the graph where they score.
             if f"layers.{index}.norm1" in values:
                 states.append(self._layer(index, layer, states[-1], scores))
         with self._steering("scores") as steering:
-            if "importance.with_cls" in values:
+            if scores:
+                found = next(values[name] for name in _SCORES if name in values)
                 mean = torch.stack(scores).mean(dim=(0, 2, 3))[..., None]
-                steering.compare("operation", "importance", mean, values["importance.with_cls"][..., None])
+                steering.compare("operation", "importance", mean, found[..., None])
         if "projector.activation" in values:
             self._project(projector, states[self._num_feature_layers])
 
-    def _steering(self, place: str) -> Steering:
-        return Steering(place, self.found, self._kept)
+    def _steering(self, place: str, positions: Sequence[int] = ()) -> Steering:
+        return Steering(place, self.found, positions)
 
     def _layer(self, index: int, layer: Any, states: torch.Tensor, scores: list[torch.Tensor]) -> torch.Tensor:
         """Compare one layer on the graph's states; returns its output as the graph has it."""
         place, at, values = f"layer {index}", f"layers.{index}", self._values
         _move_biases(layer.self_attn)
         take_weights(layer, f"vision.encoder.layers.{index}.", self._weights.rounded, place, self.found)
-        with self._steering(place) as steering:
-            self._steer(steering, layer, at)
+        kept = self._kept if f"{at}.kept_norm1" in values else ()
+        with self._steering(place) as whole, self._steering(place, kept) as steering:
+            self._steer(whole, steering, layer, at)
             if f"{at}.attention.probabilities" in values:
                 hook = layer.self_attn.register_forward_hook(lambda _module, _inputs, out: scores.append(out[1]))
             output = layer(states, attention_mask=None)
             if f"{at}.attention.probabilities" in values:
                 hook.remove()
                 found = values[f"{at}.attention.probabilities"]
-                steering.compare("operation", "attention maps", scores[-1], found)
+                whole.compare("operation", "attention maps", scores[-1], found)
             return steering.compare("operation", "output", output, values[f"{at}.output"])
 
-    def _steer(self, steering: Steering, layer: Any, at: str) -> None:
+    def _steer(self, whole: Steering, steering: Steering, layer: Any, at: str) -> None:
+        """Compare what a layer computes of all tokens, and what it computes of the kept ones where it has only those."""
         attention, mlp, values = layer.self_attn, layer.mlp, self._values
-        steering.gives("operation", "first norm", layer.layer_norm1, values[f"{at}.norm1"])
+        whole.gives("operation", "first norm", layer.layer_norm1, values[f"{at}.norm1"])
         queries_from = f"{at}.norm1"
         if f"{at}.kept_norm1" in values:
             queries_from = f"{at}.kept_norm1"
             steering.takes("operation", "kept tokens", attention.q_proj, values[queries_from])
         self._product(steering, "q_proj", attention.q_proj, queries_from, f"{at}.attention.queries")
-        self._product(steering, "k_proj", attention.k_proj, f"{at}.norm1", f"{at}.attention.keys.matmul")
-        self._product(steering, "v_proj", attention.v_proj, f"{at}.norm1", f"{at}.attention.values.matmul")
+        self._product(whole, "k_proj", attention.k_proj, f"{at}.norm1", f"{at}.attention.keys.matmul")
+        self._product(whole, "v_proj", attention.v_proj, f"{at}.norm1", f"{at}.attention.values.matmul")
         [mixed] = [name for kind in ("fused", "merged") if (name := f"{at}.attention.{kind}") in values]
         steering.takes("operation", "attention", attention.out_proj, values[mixed])
         self._product(steering, "out_proj", attention.out_proj, mixed, f"{at}.attention.output")
@@ -144,7 +153,7 @@ class VisionLayers:
         values = self._values
         take_weights(projector, "projector.", self._weights.rounded, "projector", self.found)
         with self._steering("projector") as steering:
-            source = f"layers.{self._num_feature_layers - 1}.output" if self._num_feature_layers else "pre_norm"
+            source = f"layers.{self._num_feature_layers - 1}.output" if self._num_feature_layers else self._embedded
             features = states[:, self._kept] if self._kept else states
             if "patch_features" in values:
                 source, features = "patch_features", states[:, 1:]

@@ -11,6 +11,7 @@ import numpy as np
 from hivtp.runtime.inputs.tile_layout import TileLayout
 from hivtp.runtime.integrations.transformers.token_blocks import NEWLINE, image_blocks, keep_tokens
 from hivtp.runtime.vision.torch_tower import run_tower
+from hivtp.runtime.vision.tower_kinds import TOWER_KINDS
 from hivtp_ops import torch_op
 from hivtp_ops.errors import PromptError, ScoreError
 
@@ -50,7 +51,7 @@ class ImagePruner:
     """Encodes images as a model does, but for what the rule drops; leaves the model as it is.
 
     Args:
-        model: LLaVA-1.5 or LLaVA-NeXT with a CLIP vision tower.
+        model: see `prune`.
         spec: the settings, with their layers resolved.
         grid: rows and columns of patches in a tile.
         newline: see `prune`.
@@ -61,6 +62,7 @@ class ImagePruner:
         self.spec = spec
         self.grid = grid
         self.newline = newline
+        self.num_class_tokens = TOWER_KINDS[model.config.vision_config.model_type].num_class_tokens
 
     def encode(self, pixel_values: torch.Tensor, image_sizes: Any = None) -> EncodedImages:
         """Run the vision tower and the projector, and prune between the two.
@@ -88,16 +90,16 @@ class ImagePruner:
         is_image = np.zeros(features.shape[:2], np.bool_)
         for block in blocks:
             is_image.ravel()[block[block != NEWLINE]] = True
-        is_padding = torch.from_numpy(~is_image[:, 1:]).to(importance.device)
+        is_padding = torch.from_numpy(~is_image[:, self.num_class_tokens :]).to(importance.device)
         importance = importance.masked_fill(is_padding, -torch.inf)
         if importance.isnan().any():
             raise ScoreError("the importance scores hold NaN: the vision tower overflowed; load it in a wider dtype")
         kept_indices, kept_counts = torch_op.prune(importance, self.grid, self.spec)
 
-        # Patch i is token i + 1, so that no patch (-1) falls on the CLS, which stays wherever a block has it.
-        scattered = torch.zeros(features.shape[:2], dtype=torch.bool, device=kept_indices.device)
-        stays = scattered.scatter_(1, kept_indices + 1, True).cpu().numpy()
-        stays[:, 0] = True
+        # Column i + 1 is patch i, so that no patch (-1) falls on the first; a CLS stays wherever a block has it.
+        scattered = torch.zeros((len(importance), 1 + importance.shape[1]), dtype=torch.bool, device=importance.device)
+        scattered.scatter_(1, kept_indices + 1, True)[:, 0] = True
+        stays = scattered[:, 1 - self.num_class_tokens :].cpu().numpy()
         flags = [keep_tokens(block, stays.ravel(), self.newline) for block in blocks]
         tokens = np.concatenate([block[is_kept] for block, is_kept in zip(blocks, flags, strict=True)])
         is_kept = np.concatenate([block_flags.ravel() for block_flags in flags])
@@ -116,8 +118,8 @@ class ImagePruner:
 
         config = self.model.config
         if not has_tiles(self.model):
-            size = len(pixel_values), 1 + math.prod(self.grid)
-            first = int(config.vision_feature_select_strategy == "default")
+            size = len(pixel_values), self.num_class_tokens + math.prod(self.grid)
+            first = self.num_class_tokens * (config.vision_feature_select_strategy == "default")
             return pixel_values, [np.arange(math.prod(size)).reshape(size)[:, first:]]
 
         from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
@@ -138,7 +140,7 @@ class ImagePruner:
                 f"pixel_values holds {len(pixel_values)} tiles and image_sizes calls for {num_tiles}; "
                 "pass both as the processor gave them"
             )
-        return pixel_values, image_blocks(layouts, self.grid)
+        return pixel_values, image_blocks(layouts, self.grid, self.num_class_tokens)
 
 
 def has_tiles(model: Llava) -> bool:

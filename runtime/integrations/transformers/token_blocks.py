@@ -19,15 +19,17 @@ if TYPE_CHECKING:
 NEWLINE = -1
 
 
-def image_blocks(layouts: Sequence[TileLayout], grid: tuple[int, int]) -> list[NDArray[np.int64]]:
+def image_blocks(
+    layouts: Sequence[TileLayout], grid: tuple[int, int], num_class_tokens: int
+) -> list[NDArray[np.int64]]:
     """The unpruned tokens of LLaVA-NeXT images: for each, its base tile and then its unpadded view.
 
-    A block [rows, tokens] holds rows of the tower's output [tiles * (1 + patches)], or NEWLINE.
+    A block [rows, tokens] holds rows of the tower's output [tiles * (class tokens + patches)], or NEWLINE.
     """
     (rows, cols), blocks, start = grid, [], 0
     for layout in layouts:
-        shape = layout.num_tiles, 1 + rows * cols
-        base, *tiles = np.arange(start, start + math.prod(shape)).reshape(shape)[:, 1:]
+        shape = layout.num_tiles, num_class_tokens + rows * cols
+        base, *tiles = np.arange(start, start + math.prod(shape)).reshape(shape)[:, num_class_tokens:]
         view = np.reshape(tiles, (layout.tile_rows, layout.tile_cols, rows, cols)).swapaxes(1, 2)
         view = view.reshape(layout.tile_rows * rows, -1)[layout.patch_rows(grid), layout.patch_cols(grid)]
         blocks += [base[None], np.pad(view, ((0, 0), (0, 1)), constant_values=NEWLINE)]

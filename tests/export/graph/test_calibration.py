@@ -20,7 +20,7 @@ from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.exporter import export_bundle
 from hivtp.export.graph.builder import MAX_FP8, quantize_fp8, save_model
 from hivtp.export.graph.calibration import activation_maxima, first_fp8_layer
-from hivtp.export.graph.clip import VisionShape
+from hivtp.export.graph.shape import VisionShape
 from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.settings import ExportSettings
 from hivtp.export.verify.checks import relative_error
@@ -206,7 +206,7 @@ def test_fp8_goes_with_every_other_choice(
         num_rounded
     )
     if "decoder_from" in settings:
-        with pytest.warns(EngineWarning, match="in fp8"):
+        with pytest.warns(EngineWarning, match="rounds to fp8"):
             pipeline = Pipeline.load(bundle.folder)
         answer = pipeline.generate("what", [photo], SamplingParams(max_new_tokens=4))
         assert (answer.num_image_tokens, answer.num_kept_tokens) == (64, 21)
