@@ -49,6 +49,11 @@ class VisionManifest:
         return self.grid[0] * self.grid[1]
 
     @property
+    def seen_size(self) -> int:
+        """Side in pixels of what the patches of a tile cover; the pixels after it are not seen."""
+        return self.image_size // self.grid[0] * self.grid[0]
+
+    @property
     def num_image_tokens(self) -> int:
         """Tokens of one tile before pruning."""
         return self.num_prefix_tokens + self.num_patches

@@ -23,7 +23,8 @@ class Published:
 
     Attributes:
         family: "llava" or "llava_next".
-        language: "llama" or "mistral".
+        tower: "clip" or "siglip".
+        language: "llama", "mistral" or "qwen2".
         text: its text_config beside the scaled sizes.
         text_sizes: overrides of the scaled sizes.
         tokenizer: "sentencepiece" for the kind of Llama 2, "byte-level" for that of Llama 3.
@@ -52,12 +53,28 @@ class Published:
     generation: dict[str, Any] = field(default_factory=lambda: {"bos_token_id": "<s>", "eos_token_id": "</s>"})
     has_processor_config: bool = True
     tokenizer_class: str = "LlamaTokenizer"
+    tower: str = "clip"
 
 
 _LLAMA3 = {
     "tokenizer": "byte-level",
     "special_tokens": LLAMA3_TOKENS,
     "text": {"rope_theta": 500000.0, "max_position_embeddings": 8192},
+}
+_QWEN2: dict[str, Any] = {
+    "tokenizer": "byte-level",
+    "special_tokens": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    "named_tokens": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    "adds_bos": False,
+    "generation": {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>"},
+    "tokenizer_class": "Qwen2Tokenizer",
+}
+_QWEN2_TEXT: dict[str, Any] = {
+    "max_window_layers": 24,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "use_sliding_window": False,
 }
 PUBLISHED = {
     "llava-hf/llava-1.5-7b-hf": Published(
@@ -156,5 +173,40 @@ PUBLISHED = {
         },
         tokenizer_class="PreTrainedTokenizerFast",
         **_LLAMA3,
+    ),
+    # Of the smaller one the head is the embedding table.
+    "llava-hf/llava-interleave-qwen-0.5b-hf": Published(
+        "llava",
+        "qwen2",
+        CHATML_TEMPLATE,
+        {**_QWEN2_TEXT, "_name_or_path": "Qwen/Qwen1.5-0.5B-Chat", "tie_word_embeddings": True},
+        tower="siglip",
+        **_QWEN2,
+    ),
+    "llava-hf/llava-interleave-qwen-7b-hf": Published(
+        "llava",
+        "qwen2",
+        CHATML_TEMPLATE,
+        {**_QWEN2_TEXT, "_name_or_path": "Qwen/Qwen1.5-7B-Chat", "tie_word_embeddings": False},
+        {"num_key_value_heads": 4},
+        tower="siglip",
+        **_QWEN2,
+    ),
+    "llava-hf/llava-next-72b-hf": Published(
+        "llava_next",
+        "qwen2",
+        CHATML_TEMPLATE,
+        {**_QWEN2_TEXT, "_name_or_path": "Qwen/Qwen1.5-72B-Chat", "tie_word_embeddings": False},
+        {"num_key_value_heads": 4},
+        **_QWEN2,
+    ),
+    # Heads in groups.
+    "llava-hf/llava-next-110b-hf": Published(
+        "llava_next",
+        "qwen2",
+        CHATML_TEMPLATE,
+        {**_QWEN2_TEXT, "_name_or_path": "Qwen/Qwen1.5-110B-Chat", "tie_word_embeddings": False},
+        {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 1},
+        **_QWEN2,
     ),
 }

@@ -29,6 +29,7 @@ def make_published(folder: Path, name: str, *, seed: int = 0) -> Path:
     make_checkpoint(
         folder,
         family=published.family,
+        tower=published.tower,
         language=published.language,
         text=text | scaled,
         seed=seed,
@@ -60,8 +61,8 @@ def _write_tokenizer(folder: Path, published: Published) -> dict[str, int]:
     backend.add_special_tokens(
         [AddedToken(token, normalized=False, special=True) for token in (*published.special_tokens, "<image>", "<pad>")]
     )
-    bos = published.named_tokens["bos_token"]
     if published.adds_bos:
+        bos = published.named_tokens["bos_token"]
         processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
     else:
         processor = processors.TemplateProcessing(single="$A", special_tokens=[])
@@ -87,6 +88,8 @@ def _write_tokenizer(folder: Path, published: Published) -> dict[str, int]:
         "processor_class": "LlavaNextProcessor" if published.family == "llava_next" else "LlavaProcessor",
         "tokenizer_class": published.tokenizer_class,
     }
+    if published.tokenizer_class == "Qwen2Tokenizer":
+        config |= {"add_prefix_space": False, "bos_token": None, "errors": "replace", "unk_token": None}
     if published.tokenizer == "sentencepiece":
         config |= {
             "add_bos_token": published.adds_bos,
@@ -111,8 +114,9 @@ def _write_configs(folder: Path, published: Published, ids: dict[str, int]) -> N
     sizes = json.loads((folder / "config.json").read_text())
     scaled = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
     text = {name: sizes["text_config"][name] for name in (*scaled, "vocab_size")}
+    architectures = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
     text |= {
-        "architectures": [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[published.language]],
+        "architectures": [architectures[published.language]],
         "max_position_embeddings": 4096,
         "model_type": published.language,
         "torch_dtype": "float16",
@@ -121,7 +125,10 @@ def _write_configs(folder: Path, published: Published, ids: dict[str, int]) -> N
     vision = {
         name: sizes["vision_config"][name] for name in (*scaled[:3], "num_hidden_layers", "image_size", "patch_size")
     }
-    vision |= {"model_type": "clip_vision_model", "projection_dim": 768, "vocab_size": 32000}
+    if published.tower == "siglip":
+        vision |= {"model_type": "siglip_vision_model", "vision_use_head": False}
+    else:
+        vision |= {"model_type": "clip_vision_model", "projection_dim": 768, "vocab_size": 32000}
     is_next = published.family == "llava_next"
     config = {
         "architectures": ["LlavaNextForConditionalGeneration" if is_next else "LlavaForConditionalGeneration"],
@@ -131,12 +138,12 @@ def _write_configs(folder: Path, published: Published, ids: dict[str, int]) -> N
         "pad_token_id": ids["<pad>"],
         "projector_hidden_act": "gelu",
         "text_config": text,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": bool(published.text.get("tie_word_embeddings")),
         "torch_dtype": "float16",
         "transformers_version": "4.39.0.dev0" if is_next else "4.36.0.dev0",
         "vision_config": vision,
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_layer": sizes["vision_feature_layer"],
+        "vision_feature_select_strategy": sizes["vision_feature_select_strategy"],
     }
     if is_next:
         config |= {"image_grid_pinpoints": sizes["image_grid_pinpoints"], "use_image_newline_parameter": True}

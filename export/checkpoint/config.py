@@ -138,12 +138,11 @@ def _architecture_problem(config: Any, family: Family) -> str | None:
         (vision.image_size < vision.patch_size, "an image size smaller than its patch size"),
         (
             not has_class_token and strategy == "default",
-            "vision_feature_select_strategy 'default', which would leave out the first patch, for a vision tower "
-            "without a class token",
+            f"vision_feature_select_strategy {strategy!r} and no class token: the first patch would be left out",
         ),
         (
             has_class_token and strategy == "full" and family.is_tiled,
-            "vision_feature_select_strategy 'full', for a vision tower with a class token, which tiles do not have",
+            f"vision_feature_select_strategy {strategy!r} and a class token, which would stand in front of every tile",
         ),
         (vision.hidden_size % vision.num_attention_heads != 0, "a vision width that its heads do not divide"),
         (vision.num_channels != 3, f"a vision tower of {vision.num_channels} colour channels"),

@@ -130,7 +130,7 @@ class VisionLayers:
             return steering.compare("operation", "output", output, values[f"{at}.output"])
 
     def _steer(self, whole: Steering, steering: Steering, layer: Any, at: str) -> None:
-        """Compare what a layer computes of all tokens, and what it computes of the kept ones where it has only those."""
+        """Compare what a layer computes of all tokens, and the rest, which the last one has of the kept tokens only."""
         attention, mlp, values = layer.self_attn, layer.mlp, self._values
         whole.gives("operation", "first norm", layer.layer_norm1, values[f"{at}.norm1"])
         queries_from = f"{at}.norm1"

@@ -49,11 +49,14 @@ class SingleTileEncoder:
 
     def frames(self, image: Image.Image) -> list[TileFrame]:
         """See ImageEncoder.frames."""
-        return [TileFrame(self._processor.frame(image))]
+        side = self._vision.manifest.seen_size
+        return [TileFrame(self._processor.frame(image).crop((0, 0, side, side)))]
 
     def views(self, image_size: tuple[int, int]) -> list[View]:
         """See ImageEncoder.views."""
-        return [View(1, 1, self._processor.region(image_size))]
+        left, top, right, bottom = self._processor.region(image_size)
+        share = self._vision.manifest.seen_size / self._vision.manifest.image_size
+        return [View(1, 1, (left, top, left + (right - left) * share, top + (bottom - top) * share))]
 
     def count_tokens(self, image_size: tuple[int, int]) -> TokenCount:  # noqa: ARG002  every image is one tile
         """See ImageEncoder.count_tokens."""

@@ -38,8 +38,8 @@ def run_tower(
         scoring_layers: 0-based layers whose attention is read; none where nothing is pruned.
 
     Returns:
-        Features [tiles, class tokens + patches, width of all feature layers together]; and importance [tiles, patches] float32,
-        the mean attention that each patch receives over layers, heads and queries, or None.
+        Features [tiles, class tokens + patches, width of all feature layers together]; and importance
+        [tiles, patches] float32, the mean attention that each patch receives over layers, heads and queries, or None.
 
     Source: HIVTP (arXiv 2509.23663), importance.
     """

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hivtp.export.checkpoint.config import VISION_ACTIVATIONS, read_config
-from hivtp.export.graph.builder import GraphBuilder
 from hivtp.export.graph.activation import activation
+from hivtp.export.graph.builder import GraphBuilder
 from hivtp_ops.errors import CheckpointError
 from tests.support.folders import edit_json
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         (lambda config: config.pop("model_type"), "type None; supported is"),
         (lambda config: config["text_config"].update(model_type="gemma"), "language model of type 'gemma'; supported"),
         (lambda config: config["vision_config"].update(model_type="dinov2"), "vision tower of type 'dinov2'"),
-        (lambda config: config["vision_config"].update(model_type="siglip_vision_model"), "leave out the first patch"),
+        (lambda config: config["vision_config"].update(model_type="siglip_vision_model"), "the first patch would be left out"),
         (lambda config: config.update(vision_feature_layer=[-2, -3]), "several vision feature layers"),
         (lambda config: config.update(vision_feature_layer=-9), "lies outside a tower of 6 layers"),
         (lambda config: config.update(model_type="llava_next"), "image_grid_pinpoints is .*in multiples of 64"),
