@@ -84,7 +84,9 @@ def export_bundle(
     progress = Progress(num_steps, is_quiet=is_quiet)
     with staged(place) as folder:
         with progress.step(f"Checkpoint {checkpoint_folder}"):
-            checkpoint = Checkpoint.open(checkpoint_folder, settings.revision, is_quiet=is_quiet)
+            checkpoint = Checkpoint.open(
+                checkpoint_folder, settings.revision, original=settings.original, is_quiet=is_quiet
+            )
             shape = VisionShape.of(checkpoint.config)
             settings.check_family(checkpoint, shape)
             spec = settings.resolved_spec(shape)

@@ -8,6 +8,7 @@ from hivtp.engines.files import read_json
 from hivtp.export.checkpoint.foreign import refuse_config
 from hivtp.export.checkpoint.llava import LLAVA
 from hivtp.export.checkpoint.llava_next import LLAVA_NEXT
+from hivtp.runtime.original_layout import KNOWN_TOWERS, converted, is_original, tower_name
 from hivtp.runtime.vision.tower_kinds import TOWER_KINDS
 from hivtp_ops.errors import CheckpointError
 
@@ -50,17 +51,28 @@ _SIZES = {
 }
 
 
-def read_config(folder: Path) -> Any:
+def read_config(folder: Path, vision_config: Mapping[str, Any] | None = None) -> Any:
     """Read config.json into its class of transformers, after checking that its model can be exported.
 
     Args:
         folder: of the checkpoint.
+        vision_config: of a vision tower in a folder of its own, for a checkpoint in the layout of the original code.
 
     Raises:
         CheckpointError: what was found, and what is supported.
     """
     raw = read_object(folder / CONFIG_FILE)
     refuse_config(folder, raw)
+    if is_original(raw):
+        if vision_config is None and tower_name(raw) not in KNOWN_TOWERS:
+            raise CheckpointError(
+                f"{folder} has the vision tower {str(raw.get('mm_vision_tower'))[:200]!r} and does not say what that "
+                "is; give the folder of the CLIP model that it was made from: --vision-tower FOLDER"
+            )
+        try:
+            raw = converted(raw, vision_config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
     kind = raw.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:

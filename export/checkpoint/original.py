@@ -35,7 +35,7 @@ def open_original(folder: Path) -> Any:
     """
     from transformers import AutoProcessor
 
-    _check_files(folder)
+    check_files(folder)
     check_tokenizer_files(folder)
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil", trust_remote_code=False)
@@ -59,8 +59,12 @@ def open_original(folder: Path) -> Any:
     return processor
 
 
-def _check_files(folder: Path) -> None:
-    """Refuse files that would block, fill the memory or be nested without end."""
+def check_files(folder: Path) -> None:
+    """Refuse files that would block, fill the memory or be nested without end.
+
+    Raises:
+        CheckpointError: which file.
+    """
     files = [folder / name for name in JSON_FILES]
     others = [file for form in OTHER_FILES for file in sorted(folder.glob(form))]
     for file in (*filter(lambda file: file.exists(), files), *others):

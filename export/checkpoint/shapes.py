@@ -38,7 +38,7 @@ def check_shapes(place: object, config: Any, locations: Mapping[str, Location]) 
     if missing is not None:
         raise CheckpointError(_missing(place, missing, depths, locations))
     for name, shape in _expanded(single, depths):
-        found = locations[name].shape
+        found = locations[name].full_shape
         if found != shape:
             raise CheckpointError(
                 f"{place}: {name!r} has shape {list(found)}, the config asks for {list(shape)}; "

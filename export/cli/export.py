@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hivtp.engines.tensorrt.library import LibraryName
+from hivtp.export.checkpoint.original_layout.conversations import CONVERSATIONS
 from hivtp.export.cli.plan import plan_summary
 from hivtp.export.decoder.build import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, PrefillPrecision
 from hivtp.export.exporter import export_bundle
@@ -161,6 +162,18 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat-template", metavar="NAME", help="which of the checkpoint's chat templates, where it has several"
     )
+    parser.add_argument(
+        "--conversation",
+        choices=CONVERSATIONS,
+        help="the form of a conversation, for a checkpoint in the layout of the original LLaVA code (default: by its "
+        "kind, vicuna_v1 for a Vicuna)",
+    )
+    parser.add_argument(
+        "--vision-tower",
+        type=Path,
+        metavar="FOLDER",
+        help="the CLIP model of such a checkpoint, where it does not hold its vision tower or names an unknown one",
+    )
 
 
 def add_pruning_options(parser: argparse.ArgumentParser) -> None:
@@ -235,6 +248,8 @@ def settings_from(options: argparse.Namespace) -> ExportSettings:
         graph=options.graph,
         decoder_from=options.decoder_from,
         chat_template=options.chat_template,
+        conversation=options.conversation,
+        vision_tower=options.vision_tower,
         revision=options.revision,
         overwrite=options.overwrite,
     )

@@ -11,7 +11,7 @@ from hivtp.runtime.language.torch_errors import require_packages, torch_errors
 from hivtp.runtime.language.transformers import torch_device
 from hivtp.runtime.vision.tower_kinds import TOWER_KINDS
 from hivtp.runtime.weights import open_source
-from hivtp_ops.errors import ScoreError
+from hivtp_ops.errors import CheckpointError, ScoreError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,6 +106,11 @@ class TransformersVision:
         self._spec = bundle.manifest.pruning
         device, dtype = torch_device(options.device, options.dtype), getattr(torch, options.dtype)
         weights = open_source(options.checkpoint, bundle.manifest)
+        if not any(name.startswith("vision.") for name in weights.locations):
+            raise CheckpointError(
+                f"{weights.folder} holds no vision tower, which the bundle has from another folder; choose another "
+                "vision engine"
+            )
         config = read_config(weights.folder)
         self._feature_layer = range(config.vision_config.num_hidden_layers + 1)[config.vision_feature_layer]
         with torch.device("meta"):
