@@ -244,7 +244,7 @@ def make_checkpoint(
     Args:
         folder: where to write; replaced if it exists.
         shape: a name in SHAPES.
-        family: "llava" (LLaVA-1.5) or "llava_next".
+        family: "llava" (LLaVA-1.5), "llava_next" or "llava_onevision".
         tower: "clip" or "siglip".
         language: "llama", "mistral" or "qwen2".
         layout: weight names as published on the hub ("hub", transformers 4) or as re-saved by
@@ -296,7 +296,11 @@ def make_config(
         "mistral": transformers.MistralConfig,
         "qwen2": transformers.Qwen2Config,
     }[language]
-    config_class = {"llava": transformers.LlavaConfig, "llava_next": transformers.LlavaNextConfig}[family]
+    config_class = {
+        "llava": transformers.LlavaConfig,
+        "llava_next": transformers.LlavaNextConfig,
+        "llava_onevision": transformers.LlavaOnevisionConfig,
+    }[family]
     text_config = {"bos_token_id": 1, "eos_token_id": 2, **sizes.text, **(text or {})}
     if tower == "siglip":
         # As in the published checkpoints: the patches do not reach to the end of the image.
@@ -310,6 +314,14 @@ def make_config(
         # The five grids of llava-v1.6.
         grids = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
         model = {"image_grid_pinpoints": [[rows * side, cols * side] for rows, cols in grids]} | model
+    if family == "llava_onevision":
+        side = vision_config.image_size
+        # Every grid up to 6 x 6.
+        grids = [(rows, cols) for rows in range(1, 7) for cols in range(1, 7)]
+        model = {
+            "image_grid_pinpoints": [[rows * side, cols * side] for rows, cols in grids],
+            "video_token_index": text_config["vocab_size"] - 2,
+        } | model
     return config_class(
         vision_config=vision_config,
         text_config=text_class(**text_config),
@@ -325,13 +337,14 @@ def model_class(family: str) -> Any:
     return {
         "llava": transformers.LlavaForConditionalGeneration,
         "llava_next": transformers.LlavaNextForConditionalGeneration,
+        "llava_onevision": transformers.LlavaOnevisionForConditionalGeneration,
     }[family]
 
 
 def write_processor(folder: Path, config: Any, tokenizer: Any = None) -> None:
     """Write tokenizer (default: the one of `make_tokenizer`), chat template and image preprocessing for a config."""
     (tokenizer or make_tokenizer(config.text_config.vocab_size)).save_pretrained(folder)
-    is_next = config.model_type == "llava_next"
+    is_next, is_onevision = config.model_type == "llava_next", config.model_type == "llava_onevision"
     image_size = config.vision_config.image_size
     is_siglip = config.vision_config.model_type == "siglip_vision_model"
     image_processor = {
@@ -348,10 +361,10 @@ def write_processor(folder: Path, config: Any, tokenizer: Any = None) -> None:
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
-    if is_siglip and not is_next:
+    if is_onevision or (is_siglip and not is_next):
         image_processor = {
-            "image_processor_type": "SiglipImageProcessor",
-            "do_convert_rgb": None,
+            "image_processor_type": "LlavaOnevisionImageProcessor" if is_onevision else "SiglipImageProcessor",
+            "do_convert_rgb": True if is_onevision else None,
             "do_resize": True,
             "size": {"height": image_size, "width": image_size},
             "resample": 3,
@@ -361,7 +374,9 @@ def write_processor(folder: Path, config: Any, tokenizer: Any = None) -> None:
             "image_mean": [0.5, 0.5, 0.5],
             "image_std": [0.5, 0.5, 0.5],
         }
-    if is_next:
+    if is_onevision:
+        image_processor["do_pad"] = True
+    if is_next or is_onevision:
         image_processor["image_grid_pinpoints"] = config.image_grid_pinpoints
     (folder / "preprocessor_config.json").write_text(json.dumps(image_processor, indent=2))
     processor = {
@@ -371,6 +386,17 @@ def write_processor(folder: Path, config: Any, tokenizer: Any = None) -> None:
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "image_token": "<image>",
     }
+    if is_onevision:
+        processor = {
+            "processor_class": "LlavaOnevisionProcessor",
+            "num_image_tokens": (image_size // config.vision_config.patch_size) ** 2,
+            "vision_feature_select_strategy": config.vision_feature_select_strategy,
+            "image_token": "<image>",
+            "video_token": "<video>",
+        }
+        (folder / "video_preprocessor_config.json").write_text(
+            json.dumps({"video_processor_type": "LlavaOnevisionVideoProcessor", **image_processor}, indent=2)
+        )
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
 
 

@@ -19,6 +19,7 @@ from hivtp.engines.manifest import (
 )
 from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.checkpoint.generation import GenerationDefaults
+from hivtp.export.checkpoint.llava_onevision import max_view_tiles
 from hivtp.export.checkpoint.processor import Processor
 from hivtp.export.decoder.reuse import open_source
 from hivtp.export.decoder.support import check_decoder
@@ -163,7 +164,7 @@ def _source(checkpoint: Checkpoint, settings: ExportSettings) -> SourceManifest:
 def _export_tiling(
     checkpoint: Checkpoint, shape: VisionShape, settings: ExportSettings, folder: Path
 ) -> TilingManifest | None:
-    if checkpoint.family != "llava_next":
+    if not checkpoint.is_tiled:
         return None
     newline = checkpoint.tensor("image_newline").float().numpy()
     np.save(folder / NEWLINE_FILE, newline, allow_pickle=False)
@@ -173,6 +174,7 @@ def _export_tiling(
         newline_file=NEWLINE_FILE,
         keep_total=settings.keep_total,
         min_for_base=min_for_base(shape),
+        max_view_tiles=max_view_tiles(checkpoint.config),
     )
 
 

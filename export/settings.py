@@ -187,8 +187,8 @@ class ExportSettings:
         """
         if self.keep_total is None:
             return
-        if checkpoint.family != "llava_next":
-            raise SpecError("keep_total is a budget over the tiles of LLaVA-NeXT, and this is LLaVA-1.5; use keep")
+        if not checkpoint.is_tiled:
+            raise SpecError("keep_total is a budget over the tiles of an image, and this is LLaVA-1.5; use keep")
         if not self.is_pruned:
             raise SpecError("keep_total needs pruning; drop one of the two")
         minimum = min_for_base(shape)

@@ -8,6 +8,7 @@ from hivtp.engines.files import read_json
 from hivtp.export.checkpoint.foreign import refuse_config
 from hivtp.export.checkpoint.llava import LLAVA
 from hivtp.export.checkpoint.llava_next import LLAVA_NEXT
+from hivtp.export.checkpoint.llava_onevision import LLAVA_ONEVISION
 from hivtp.runtime.original_layout import KNOWN_TOWERS, converted, is_original, tower_name
 from hivtp.runtime.vision.tower_kinds import TOWER_KINDS
 from hivtp_ops.errors import CheckpointError
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 # Of any size that a config names; far beyond any model.
 MAX_SIZE = 10**7
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAVA, LLAVA_NEXT)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION)}
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
 SUPPORTED = (
-    f"{' or '.join(f'{family.title} (model_type {name!r})' for name, family in FAMILIES.items())} with a CLIP or "
+    f"{', '.join(f'{family.title} (model_type {name!r})' for name, family in FAMILIES.items())}, with a CLIP or "
     "SigLIP vision tower and a Llama, Mistral or Qwen2 language model"
 )
 # As the builder of the vision graph writes them.

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hivtp.export.checkpoint.config import CONFIG_FILE, SUPPORTED, read_config, read_object
+from hivtp.export.checkpoint.config import CONFIG_FILE, FAMILIES, SUPPORTED, read_config, read_object
 from hivtp.export.checkpoint.foreign import file_names, refuse_formats, refuse_kind, refuse_weights
 from hivtp.export.checkpoint.original_layout.layout import OriginalOptions, complete
 from hivtp.export.checkpoint.original_layout.tower import TowerFolder
@@ -85,9 +85,14 @@ class Checkpoint(CheckpointWeights):
 
     @property
     def family(self) -> str:
-        """The architecture: "llava" or "llava_next"."""
+        """The architecture: "llava", "llava_next" or "llava_onevision"."""
         family: str = self.config.model_type
         return family
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether an image becomes a base tile and a grid of tiles."""
+        return FAMILIES[self.family].is_tiled
 
 
 def _require(package: str) -> None:

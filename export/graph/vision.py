@@ -32,7 +32,7 @@ def build_vision_graph(
 ) -> ir.Model:
     """Build one of the two vision graphs.
 
-    "vision": `pixel_values` [tiles, 3, H, W] float32 and, pruned and for LLaVA-NeXT, `patch_mask`
+    "vision": `pixel_values` [tiles, 3, H, W] float32 and, pruned and where images are tiled, `patch_mask`
     [tiles, patches] bool (False is padding, scored -inf) → `image_embeds` [tiles, prefix + capacity, hidden of
     the language model] float32 and, with a spec, `kept_indices` [tiles, capacity] int64, `kept_counts`
     [tiles] int64 and `importance` [tiles, patches] float32. Rows beyond the count are zero.
@@ -65,6 +65,7 @@ class _VisionGraph:
         maxima: Mapping[str, float] | None,
     ) -> None:
         self.config = checkpoint.config
+        self.is_tiled = checkpoint.is_tiled
         self.shape = VisionShape.of(checkpoint.config)
         self.graph = GraphBuilder(checkpoint.tensor, precision, maxima)
         scoring_layers = range(0) if spec is None else spec.scoring_layers
@@ -121,8 +122,8 @@ class _VisionGraph:
         return graph.model(outputs, self.tower.functions())
 
     def _scores(self) -> ir.Value:
-        """The importance, -inf where a tile of LLaVA-NeXT shows padding."""
-        if self.config.model_type != "llava_next":
+        """The importance, -inf where a tile shows padding."""
+        if not self.is_tiled:
             return self.tower.importance("importance")
         graph = self.graph
         mask = graph.input("patch_mask", "BOOL", ["tiles", self.shape.num_patches])

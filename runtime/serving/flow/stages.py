@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -122,7 +123,8 @@ class Stages:
         for image in work.references:
             content = work.contents.pop(image.param)
             started = time.perf_counter()
-            size, prepared = await loop.run_in_executor(self._images, self._prepare, content, image.param)
+            prepare = partial(self._prepare, content, image.param, len(work.references))
+            size, prepared = await loop.run_in_executor(self._images, prepare)
             work.sizes.append(size)
             work.prepared[image.param] = prepared
             work.preprocess_ms += milliseconds_since(started)
@@ -146,10 +148,10 @@ class Stages:
         work.chat = _without_data(work.chat)
         return work
 
-    def _prepare(self, content: bytes, param: str) -> tuple[tuple[int, int], PreparedImage]:
+    def _prepare(self, content: bytes, param: str, num_images: int) -> tuple[tuple[int, int], PreparedImage]:
         image = decode_image(content, param, self._settings.max_image_pixels)
         try:
-            return (image.height, image.width), self._model.images.prepare(image)
+            return (image.height, image.width), self._model.images.prepare(image, num_images)
         except ImageError as error:
             raise invalid(f"{param}: {error}", param, "invalid_image") from error
 
