@@ -19,7 +19,6 @@ from hivtp.engines.manifest import (
 )
 from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.checkpoint.generation import GenerationDefaults
-from hivtp.export.checkpoint.llava_onevision import max_view_tiles
 from hivtp.export.checkpoint.processor import Processor
 from hivtp.export.decoder.reuse import open_source
 from hivtp.export.decoder.support import check_decoder
@@ -36,6 +35,7 @@ from hivtp.export.staging.staged import staged
 from hivtp.export.verify.opening import open_and_ask
 from hivtp.export.verify.vision import verify_vision
 from hivtp.runtime.inputs.images import load_image
+from hivtp.runtime.vision.interpolation import max_view_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -10,6 +10,7 @@ from benchmarks.published.templates import (
     LLAMA3_TEMPLATE,
     LLAMA3_TEXT_TEMPLATE,
     MISTRAL_TEMPLATE,
+    ONEVISION_TEMPLATE,
     PHI3_TEXT_TEMPLATE,
     VICUNA_TEMPLATE,
 )
@@ -22,13 +23,14 @@ class Published:
     """What is particular to one published checkpoint.
 
     Attributes:
-        family: "llava" or "llava_next".
+        family: "llava", "llava_next" or "llava_onevision".
         tower: "clip" or "siglip".
         language: "llama", "mistral" or "qwen2".
         text: its text_config beside the scaled sizes.
         text_sizes: overrides of the scaled sizes.
         tokenizer: "sentencepiece" for the kind of Llama 2, "byte-level" for that of Llama 3.
         special_tokens: that follow the vocabulary, before <image>.
+        last_tokens: <image>, and what follows it.
         named_tokens: bos_token and the like.
         adds_bos: whether the tokenizer puts bos in front of a text.
         template: its chat template.
@@ -45,6 +47,7 @@ class Published:
     text_sizes: dict[str, Any] = field(default_factory=dict)
     tokenizer: str = "sentencepiece"
     special_tokens: tuple[str, ...] = ()
+    last_tokens: tuple[str, ...] = ("<image>", "<pad>")
     named_tokens: dict[str, str] = field(
         default_factory=lambda: {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     )
@@ -64,6 +67,7 @@ _LLAMA3 = {
 _QWEN2: dict[str, Any] = {
     "tokenizer": "byte-level",
     "special_tokens": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    "last_tokens": ("<image>",),
     "named_tokens": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
     "adds_bos": False,
     "generation": {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>"},
@@ -139,6 +143,7 @@ PUBLISHED = {
         "llava_next",
         "mistral",
         MISTRAL_TEMPLATE,
+    ONEVISION_TEMPLATE,
         {"rope_theta": 1000000.0, "rms_norm_eps": 1e-5, "sliding_window": None, "max_position_embeddings": 32768},
         template_file="chat_template.jinja",
     ),
@@ -199,6 +204,23 @@ PUBLISHED = {
         {**_QWEN2_TEXT, "_name_or_path": "Qwen/Qwen1.5-72B-Chat", "tie_word_embeddings": False},
         {"num_key_value_heads": 4},
         **_QWEN2,
+    ),
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": Published(
+        "llava_onevision",
+        "qwen2",
+        ONEVISION_TEMPLATE,
+        {**_QWEN2_TEXT, "_name_or_path": "Qwen/Qwen2-0.5B-Instruct", "tie_word_embeddings": True},
+        tower="siglip",
+        **{**_QWEN2, "last_tokens": ("<image>", "<video>")},
+    ),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": Published(
+        "llava_onevision",
+        "qwen2",
+        ONEVISION_TEMPLATE,
+        {**_QWEN2_TEXT, "_name_or_path": "Qwen/Qwen2-7B-Instruct", "tie_word_embeddings": False},
+        {"hidden_size": 112, "num_attention_heads": 7, "num_key_value_heads": 1},
+        tower="siglip",
+        **{**_QWEN2, "last_tokens": ("<image>", "<video>")},
     ),
     # Heads in groups.
     "llava-hf/llava-next-110b-hf": Published(

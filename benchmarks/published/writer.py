@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+PROCESSORS = {
+    "llava": "LlavaProcessor",
+    "llava_next": "LlavaNextProcessor",
+    "llava_onevision": "LlavaOnevisionProcessor",
+}
+
+
 def make_published(folder: Path, name: str, *, seed: int = 0) -> Path:
     """Write one of PUBLISHED with random weights, in float16 as most are, and return its folder.
 
@@ -59,7 +66,7 @@ def _write_tokenizer(folder: Path, published: Published) -> dict[str, int]:
     spec["model"]["vocab"] = {token: index for token, index in spec["model"]["vocab"].items() if index < base - 1}
     backend = Tokenizer.from_str(json.dumps(spec))
     backend.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in (*published.special_tokens, "<image>", "<pad>")]
+        [AddedToken(token, normalized=False, special=True) for token in (*published.special_tokens, *published.last_tokens)]
     )
     if published.adds_bos:
         bos = published.named_tokens["bos_token"]
@@ -85,7 +92,7 @@ def _write_tokenizer(folder: Path, published: Published) -> dict[str, int]:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1000000000000000019884624838656,
         "padding_side": "left",
-        "processor_class": "LlavaNextProcessor" if published.family == "llava_next" else "LlavaProcessor",
+        "processor_class": PROCESSORS[published.family],
         "tokenizer_class": published.tokenizer_class,
     }
     if published.tokenizer_class == "Qwen2Tokenizer":
@@ -106,7 +113,7 @@ def _write_tokenizer(folder: Path, published: Published) -> dict[str, int]:
         (folder / published.template_file).write_text(published.template)
     _write(folder / "tokenizer_config.json", config)
     _write(folder / "special_tokens_map.json", published.named_tokens)
-    _write(folder / "added_tokens.json", {token: backend.token_to_id(token) for token in ("<image>", "<pad>")})
+    _write(folder / "added_tokens.json", {token: backend.token_to_id(token) for token in published.last_tokens})
     return {token["content"]: int(token_id) for token_id, token in added.items()}
 
 
@@ -131,11 +138,11 @@ def _write_configs(folder: Path, published: Published, ids: dict[str, int]) -> N
         vision |= {"model_type": "clip_vision_model", "projection_dim": 768, "vocab_size": 32000}
     is_next = published.family == "llava_next"
     config = {
-        "architectures": ["LlavaNextForConditionalGeneration" if is_next else "LlavaForConditionalGeneration"],
+        "architectures": [PROCESSORS[published.family].replace("Processor", "ForConditionalGeneration")],
         "ignore_index": -100,
         "image_token_index": ids["<image>"],
         "model_type": published.family,
-        "pad_token_id": ids["<pad>"],
+        "pad_token_id": ids[published.named_tokens["pad_token"]],
         "projector_hidden_act": "gelu",
         "text_config": text,
         "tie_word_embeddings": bool(published.text.get("tie_word_embeddings")),
@@ -145,12 +152,20 @@ def _write_configs(folder: Path, published: Published, ids: dict[str, int]) -> N
         "vision_feature_layer": sizes["vision_feature_layer"],
         "vision_feature_select_strategy": sizes["vision_feature_select_strategy"],
     }
+    if published.family == "llava_onevision":
+        config |= {
+            "image_grid_pinpoints": sizes["image_grid_pinpoints"],
+            "use_image_newline_parameter": True,
+            "video_token_index": ids["<video>"],
+            "vision_aspect_ratio": "anyres_max_9",
+        }
+        del config["pad_token_id"]
     if is_next:
         config |= {"image_grid_pinpoints": sizes["image_grid_pinpoints"], "use_image_newline_parameter": True}
     _write(folder / "config.json", config)
     generation: dict[str, Any] = {
         "_from_model_config": True,
-        "pad_token_id": ids["<pad>"],
+        "pad_token_id": ids[published.named_tokens["pad_token"]],
         "transformers_version": "4.36.0",
     }
     for name, value in published.generation.items():

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from hivtp.export.checkpoint.family import Family
 from hivtp.export.checkpoint.llava_next import pinpoints_problem, preprocess, processor_problem
-
-_ASPECT_RATIO = re.compile(r"^anyres_max_([1-9][0-9]{0,2})$")
-
-
-def max_view_tiles(config: Any) -> int | None:
-    """How many tiles' patches a view may have before it is interpolated; None in other families."""
-    match = _ASPECT_RATIO.match(str(getattr(config, "vision_aspect_ratio", "")))
-    return None if match is None else int(match[1])
+from hivtp.runtime.vision.interpolation import max_view_tiles
 
 
 def _config_problem(config: Any) -> str | None:
     if max_view_tiles(config) is None:
-        return f"vision_aspect_ratio is {config.vision_aspect_ratio!r}; expected anyres_max_ and a number, as anyres_max_9"
+        return (
+            f"vision_aspect_ratio is {config.vision_aspect_ratio!r}; expected anyres_max_ and a number, as anyres_max_9"
+        )
     return pinpoints_problem(config)
 
 

@@ -80,9 +80,7 @@ def find_checkpoint(
     return _download(repository, vision_config, is_quiet=is_quiet)
 
 
-def _download(
-    repository: Repository, vision_config: Mapping[str, Any] | None, *, is_quiet: bool
-) -> CheckpointSource:
+def _download(repository: Repository, vision_config: Mapping[str, Any] | None, *, is_quiet: bool) -> CheckpointSource:
     """Download what an export reads, the small files first: what cannot be exported is refused before the weights."""
     names = repository.files
     refuse_kind(repository.name, names)

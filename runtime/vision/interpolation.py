@@ -8,8 +8,9 @@ it is left where these have at least half of the weight.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from hivtp.runtime.inputs.tile_layout import TileLayout
 
+_ASPECT_RATIO = re.compile(r"^anyres_max_([1-9][0-9]{0,2})$")
 # A view that is larger by less stays as it is.
 MIN_RATIO = 1.1
 # Half, less what float32 may lose of it.
@@ -60,6 +62,12 @@ class Cells:
         is_kept = np.zeros_like(self.is_kept)
         is_kept.flat[np.flatnonzero(self.is_kept)[chosen]] = True
         return Cells(is_kept, self.sources[chosen], self.weights[chosen])
+
+
+def max_view_tiles(config: Any) -> int | None:
+    """How many tiles' patches a view may have before it is interpolated, by a model's config; None where none is."""
+    match = _ASPECT_RATIO.match(str(getattr(config, "vision_aspect_ratio", "")))
+    return None if match is None else int(match[1])
 
 
 def view_size(layout: TileLayout, grid: tuple[int, int], max_tiles: int | None) -> tuple[int, int]:

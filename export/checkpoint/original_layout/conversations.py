@@ -36,7 +36,9 @@ def _instructions(system: str, between: str) -> str:
     return (
         _SYSTEM % system + "{% for message in messages %}{% if message['role'] == 'user' %}"
         "{{ '' if loop.first else " + repr(between) + " }}{{ '[INST] ' }}"
-        "{{ '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if loop.first and system else '' }}" + _CONTENT + "{{ ' [/INST]' }}"
+        "{{ '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if loop.first and system else '' }}"
+        + _CONTENT
+        + "{{ ' [/INST]' }}"
         "{% else %}{{ ' ' }}" + _CONTENT + "{{ ' ' + eos_token }}{% endif %}{% endfor %}"
     )
 

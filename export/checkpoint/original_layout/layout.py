@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from hivtp.export.checkpoint.original import check_files
 from hivtp.export.checkpoint.original_layout.conversations import conversation_of
-from hivtp.export.checkpoint.original_layout.tower import TowerFolder
 from hivtp.export.checkpoint.tokenizer import check_tokenizer_files
 from hivtp.runtime.original_layout import lengthened
 from hivtp_ops.errors import CheckpointError
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from hivtp.export.checkpoint.original_layout.tower import TowerFolder
     from hivtp.runtime.weight_files import Location
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"

@@ -24,22 +24,28 @@ def prune(model: Llava, spec: PruningSpec, *, newline: NewlineRule = "kept-rows"
     implementation stays, as does every other model. For transformers 5.16 to 5.23.
 
     Args:
-        model: LLaVA-1.5 or LLaVA-NeXT with a CLIP or SigLIP vision tower, on any device and of any dtype.
+        model: LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision with a CLIP or SigLIP vision tower, on any device and of any
+            dtype.
         spec: the settings; its layers may be left open.
-        newline: LLaVA-NeXT: which rows of the unpadded image keep their newline token: those that kept a patch,
-            all, or none.
+        newline: where images are tiled: which rows of the unpadded image keep their newline token: those that kept a
+            patch, all, or none.
 
     Raises:
         SettingsError: the model is of another class, has another vision tower or select strategy, or is pruned
             already; or there is no such newline rule.
         SpecError: the spec does not fit the tower or its grid.
     """
-    from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+    import transformers
 
-    if not isinstance(model, LlavaForConditionalGeneration | LlavaNextForConditionalGeneration):
+    kinds = (
+        transformers.LlavaForConditionalGeneration,
+        transformers.LlavaNextForConditionalGeneration,
+        transformers.LlavaOnevisionForConditionalGeneration,
+    )
+    if not isinstance(model, kinds):
         raise SettingsError(
-            f"cannot prune a {type(model).__name__}; expected a LlavaForConditionalGeneration or a "
-            "LlavaNextForConditionalGeneration of transformers"
+            f"cannot prune a {type(model).__name__}; expected a LlavaForConditionalGeneration, "
+            "LlavaNextForConditionalGeneration or LlavaOnevisionForConditionalGeneration of transformers"
         )
     if isinstance(getattr(model.generate, "__self__", None), PrunedModel):
         raise SettingsError("this model is pruned already; call restore() on what prune() gave before pruning again")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hivtp.runtime.inputs.tile_layout import TileLayout
-from hivtp.runtime.integrations.transformers.token_blocks import NEWLINE, image_blocks, keep_tokens
+from hivtp.runtime.integrations.transformers.token_blocks import NEWLINE, Block, image_blocks, keep_block
+from hivtp.runtime.vision.interpolation import max_view_tiles
 from hivtp.runtime.vision.torch_tower import run_tower
 from hivtp.runtime.vision.tower_kinds import TOWER_KINDS
 from hivtp_ops import torch_op
@@ -19,13 +20,19 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     import torch
-    from numpy.typing import NDArray
-    from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+    from transformers import (
+        LlavaForConditionalGeneration,
+        LlavaNextForConditionalGeneration,
+        LlavaOnevisionForConditionalGeneration,
+    )
 
+    from hivtp.runtime.integrations.transformers.token_blocks import KeptBlock
     from hivtp.runtime.vision.packing import NewlineRule
     from hivtp_ops import PruningSpec
 
-    Llava: TypeAlias = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
+    Llava: TypeAlias = (
+        LlavaForConditionalGeneration | LlavaNextForConditionalGeneration | LlavaOnevisionForConditionalGeneration
+    )
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class EncodedImages:
         is_kept: [num_unpruned_tokens] bool, which of the unpruned tokens those are, newlines included.
         kept_indices: [tiles, capacity] int64, as `hivtp_ops.torch_op.hierarchical_prune` gives them.
         kept_counts: [tiles] int64, as that function gives them.
-        importance: [tiles, patches] float32, -inf in the padding of LLaVA-NeXT.
+        importance: [tiles, patches] float32, -inf in the padding of tiles.
     """
 
     embeds: torch.Tensor
@@ -62,17 +69,21 @@ class ImagePruner:
         self.spec = spec
         self.grid = grid
         self.newline = newline
+        self.max_view_tiles = max_view_tiles(model.config)
         self.num_class_tokens = TOWER_KINDS[model.config.vision_config.model_type].num_class_tokens
 
-    def encode(self, pixel_values: torch.Tensor, image_sizes: Any = None) -> EncodedImages:
+    def encode(
+        self, pixel_values: torch.Tensor, image_sizes: Any = None, batch_num_images: Any = None
+    ) -> EncodedImages:
         """Run the vision tower and the projector, and prune between the two.
 
         The tower stops at the layer whose features are used, and the projector sees the kept tokens only.
 
         Args:
-            pixel_values: as the processor gives them: [images, 3, H, W]; for LLaVA-NeXT
+            pixel_values: as the processor gives them: [images, 3, H, W]; for tiled images
                 [images, most tiles, 3, H, W] or [tiles, 3, H, W].
-            image_sizes: LLaVA-NeXT: [images, 2], height and width of each image in pixels.
+            image_sizes: for tiled images: [images, 2], height and width of each in pixels.
+            batch_num_images: LLaVA-OneVision: images of each prompt; None takes each for the only one of its prompt.
 
         Raises:
             PromptError: pixels and sizes do not match.
@@ -81,7 +92,7 @@ class ImagePruner:
         import torch
 
         model = self.model.model
-        tiles, blocks = self._lay_out(pixel_values, image_sizes)
+        tiles, blocks = self._lay_out(pixel_values, image_sizes, batch_num_images)
         layers = model.config.vision_feature_layer
         num_layers = model.config.vision_config.num_hidden_layers
         wanted = [range(num_layers + 1)[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
@@ -89,7 +100,7 @@ class ImagePruner:
         assert importance is not None, "prune() resolves the scoring layers"
         is_image = np.zeros(features.shape[:2], np.bool_)
         for block in blocks:
-            is_image.ravel()[block[block != NEWLINE]] = True
+            is_image.ravel()[block.rows[block.rows != NEWLINE]] = True
         is_padding = torch.from_numpy(~is_image[:, self.num_class_tokens :]).to(importance.device)
         importance = importance.masked_fill(is_padding, -torch.inf)
         if importance.isnan().any():
@@ -100,19 +111,34 @@ class ImagePruner:
         scattered = torch.zeros((len(importance), 1 + importance.shape[1]), dtype=torch.bool, device=importance.device)
         scattered.scatter_(1, kept_indices + 1, True)[:, 0] = True
         stays = scattered[:, 1 - self.num_class_tokens :].cpu().numpy()
-        flags = [keep_tokens(block, stays.ravel(), self.newline) for block in blocks]
-        tokens = np.concatenate([block[is_kept] for block, is_kept in zip(blocks, flags, strict=True)])
-        is_kept = np.concatenate([block_flags.ravel() for block_flags in flags])
+        kept = [keep_block(block, stays.ravel(), self.newline) for block in blocks]
+        is_kept = torch.from_numpy(np.concatenate([block.is_kept for block in kept]))
+        return EncodedImages(self._embeds(features.flatten(0, 1), kept), is_kept, kept_indices, kept_counts, importance)
 
-        is_patch = torch.from_numpy(tokens != NEWLINE).to(features.device)
-        rows = torch.from_numpy(tokens).to(features.device)[is_patch]
-        embeds = model.multi_modal_projector(features.flatten(0, 1)[rows])
-        if len(rows) < len(tokens):
-            newlines = model.image_newline.to(embeds).expand(len(tokens), -1)
-            embeds = newlines.masked_scatter(is_patch[:, None].to(embeds.device), embeds)
-        return EncodedImages(embeds, torch.from_numpy(is_kept), kept_indices, kept_counts, importance)
+    def _embeds(self, features: torch.Tensor, blocks: list[KeptBlock]) -> torch.Tensor:
+        """The embeddings [tokens, hidden] of what is left, from features [rows, width]."""
+        import torch
 
-    def _lay_out(self, pixel_values: torch.Tensor, image_sizes: Any) -> tuple[torch.Tensor, list[NDArray[np.int64]]]:
+        model = self.model.model
+        rows = np.concatenate([block.rows for block in blocks])
+        projected = model.multi_modal_projector(features[torch.from_numpy(rows).to(features.device)])
+        if has_tiles(self.model):
+            # NEWLINE is the last.
+            projected = torch.cat([projected, model.image_newline.to(projected)[None]])
+        embeds, start = [], 0
+        for block in blocks:
+            sources = np.where(block.sources == NEWLINE, len(rows), block.sources + start)
+            parts = projected[torch.from_numpy(sources).to(projected.device)]
+            if block.weights is None:
+                embeds.append(parts[:, 0])
+            else:
+                embeds.append((parts * torch.from_numpy(block.weights).to(parts)[..., None]).sum(dim=1))
+            start += len(block.rows)
+        return torch.cat(embeds)
+
+    def _lay_out(
+        self, pixel_values: torch.Tensor, image_sizes: Any, batch_num_images: Any
+    ) -> tuple[torch.Tensor, list[Block]]:
         """Pixels of all tiles [tiles, 3, H, W], and where the unpruned tokens come from; see `image_blocks`."""
         import torch
 
@@ -120,15 +146,26 @@ class ImagePruner:
         if not has_tiles(self.model):
             size = len(pixel_values), self.num_class_tokens + math.prod(self.grid)
             first = self.num_class_tokens * (config.vision_feature_select_strategy == "default")
-            return pixel_values, [np.arange(math.prod(size)).reshape(size)[:, first:]]
+            return pixel_values, [Block(np.arange(math.prod(size)).reshape(size)[:, first:])]
 
         from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
         if image_sizes is None:
-            raise PromptError("LLaVA-NeXT needs image_sizes beside pixel_values; pass both as the processor gave them")
+            raise PromptError("tiled images need image_sizes beside pixel_values; pass both as the processor gave them")
         pinpoints, side = config.image_grid_pinpoints, config.vision_config.image_size
         layouts = []
-        for height, width in torch.as_tensor(image_sizes).tolist():
+        sizes = torch.as_tensor(image_sizes).tolist()
+        numbers = [1] * len(sizes) if batch_num_images is None else torch.as_tensor(batch_num_images).tolist()
+        are_alone = [number == 1 for number in numbers for _ in range(number)]
+        if len(are_alone) != len(sizes):
+            raise PromptError(
+                f"batch_num_images counts {len(are_alone)} images and image_sizes has {len(sizes)}; pass both as the "
+                "processor gave them"
+            )
+        for (height, width), is_alone in zip(sizes, are_alone, strict=True):
+            if not is_alone:
+                layouts.append(TileLayout(0, 0, (height, width)))
+                continue
             rows, cols = get_anyres_image_grid_shape((height, width), pinpoints, side)
             layouts.append(TileLayout(rows, cols, (height, width)))
         if pixel_values.dim() == 5:
@@ -140,9 +177,9 @@ class ImagePruner:
                 f"pixel_values holds {len(pixel_values)} tiles and image_sizes calls for {num_tiles}; "
                 "pass both as the processor gave them"
             )
-        return pixel_values, image_blocks(layouts, self.grid, self.num_class_tokens)
+        return pixel_values, image_blocks(layouts, self.grid, self.num_class_tokens, self.max_view_tiles)
 
 
 def has_tiles(model: Llava) -> bool:
-    """Whether the model is LLaVA-NeXT."""
-    return bool(model.config.model_type == "llava_next")
+    """Whether the model is LLaVA-NeXT or LLaVA-OneVision, which cut images into tiles."""
+    return bool(model.config.model_type in ("llava_next", "llava_onevision"))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from hivtp.runtime.vision.interpolation import interpolated, view_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,28 +22,97 @@ if TYPE_CHECKING:
 NEWLINE = -1
 
 
-def image_blocks(
-    layouts: Sequence[TileLayout], grid: tuple[int, int], num_class_tokens: int
-) -> list[NDArray[np.int64]]:
-    """The unpruned tokens of LLaVA-NeXT images: for each, its base tile and then its unpadded view.
+@dataclass(frozen=True)
+class Block:
+    """Tokens of an image that lie together.
 
-    A block [rows, tokens] holds rows of the tower's output [tiles * (class tokens + patches)], or NEWLINE.
+    Attributes:
+        rows: [rows, tokens] int64, rows of the tower's output [tiles * (class tokens + patches)], or NEWLINE.
+        size: rows and columns of cells to which they are interpolated, each row then followed by a newline; None where
+            they are not.
+    """
+
+    rows: NDArray[np.int64]
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class KeptBlock:
+    """What is left of a block.
+
+    Attributes:
+        is_kept: [unpruned tokens] bool.
+        rows: [kept rows] int64, rows of the tower's output.
+        sources: [kept tokens, 1 or 4] int64, which of the kept rows a token is made of, or NEWLINE.
+        weights: [kept tokens, 4] float32, the share of each; None where a token is made of one.
+    """
+
+    is_kept: NDArray[np.bool_]
+    rows: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    weights: NDArray[np.float32] | None
+
+
+def image_blocks(
+    layouts: Sequence[TileLayout], grid: tuple[int, int], num_class_tokens: int, max_view_tiles: int | None
+) -> list[Block]:
+    """The unpruned tokens of tiled images: for each, its base tile and then its unpadded view.
+
+    Args:
+        layouts: how the images lie on their tiles.
+        grid: rows and columns of patches in a tile.
+        num_class_tokens: of the tower.
+        max_view_tiles: see `view_size`.
     """
     (rows, cols), blocks, start = grid, [], 0
     for layout in layouts:
         shape = layout.num_tiles, num_class_tokens + rows * cols
         base, *tiles = np.arange(start, start + math.prod(shape)).reshape(shape)[:, num_class_tokens:]
+        start += math.prod(shape)
+        if not tiles:
+            blocks.append(Block(np.append(base, NEWLINE)[None]))
+            continue
         view = np.reshape(tiles, (layout.tile_rows, layout.tile_cols, rows, cols)).swapaxes(1, 2)
         view = view.reshape(layout.tile_rows * rows, -1)[layout.patch_rows(grid), layout.patch_cols(grid)]
-        blocks += [base[None], np.pad(view, ((0, 0), (0, 1)), constant_values=NEWLINE)]
-        start += math.prod(shape)
+        size = view_size(layout, grid, max_view_tiles)
+        if size == view.shape:
+            view_block = Block(np.pad(view, ((0, 0), (0, 1)), constant_values=NEWLINE))
+        else:
+            view_block = Block(view, size)
+        blocks += [Block(base[None]), view_block]
     return blocks
 
 
-def keep_tokens(block: NDArray[np.int64], stays: NDArray[np.bool_], rule: NewlineRule) -> NDArray[np.bool_]:
-    """Which tokens of a block stay, given that of every row of the tower's output."""
-    is_newline = block == NEWLINE
-    is_kept: NDArray[np.bool_] = stays[block] & ~is_newline
-    if rule != "none":
-        is_kept |= is_newline & (is_kept.any(axis=1, keepdims=True) | (rule == "all"))
-    return is_kept
+def keep_block(block: Block, stays: NDArray[np.bool_], rule: NewlineRule) -> KeptBlock:
+    """What is left of a block, given which rows of the tower's output stay."""
+    if block.size is not None:
+        return _keep_interpolated(block.rows, block.size, stays, rule)
+    is_newline = block.rows == NEWLINE
+    is_kept = _with_newlines(stays[block.rows] & ~is_newline, is_newline, rule)
+    tokens = block.rows[is_kept]
+    is_row = tokens != NEWLINE
+    sources = np.where(is_row, np.cumsum(is_row) - 1, NEWLINE)
+    return KeptBlock(is_kept.ravel(), tokens[is_row], sources[:, None], None)
+
+
+def _keep_interpolated(
+    rows: NDArray[np.int64], size: tuple[int, int], stays: NDArray[np.bool_], rule: NewlineRule
+) -> KeptBlock:
+    is_row = stays[rows]
+    places = np.where(is_row, np.cumsum(is_row).reshape(rows.shape) - 1, -1)
+    cells = interpolated(places, size)
+    is_newline = np.zeros((size[0], size[1] + 1), np.bool_)
+    is_newline[:, -1] = True
+    is_kept = _with_newlines(np.pad(cells.is_kept, ((0, 0), (0, 1))), is_newline, rule)
+    is_cell = ~is_newline[is_kept]
+    sources = np.full((len(is_cell), 4), NEWLINE)
+    sources[is_cell] = cells.sources
+    weights = np.full((len(is_cell), 4), 0.25, np.float32)
+    weights[is_cell] = cells.weights
+    return KeptBlock(is_kept.ravel(), rows[is_row], sources, weights)
+
+
+def _with_newlines(is_kept: NDArray[np.bool_], is_newline: NDArray[np.bool_], rule: NewlineRule) -> NDArray[np.bool_]:
+    if rule == "none":
+        return is_kept
+    return is_kept | (is_newline & (is_kept.any(axis=1, keepdims=True) | (rule == "all")))

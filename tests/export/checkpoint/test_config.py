@@ -20,12 +20,19 @@ if TYPE_CHECKING:
     ("edit", "message"),
     [
         (lambda config: config.update(model_type="bert"), "type 'bert'; supported is LLaVA-1.5"),
-        (lambda config: config.update(model_type="llava_onevision"), "type 'llava_onevision'; supported is"),
+        (lambda config: config.update(model_type="vipllava"), "type 'vipllava'; supported is"),
+        (
+            lambda config: config.update(model_type="llava_onevision", vision_aspect_ratio="anyres"),
+            "vision_aspect_ratio is 'anyres'; expected anyres_max_ and a number",
+        ),
         (lambda config: config.update(model_type=["llava"]), r"type \['llava'\]; supported is"),
         (lambda config: config.pop("model_type"), "type None; supported is"),
         (lambda config: config["text_config"].update(model_type="gemma"), "language model of type 'gemma'; supported"),
         (lambda config: config["vision_config"].update(model_type="dinov2"), "vision tower of type 'dinov2'"),
-        (lambda config: config["vision_config"].update(model_type="siglip_vision_model"), "the first patch would be left out"),
+        (
+            lambda config: config["vision_config"].update(model_type="siglip_vision_model"),
+            "the first patch would be left out",
+        ),
         (lambda config: config.update(vision_feature_layer=[-2, -3]), "several vision feature layers"),
         (lambda config: config.update(vision_feature_layer=-9), "lies outside a tower of 6 layers"),
         (lambda config: config.update(model_type="llava_next"), "image_grid_pinpoints is .*in multiples of 64"),

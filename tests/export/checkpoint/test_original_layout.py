@@ -137,9 +137,7 @@ def test_a_tower_that_the_checkpoint_holds_comes_before_that_of_the_folder(tmp_p
     assert opened.locations["vision.pre_layrnorm.weight"].file.parent == pair.original
 
 
-def test_the_tower_of_another_folder_is_not_there_for_the_vision_engine_transformers(
-    v15: Pair, tmp_path: Path
-) -> None:
+def test_the_tower_of_another_folder_is_not_there_for_the_vision_engine_transformers(v15: Pair, tmp_path: Path) -> None:
     settings = ExportSettings(language_precision="none", **v15.settings)
     bundle = export_bundle(v15.original, tmp_path / "bundle", settings, is_quiet=True)
     with pytest.raises(CheckpointError, match="holds no vision tower, which the bundle has from another folder"):
@@ -196,8 +194,9 @@ def test_the_towers_that_are_known_have_the_sizes_of_openais() -> None:
     vision = converted(raw)["vision_config"]
     assert (vision["image_size"], vision["hidden_size"], vision["num_hidden_layers"]) == (336, 1024, 24)
     assert vision["hidden_act"] == "quick_gelu"
-    assert converted({**raw, "mm_vision_tower": "/models/clip-vit-large-patch14/"})["vision_config"] == (
-        KNOWN_TOWERS["clip-vit-large-patch14"]
+    assert (
+        converted({**raw, "mm_vision_tower": "/models/clip-vit-large-patch14/"})["vision_config"]
+        == (KNOWN_TOWERS["clip-vit-large-patch14"])
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,25 +16,34 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from benchmarks.published.checkpoints import PUBLISHED
 from benchmarks.published.writer import make_published
 from hivtp import LanguageOptions, Pipeline, Request, SamplingParams
+from hivtp.export.checkpoint.onevision_processor import open_onevision_processor
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
 from hivtp.runtime.inputs.images import load_image
 from hivtp.runtime.integrations.transformers import prune
-from hivtp_ops import PruningSpec
 from tests.support.folders import edit_json
+
+if TYPE_CHECKING:
+    from hivtp_ops import PruningSpec
 
 QUESTION = "What is in the picture? Is it red, or black & white?"
 
 
 # One of each kind of vision tower, language model and tiling.
-KINDS = ["llava-hf/llava-interleave-qwen-0.5b-hf", "llava-hf/llava-next-72b-hf"]
+KINDS = [
+    "llava-hf/llava-interleave-qwen-0.5b-hf",
+    "llava-hf/llava-next-72b-hf",
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+]
 
 
 @torch.inference_mode()
 def answer_of_transformers(
     folder: Path, photo: Path, num_tokens: int, *, spec: PruningSpec | None = None, **options: Any
 ) -> list[int]:
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    is_onevision = json.loads((folder / "config.json").read_text())["model_type"] == "llava_onevision"
+    open_processor = open_onevision_processor if is_onevision else partial(AutoProcessor.from_pretrained, backend="pil")
+    processor = open_processor(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     # Of those that have no processor_config.json.
     processor.patch_size = model.config.vision_config.patch_size
