@@ -156,6 +156,29 @@ SHAPES = {
         },
         attention_gain=2.0,
     ),
+    # LLaVA-OneVision-7B: SigLIP SO400M without its last layer, and Qwen2-7B.
+    "onevision-7b": Shape(
+        vision={
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 26,
+            # With the 4 px that `make_config` adds, none of which a patch sees: 384.
+            "image_size": 380,
+            "patch_size": 14,
+        },
+        text={
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 28,
+            "vocab_size": 152064,
+            "max_position_embeddings": 32768,
+            "rope_theta": 1000000.0,
+            "rms_norm_eps": 1e-6,
+        },
+    ),
     # LLaVA-1.5-7B and LLaVA-NeXT-7B (Vicuna): for benchmarks.timing.large_checkpoint, which never holds a whole model.
     "7b": Shape(
         vision={

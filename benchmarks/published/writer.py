@@ -65,9 +65,8 @@ def _write_tokenizer(folder: Path, published: Published) -> dict[str, int]:
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != "<image>"]
     spec["model"]["vocab"] = {token: index for token, index in spec["model"]["vocab"].items() if index < base - 1}
     backend = Tokenizer.from_str(json.dumps(spec))
-    backend.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in (*published.special_tokens, *published.last_tokens)]
-    )
+    last = (*published.special_tokens, *published.last_tokens)
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in last])
     if published.adds_bos:
         bos = published.named_tokens["bos_token"]
         processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])

@@ -14,7 +14,7 @@ def open_onevision_processor(folder: Path) -> Any:
     """The processor of a folder; it raises what transformers raises."""
     from transformers import AutoImageProcessor, AutoTokenizer, LlavaOnevisionProcessor
 
-    class Processor(LlavaOnevisionProcessor):
+    class Processor(LlavaOnevisionProcessor):  # type: ignore[misc]  # transformers types it Any
         """For images and text."""
 
         @classmethod

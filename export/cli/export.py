@@ -24,7 +24,7 @@ from hivtp_ops.errors import EngineError, HivtpError, SpecError
 from hivtp_ops.spec import PRESETS, PruningSpec
 
 DESCRIPTION = """\
-Turn a LLaVA-1.5 or LLaVA-NeXT checkpoint (Hugging Face format) into a bundle: a folder with the vision graph,
+Turn a LLaVA checkpoint (1.5, NeXT, OneVision; docs/checkpoints.md) into a bundle: a folder with the vision graph,
 HIVTP token pruning inside it, and the language model, all ONNX. Before the bundle appears, every graph is compared
 with PyTorch, and the bundle is opened and asked about an image. Run a bundle with hivtp run.
 """
@@ -67,7 +67,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="print the summary only")
 
     add_pruning_options(parser)
-    tiles = parser.add_argument_group("LLaVA-NeXT, which cuts images into tiles; presets count per tile")
+    tiles = parser.add_argument_group("LLaVA-NeXT and OneVision, which cut images into tiles; presets count per tile")
     tiles.add_argument(
         "--keep-total",
         type=int,

@@ -113,9 +113,7 @@ def test_pruned_answers_are_those_of_the_rule_by_plain_means(
             assert answer.num_kept_tokens <= sum(count.num_tokens for count in counts)
 
 
-def test_an_interpolated_view_keeps_about_the_share_of_its_patches(
-    onevision: OneVision, make: Any, photos: Path
-) -> None:
+def test_an_interpolated_view_keeps_about_the_share_of_its_patches(make: Any, photos: Path) -> None:
     answer = answer_of(make(preset="192", newline="none"), [picture(photos, (408, 408))])
     # 24 x 24 cells of 48 x 48 patches.
     share = (answer.num_kept_tokens - 21) / 24**2
