@@ -156,6 +156,29 @@ SHAPES = {
         },
         attention_gain=2.0,
     ),
+    # LLaVA-OneVision-7B: SigLIP SO400M without its last layer, and Qwen2-7B.
+    "onevision-7b": Shape(
+        vision={
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 26,
+            # With the 4 px that `make_config` adds, none of which a patch sees: 384.
+            "image_size": 380,
+            "patch_size": 14,
+        },
+        text={
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 28,
+            "vocab_size": 152064,
+            "max_position_embeddings": 32768,
+            "rope_theta": 1000000.0,
+            "rms_norm_eps": 1e-6,
+        },
+    ),
     # LLaVA-1.5-7B and LLaVA-NeXT-7B (Vicuna): for benchmarks.timing.large_checkpoint, which never holds a whole model.
     "7b": Shape(
         vision={
@@ -229,6 +252,7 @@ def make_checkpoint(
     shape: str = "tiny",
     *,
     family: str = "llava",
+    tower: str = "clip",
     language: str = "llama",
     layout: str = "hub",
     seed: int = 0,
@@ -243,8 +267,9 @@ def make_checkpoint(
     Args:
         folder: where to write; replaced if it exists.
         shape: a name in SHAPES.
-        family: "llava" (LLaVA-1.5) or "llava_next".
-        language: "llama" or "mistral".
+        family: "llava" (LLaVA-1.5), "llava_next" or "llava_onevision".
+        tower: "clip" or "siglip".
+        language: "llama", "mistral" or "qwen2".
         layout: weight names as published on the hub ("hub", transformers 4) or as re-saved by
             transformers 5 ("v5").
         seed: of the weights.
@@ -256,13 +281,14 @@ def make_checkpoint(
     """
     import torch
 
-    config = make_config(shape, family=family, language=language, vision=vision, text=text, **model)
+    config = make_config(shape, family=family, tower=tower, language=language, vision=vision, text=text, **model)
     torch.manual_seed(seed)
     network = model_class(family)(config)
     with torch.no_grad():
         for name, weight in network.named_parameters():
             if "vision_tower" in name and ("q_proj.weight" in name or "k_proj.weight" in name):
-                weight.mul_(SHAPES[shape].attention_gain)
+                # transformers makes SigLIP's larger from the start.
+                weight.mul_(SHAPES[shape].attention_gain if tower == "clip" else 1.5)
             if name.endswith("bias"):
                 weight.normal_(std=0.02)
     network.to(getattr(torch, dtype))
@@ -278,6 +304,7 @@ def make_config(
     shape: str,
     *,
     family: str = "llava",
+    tower: str = "clip",
     language: str = "llama",
     vision: dict[str, Any] | None = None,
     text: dict[str, Any] | None = None,
@@ -287,15 +314,37 @@ def make_config(
     import transformers
 
     sizes = SHAPES[shape]
-    text_class = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[language]
-    config_class = {"llava": transformers.LlavaConfig, "llava_next": transformers.LlavaNextConfig}[family]
+    text_class = {
+        "llama": transformers.LlamaConfig,
+        "mistral": transformers.MistralConfig,
+        "qwen2": transformers.Qwen2Config,
+    }[language]
+    config_class = {
+        "llava": transformers.LlavaConfig,
+        "llava_next": transformers.LlavaNextConfig,
+        "llava_onevision": transformers.LlavaOnevisionConfig,
+    }[family]
     text_config = {"bos_token_id": 1, "eos_token_id": 2, **sizes.text, **(text or {})}
-    vision_config = transformers.CLIPVisionConfig(**{**sizes.vision, **(vision or {})})
+    if tower == "siglip":
+        # As in the published checkpoints: the patches do not reach to the end of the image.
+        side = sizes.vision["image_size"] + 4
+        vision = {"image_size": side, "vision_use_head": False} | (vision or {})
+        model = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"} | model
+    vision_class = {"clip": transformers.CLIPVisionConfig, "siglip": transformers.SiglipVisionConfig}[tower]
+    vision_config = vision_class(**{**sizes.vision, **(vision or {})})
     if family == "llava_next":
         side = vision_config.image_size
         # The five grids of llava-v1.6.
         grids = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
         model = {"image_grid_pinpoints": [[rows * side, cols * side] for rows, cols in grids]} | model
+    if family == "llava_onevision":
+        side = vision_config.image_size
+        # Every grid up to 6 x 6.
+        grids = [(rows, cols) for rows in range(1, 7) for cols in range(1, 7)]
+        model = {
+            "image_grid_pinpoints": [[rows * side, cols * side] for rows, cols in grids],
+            "video_token_index": text_config["vocab_size"] - 2,
+        } | model
     return config_class(
         vision_config=vision_config,
         text_config=text_class(**text_config),
@@ -311,14 +360,16 @@ def model_class(family: str) -> Any:
     return {
         "llava": transformers.LlavaForConditionalGeneration,
         "llava_next": transformers.LlavaNextForConditionalGeneration,
+        "llava_onevision": transformers.LlavaOnevisionForConditionalGeneration,
     }[family]
 
 
 def write_processor(folder: Path, config: Any, tokenizer: Any = None) -> None:
     """Write tokenizer (default: the one of `make_tokenizer`), chat template and image preprocessing for a config."""
     (tokenizer or make_tokenizer(config.text_config.vocab_size)).save_pretrained(folder)
-    is_next = config.model_type == "llava_next"
+    is_next, is_onevision = config.model_type == "llava_next", config.model_type == "llava_onevision"
     image_size = config.vision_config.image_size
+    is_siglip = config.vision_config.model_type == "siglip_vision_model"
     image_processor = {
         "image_processor_type": "LlavaNextImageProcessor" if is_next else "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -333,16 +384,42 @@ def write_processor(folder: Path, config: Any, tokenizer: Any = None) -> None:
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
-    if is_next:
+    if is_onevision or (is_siglip and not is_next):
+        image_processor = {
+            "image_processor_type": "LlavaOnevisionImageProcessor" if is_onevision else "SiglipImageProcessor",
+            "do_convert_rgb": True if is_onevision else None,
+            "do_resize": True,
+            "size": {"height": image_size, "width": image_size},
+            "resample": 3,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        }
+    if is_onevision:
+        image_processor["do_pad"] = True
+    if is_next or is_onevision:
         image_processor["image_grid_pinpoints"] = config.image_grid_pinpoints
     (folder / "preprocessor_config.json").write_text(json.dumps(image_processor, indent=2))
     processor = {
         "processor_class": "LlavaNextProcessor" if is_next else "LlavaProcessor",
         "patch_size": config.vision_config.patch_size,
-        "num_additional_image_tokens": 1,
+        "num_additional_image_tokens": 0 if is_siglip else 1,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "image_token": "<image>",
     }
+    if is_onevision:
+        processor = {
+            "processor_class": "LlavaOnevisionProcessor",
+            "num_image_tokens": (image_size // config.vision_config.patch_size) ** 2,
+            "vision_feature_select_strategy": config.vision_feature_select_strategy,
+            "image_token": "<image>",
+            "video_token": "<video>",
+        }
+        (folder / "video_preprocessor_config.json").write_text(
+            json.dumps({"video_processor_type": "LlavaOnevisionVideoProcessor", **image_processor}, indent=2)
+        )
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
 
 

@@ -12,7 +12,7 @@ from hivtp_ops.spec import PruningSpec  # noqa: TC001  the hints are read at run
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 PROCESSOR_FOLDER = "processor"
 PROCESSOR_FILES = ("tokenizer.json", "image_processor.json", "prompt.json")
 
@@ -49,6 +49,11 @@ class VisionManifest:
         return self.grid[0] * self.grid[1]
 
     @property
+    def seen_size(self) -> int:
+        """Side in pixels of what the patches of a tile cover; the pixels after it are not seen."""
+        return self.image_size // self.grid[0] * self.grid[0]
+
+    @property
     def num_image_tokens(self) -> int:
         """Tokens of one tile before pruning."""
         return self.num_prefix_tokens + self.num_patches
@@ -56,7 +61,7 @@ class VisionManifest:
 
 @dataclass(frozen=True)
 class TilingManifest:
-    """How LLaVA-NeXT lays an image on tiles and puts their tokens in order.
+    """How LLaVA-NeXT and LLaVA-OneVision lay an image on tiles and put their tokens in order.
 
     Attributes:
         pinpoints: (height, width) of every tile grid, in pixels.
@@ -65,6 +70,7 @@ class TilingManifest:
         keep_total: tokens of one image over all its tiles, newlines not counted; None where each tile keeps what the
             spec says.
         min_for_base: least tokens of the base tile, with `keep_total`.
+        max_view_tiles: a view of more patches than this many tiles have is interpolated to fewer; None where none is.
     """
 
     pinpoints: tuple[tuple[int, int], ...]
@@ -72,6 +78,7 @@ class TilingManifest:
     newline_file: str
     keep_total: int | None
     min_for_base: int
+    max_view_tiles: int | None
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ class Manifest:
     """What a bundle says of itself.
 
     Attributes:
-        family: the architecture, "llava" or "llava_next".
+        family: the architecture, "llava", "llava_next" or "llava_onevision".
         source: the checkpoint.
         pruning: the spec with its layers resolved; None where nothing is pruned.
         vision: the vision graph.
@@ -184,6 +191,11 @@ class Manifest:
     versions: Mapping[str, str]
     files: Mapping[str, FileRecord]
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def cuts_single_images(self) -> bool:
+        """Whether an image is cut into tiles only where it is the only one of a conversation."""
+        return self.family == "llava_onevision"
 
     def to_json(self) -> str:
         """The manifest as it is written."""

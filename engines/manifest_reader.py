@@ -25,6 +25,8 @@ MAX_VOCABULARY = 10**7
 MAX_CONTEXT = 2**30
 MAX_PINPOINTS = 1000
 MAX_WORD = 40
+# Each with whether it has no tiling.
+FAMILIES = {("llava", True), ("llava_next", False), ("llava_onevision", False)}
 # Of Linux, for one part of a path.
 MAX_NAME_BYTES = 255
 
@@ -62,7 +64,7 @@ def _check(manifest: Manifest) -> None:
     _check_vision(manifest.vision)
     if manifest.pruning is not None:
         _check_pruning(manifest.pruning, manifest.vision)
-    if (manifest.family, manifest.tiling is None) not in {("llava", True), ("llava_next", False)}:
+    if (manifest.family, manifest.tiling is None) not in FAMILIES:
         tiling = "has no tiling" if manifest.tiling is None else "has a tiling"
         raise ValueError(f"its family is {shown(manifest.family)}, and it {tiling}")
     if manifest.tiling is not None:
@@ -128,6 +130,8 @@ def _check_tiling(tiling: TilingManifest) -> None:
     if not 1 <= len(tiling.pinpoints) <= MAX_PINPOINTS:
         raise ValueError(f"tiling.pinpoints holds {len(tiling.pinpoints)}, expected 1 to {MAX_PINPOINTS}")
     _check_sizes(_pinpoint_sizes(tiling.pinpoints))
+    if tiling.max_view_tiles is not None:
+        _check_sizes([("tiling.max_view_tiles", tiling.max_view_tiles, MAX_PINPOINTS)])
     if tiling.min_for_base < 0 or (tiling.keep_total is not None and tiling.keep_total < max(1, tiling.min_for_base)):
         raise ValueError(
             f"tiling.keep_total is {tiling.keep_total}, and tiling.min_for_base is {tiling.min_for_base}; "

@@ -25,7 +25,7 @@ from hivtp.export.decoder.reuse import open_source
 from hivtp.export.decoder.support import check_decoder
 from hivtp.export.graph.builder import save_model
 from hivtp.export.graph.calibration import activation_maxima
-from hivtp.export.graph.clip import VisionShape
+from hivtp.export.graph.shape import VisionShape
 from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.language import export_decoder, language_manifest, num_decoder_steps
 from hivtp.export.progress import Progress
@@ -36,6 +36,7 @@ from hivtp.export.staging.staged import staged
 from hivtp.export.verify.opening import open_and_ask
 from hivtp.export.verify.vision import verify_vision
 from hivtp.runtime.inputs.images import load_image
+from hivtp.runtime.vision.interpolation import max_view_tiles
 from hivtp_ops.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -86,7 +87,9 @@ def export_bundle(
     progress = Progress(num_steps, is_quiet=is_quiet)
     with staged(place) as folder:
         with progress.step(f"Checkpoint {checkpoint_folder}"):
-            checkpoint = Checkpoint.open(checkpoint_folder, settings.revision, is_quiet=is_quiet)
+            checkpoint = Checkpoint.open(
+                checkpoint_folder, settings.revision, original=settings.original, is_quiet=is_quiet
+            )
             shape = VisionShape.of(checkpoint.config)
             settings.check_family(checkpoint, shape)
             spec = settings.resolved_spec(shape)
@@ -184,7 +187,7 @@ def _source(checkpoint: Checkpoint, settings: ExportSettings) -> SourceManifest:
 def _export_tiling(
     checkpoint: Checkpoint, shape: VisionShape, settings: ExportSettings, folder: Path
 ) -> TilingManifest | None:
-    if checkpoint.family != "llava_next":
+    if not checkpoint.is_tiled:
         return None
     newline = checkpoint.tensor("image_newline").float().numpy()
     np.save(folder / NEWLINE_FILE, newline, allow_pickle=False)
@@ -194,6 +197,7 @@ def _export_tiling(
         newline_file=NEWLINE_FILE,
         keep_total=settings.keep_total,
         min_for_base=min_for_base(shape),
+        max_view_tiles=max_view_tiles(checkpoint.config),
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from hivtp.engines.manifest import DecoderManifest, LanguageManifest
 from hivtp.engines.record import read_record
+from hivtp.export.checkpoint.config import head_size
 from hivtp.export.decoder.build import (
     PREFILL_NAME,
     DecoderKind,
@@ -110,7 +111,7 @@ def language_manifest(
         decoder=decoder,
         num_layers=config.num_hidden_layers,
         num_kv_heads=config.num_key_value_heads,
-        head_size=config.head_dim,
+        head_size=head_size(config),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         context_length=config.max_position_embeddings,

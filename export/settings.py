@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
+from hivtp.export.checkpoint.original_layout.layout import OriginalOptions
 from hivtp.export.decoder.build import (
     BLOCK_SIZES,
     DEFAULT_BLOCK_SIZE,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hivtp.export.checkpoint.folder import Checkpoint
-    from hivtp.export.graph.clip import VisionShape
+    from hivtp.export.graph.shape import VisionShape
 
 NewlineRule = Literal["kept-rows", "all", "none"]
 
@@ -53,6 +54,9 @@ class ExportSettings:
             attention of the scoring layers, without a language model.
         decoder_from: a bundle of the same language model; its decoder is copied instead of written again.
         chat_template: the name of the checkpoint's chat template, where it has several; None takes the default.
+        conversation: the form of a conversation, for a checkpoint in the layout of the original LLaVA code; None takes
+            that of its kind.
+        vision_tower: folder of the vision tower of such a checkpoint, where it does not hold it.
         revision: of a checkpoint that is named by its id on the hub: a branch, tag or commit; None is the main branch.
         overwrite: replace an existing bundle.
     """
@@ -73,6 +77,8 @@ class ExportSettings:
     graph: GraphKind = "vision"
     decoder_from: Path | None = None
     chat_template: str | None = None
+    conversation: str | None = None
+    vision_tower: Path | None = None
     revision: str | None = None
     overwrite: bool = False
 
@@ -104,6 +110,11 @@ class ExportSettings:
         for name in ("decoder_from", "block_size", "prefill_precision") if self.graph == "encoder" else ():
             if getattr(self, name) is not None:
                 raise SpecError(f"an encoder bundle has no decoder; drop {name}")
+
+    @property
+    def original(self) -> OriginalOptions:
+        """What a checkpoint in the layout of the original LLaVA code does not say."""
+        return OriginalOptions(self.conversation, self.vision_tower)
 
     @property
     def decoder(self) -> DecoderKind | None:
@@ -182,8 +193,8 @@ class ExportSettings:
         """
         if self.keep_total is None:
             return
-        if checkpoint.family != "llava_next":
-            raise SpecError("keep_total is a budget over the tiles of LLaVA-NeXT, and this is LLaVA-1.5; use keep")
+        if not checkpoint.is_tiled:
+            raise SpecError("keep_total is a budget over the tiles of an image, and this is LLaVA-1.5; use keep")
         if not self.is_pruned:
             raise SpecError("keep_total needs pruning; drop one of the two")
         minimum = min_for_base(shape)

@@ -7,7 +7,7 @@ import re
 import shutil
 from typing import TYPE_CHECKING
 
-from hivtp.export.graph.clip import VisionShape
+from hivtp.export.graph.shape import VisionShape
 from hivtp_ops.errors import BundleError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def min_bytes(checkpoint: Checkpoint, settings: ExportSettings) -> float:
     total = 0.0
     for name, location in checkpoint.locations.items():
         layer = _TOWER_LAYER.match(name)
-        is_written = not name.startswith("vision.post_layernorm")
+        is_written = not name.startswith(("vision.post_layernorm.", "vision.head."))
         if is_written and (layer is None or int(layer[1]) < num_feature_layers):
             total += math.prod(location.shape) * sizes.get(name.partition(".")[0], 0)
     return total

@@ -61,7 +61,8 @@ class Chat:
         """Answer the next turn piece by piece; the arguments and errors are those of `Pipeline.stream`.
 
         The turn belongs to the conversation when it is answered to its end: one that fails, or whose stream is
-        abandoned, leaves none. The counts of the answer are of this turn's images.
+        abandoned, leaves none. The counts of the answer are of this turn's images; with LLaVA-OneVision, which cuts an
+        image otherwise where another joins it, of all images of the conversation.
 
         Raises:
             PromptError: as in `Pipeline.stream`, or the conversation no longer fits the context.
@@ -82,7 +83,8 @@ class Chat:
                 yield piece
                 self._check_is_newest(number)
             answer = Message("assistant", [generation.answer().text])
-            self._history += [_with_encoded(message, generation.prompt.new_images), answer]
+            is_final = not self._model.bundle.manifest.cuts_single_images
+            self._history += [_with_encoded(message, generation.prompt.new_images) if is_final else message, answer]
 
         return AnswerStream(self._model, prepared, decode)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from hivtp.engines.files import read_json
+from hivtp.runtime.original_layout import converted, is_original
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -25,12 +27,31 @@ def read_config(folder: Path) -> Any:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    from transformers import AutoConfig
+    import transformers
 
+    raw = read_raw_config(folder)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if is_original(raw):
+            return transformers.AutoConfig.for_model(**converted(raw))
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises nearly anything
         raise CheckpointError(f"{folder / 'config.json'} cannot be read ({error})") from error
+
+
+def read_raw_config(folder: Path) -> dict[str, Any]:
+    """The content of a folder's config.json.
+
+    Raises:
+        CheckpointError: it is missing, or holds no JSON object.
+    """
+    file = folder / "config.json"
+    try:
+        raw = read_json(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error})") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file} cannot be read (it holds a JSON {type(raw).__name__}, expected an object)")
+    return raw
 
 
 def settings_of(config: Any) -> dict[str, Any]:

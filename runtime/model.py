@@ -303,7 +303,7 @@ class Model:
             # Whatever a caller's object makes Python or Pillow raise.
             raise ImageError(f"{place}the {type(source).__name__} cannot be read as an image: {error}") from error
         try:
-            return self.images.prepare(image)
+            return self.images.prepare(image, num_images)
         except ImageError as error:
             raise ImageError(f"{place}{image_name(source)}: {error}") from error
 

@@ -55,6 +55,7 @@ class Location:
         shape: its shape.
         dtype: as safetensors names it, such as "BF16".
         stamp: of the file, when it was opened first.
+        num_added_rows: rows that the weight has beyond those of the file: each is the mean of the token embeddings.
     """
 
     file: Path
@@ -62,6 +63,12 @@ class Location:
     shape: tuple[int, ...]
     dtype: str
     stamp: FileStamp
+    num_added_rows: int = 0
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """The shape with the added rows."""
+        return (self.shape[0] + self.num_added_rows, *self.shape[1:]) if self.num_added_rows else self.shape
 
     def check_unchanged(self) -> None:
         """Refuse a file that is another than the one that was opened first.

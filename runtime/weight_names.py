@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 
-# Weight names, from any layout, to `part.name`: the hub's (transformers 4), those of a live model, and
-# those that transformers 5 saves, which drop the tower's `vision_model.`.
+# Weight names, from any layout, to `part.name`: the original code's, the hub's (transformers 4), those of a live model,
+# and those that transformers 5 saves, which drop the tower's `vision_model.`.
 _CANONICAL_NAMES = (
+    # Of the original LLaVA code, whose projector is a Sequential.
+    (re.compile(r"^model\.vision_tower\.vision_tower\.vision_model\.(.+)$"), r"vision.\1"),
+    (re.compile(r"^model\.mm_projector\.0\.(.+)$"), r"projector.linear_1.\1"),
+    (re.compile(r"^model\.mm_projector\.2\.(.+)$"), r"projector.linear_2.\1"),
+    (re.compile(r"^model\.((?:layers|embed_tokens|norm)\..+)$"), r"language.model.\1"),
     (re.compile(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)$"), r"vision.\1"),
     (re.compile(r"^(?:model\.)?multi_modal_projector\.(.+)$"), r"projector.\1"),
     (re.compile(r"^language_model\.(model\..+|lm_head\..+)$"), r"language.\1"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from hivtp.runtime.config import read_config, settings_of
+from hivtp.runtime.config import read_config, read_raw_config, settings_of
 from hivtp.runtime.hub.checkpoint import checkpoint_folder
+from hivtp.runtime.original_layout import EMBEDDINGS, is_original, lengthened
 from hivtp.runtime.weight_files import locate_weights
 from hivtp_ops.errors import CheckpointError
 
@@ -45,16 +46,15 @@ class CheckpointWeights:
         Raises:
             CheckpointError: its file was changed, or cannot be read any more.
         """
-        from safetensors import SafetensorError, safe_open
-
         location = self.locations[name]
-        location.check_unchanged()
-        try:
-            with safe_open(location.file, framework="pt") as shard:
-                tensor: torch.Tensor = shard.get_tensor(location.name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read {location.name!r} of {location.file}: {error}") from error
-        return tensor
+        tensor = _stored(location)
+        if not location.num_added_rows:
+            return tensor
+        import torch
+
+        embeddings = tensor if name == EMBEDDINGS else _stored(self.locations[EMBEDDINGS])
+        mean = embeddings.float().mean(dim=0).to(tensor.dtype)
+        return torch.cat([tensor, mean.expand(location.num_added_rows, -1)])
 
     def check_unchanged(self) -> None:
         """Refuse weights of which a file is another than the one that was opened first.
@@ -99,7 +99,9 @@ class CheckpointWeights:
         return self._digest("language.", read_config(self.folder).text_config)
 
     def _digest(self, prefix: str, config: Any) -> str:
-        names = {name for name in self.locations if name.startswith(prefix)}
+        # A vision tower may lie in a folder of its own, which those who answer later need not have.
+        own = {name for name, location in self.locations.items() if location.file.is_relative_to(self.folder)}
+        names = {name for name in own if name.startswith(prefix)}
         if config.get_text_config().tie_word_embeddings:
             # The embedding table takes its place, whether or not it was saved too.
             names.discard("language.lm_head.weight")
@@ -131,6 +133,19 @@ class CheckpointWeights:
         return samples
 
 
+def _stored(location: Location) -> torch.Tensor:
+    """Read a weight as it is stored."""
+    from safetensors import SafetensorError, safe_open
+
+    location.check_unchanged()
+    try:
+        with safe_open(location.file, framework="pt") as shard:
+            tensor: torch.Tensor = shard.get_tensor(location.name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read {location.name!r} of {location.file}: {error}") from error
+    return tensor
+
+
 def open_source(folder: str | Path, manifest: Manifest) -> CheckpointWeights:
     """The weights of the checkpoint that a bundle was exported from: a folder, or an id on the hub.
 
@@ -146,6 +161,8 @@ def open_source(folder: str | Path, manifest: Manifest) -> CheckpointWeights:
             f"{folder} {found}; give the folder of the checkpoint {name!r}, from which the bundle was exported"
         )
     weights = CheckpointWeights(folder, locate_weights(folder))
+    if is_original(read_raw_config(folder)) and manifest.language is not None:
+        weights = replace(weights, locations=lengthened(weights.locations, manifest.language.vocab_size))
     if weights.fingerprint != manifest.source.fingerprint:
         raise CheckpointError(
             f"{folder} is not the checkpoint of this {manifest.family} bundle, which was exported from {name!r}: the "

@@ -10,6 +10,7 @@ from benchmarks.published.templates import (
     LLAMA3_TEMPLATE,
     LLAMA3_TEXT_TEMPLATE,
     MISTRAL_TEMPLATE,
+    ONEVISION_TEMPLATE,
     PHI3_TEXT_TEMPLATE,
     VICUNA_TEMPLATE,
 )
@@ -22,12 +23,14 @@ class Published:
     """What is particular to one published checkpoint.
 
     Attributes:
-        family: "llava" or "llava_next".
-        language: "llama" or "mistral".
+        family: "llava", "llava_next" or "llava_onevision".
+        tower: "clip" or "siglip".
+        language: "llama", "mistral" or "qwen2".
         text: its text_config beside the scaled sizes.
         text_sizes: overrides of the scaled sizes.
         tokenizer: "sentencepiece" for the kind of Llama 2, "byte-level" for that of Llama 3.
         special_tokens: that follow the vocabulary, before <image>.
+        last_tokens: <image>, and what follows it.
         named_tokens: bos_token and the like.
         adds_bos: whether the tokenizer puts bos in front of a text.
         template: its chat template.
@@ -44,6 +47,7 @@ class Published:
     text_sizes: dict[str, Any] = field(default_factory=dict)
     tokenizer: str = "sentencepiece"
     special_tokens: tuple[str, ...] = ()
+    last_tokens: tuple[str, ...] = ("<image>", "<pad>")
     named_tokens: dict[str, str] = field(
         default_factory=lambda: {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     )
@@ -52,12 +56,29 @@ class Published:
     generation: dict[str, Any] = field(default_factory=lambda: {"bos_token_id": "<s>", "eos_token_id": "</s>"})
     has_processor_config: bool = True
     tokenizer_class: str = "LlamaTokenizer"
+    tower: str = "clip"
 
 
 _LLAMA3 = {
     "tokenizer": "byte-level",
     "special_tokens": LLAMA3_TOKENS,
     "text": {"rope_theta": 500000.0, "max_position_embeddings": 8192},
+}
+_QWEN2: dict[str, Any] = {
+    "tokenizer": "byte-level",
+    "special_tokens": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    "last_tokens": ("<image>",),
+    "named_tokens": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    "adds_bos": False,
+    "generation": {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>"},
+    "tokenizer_class": "Qwen2Tokenizer",
+}
+_QWEN2_TEXT: dict[str, Any] = {
+    "max_window_layers": 24,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "use_sliding_window": False,
 }
 PUBLISHED = {
     "llava-hf/llava-1.5-7b-hf": Published(
@@ -122,6 +143,7 @@ PUBLISHED = {
         "llava_next",
         "mistral",
         MISTRAL_TEMPLATE,
+        ONEVISION_TEMPLATE,
         {"rope_theta": 1000000.0, "rms_norm_eps": 1e-5, "sliding_window": None, "max_position_embeddings": 32768},
         template_file="chat_template.jinja",
     ),
@@ -156,5 +178,57 @@ PUBLISHED = {
         },
         tokenizer_class="PreTrainedTokenizerFast",
         **_LLAMA3,
+    ),
+    # Of the smaller one the head is the embedding table.
+    "llava-hf/llava-interleave-qwen-0.5b-hf": Published(
+        "llava",
+        "qwen2",
+        CHATML_TEMPLATE,
+        {**_QWEN2_TEXT, "_name_or_path": "Qwen/Qwen1.5-0.5B-Chat", "tie_word_embeddings": True},
+        tower="siglip",
+        **_QWEN2,
+    ),
+    "llava-hf/llava-interleave-qwen-7b-hf": Published(
+        "llava",
+        "qwen2",
+        CHATML_TEMPLATE,
+        {**_QWEN2_TEXT, "_name_or_path": "Qwen/Qwen1.5-7B-Chat", "tie_word_embeddings": False},
+        {"num_key_value_heads": 4},
+        tower="siglip",
+        **_QWEN2,
+    ),
+    "llava-hf/llava-next-72b-hf": Published(
+        "llava_next",
+        "qwen2",
+        CHATML_TEMPLATE,
+        {**_QWEN2_TEXT, "_name_or_path": "Qwen/Qwen1.5-72B-Chat", "tie_word_embeddings": False},
+        {"num_key_value_heads": 4},
+        **_QWEN2,
+    ),
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": Published(
+        "llava_onevision",
+        "qwen2",
+        ONEVISION_TEMPLATE,
+        {**_QWEN2_TEXT, "_name_or_path": "Qwen/Qwen2-0.5B-Instruct", "tie_word_embeddings": True},
+        tower="siglip",
+        **{**_QWEN2, "last_tokens": ("<image>", "<video>")},
+    ),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": Published(
+        "llava_onevision",
+        "qwen2",
+        ONEVISION_TEMPLATE,
+        {**_QWEN2_TEXT, "_name_or_path": "Qwen/Qwen2-7B-Instruct", "tie_word_embeddings": False},
+        {"hidden_size": 112, "num_attention_heads": 7, "num_key_value_heads": 1},
+        tower="siglip",
+        **{**_QWEN2, "last_tokens": ("<image>", "<video>")},
+    ),
+    # Heads in groups.
+    "llava-hf/llava-next-110b-hf": Published(
+        "llava_next",
+        "qwen2",
+        CHATML_TEMPLATE,
+        {**_QWEN2_TEXT, "_name_or_path": "Qwen/Qwen1.5-110B-Chat", "tie_word_embeddings": False},
+        {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 1},
+        **_QWEN2,
     ),
 }

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+PROCESSORS = {
+    "llava": "LlavaProcessor",
+    "llava_next": "LlavaNextProcessor",
+    "llava_onevision": "LlavaOnevisionProcessor",
+}
+
+
 def make_published(folder: Path, name: str, *, seed: int = 0) -> Path:
     """Write one of PUBLISHED with random weights, in float16 as most are, and return its folder.
 
@@ -29,6 +36,7 @@ def make_published(folder: Path, name: str, *, seed: int = 0) -> Path:
     make_checkpoint(
         folder,
         family=published.family,
+        tower=published.tower,
         language=published.language,
         text=text | scaled,
         seed=seed,
@@ -57,11 +65,10 @@ def _write_tokenizer(folder: Path, published: Published) -> dict[str, int]:
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != "<image>"]
     spec["model"]["vocab"] = {token: index for token, index in spec["model"]["vocab"].items() if index < base - 1}
     backend = Tokenizer.from_str(json.dumps(spec))
-    backend.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in (*published.special_tokens, "<image>", "<pad>")]
-    )
-    bos = published.named_tokens["bos_token"]
+    last = (*published.special_tokens, *published.last_tokens)
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in last])
     if published.adds_bos:
+        bos = published.named_tokens["bos_token"]
         processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
     else:
         processor = processors.TemplateProcessing(single="$A", special_tokens=[])
@@ -84,9 +91,11 @@ def _write_tokenizer(folder: Path, published: Published) -> dict[str, int]:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1000000000000000019884624838656,
         "padding_side": "left",
-        "processor_class": "LlavaNextProcessor" if published.family == "llava_next" else "LlavaProcessor",
+        "processor_class": PROCESSORS[published.family],
         "tokenizer_class": published.tokenizer_class,
     }
+    if published.tokenizer_class == "Qwen2Tokenizer":
+        config |= {"add_prefix_space": False, "bos_token": None, "errors": "replace", "unk_token": None}
     if published.tokenizer == "sentencepiece":
         config |= {
             "add_bos_token": published.adds_bos,
@@ -103,7 +112,7 @@ def _write_tokenizer(folder: Path, published: Published) -> dict[str, int]:
         (folder / published.template_file).write_text(published.template)
     _write(folder / "tokenizer_config.json", config)
     _write(folder / "special_tokens_map.json", published.named_tokens)
-    _write(folder / "added_tokens.json", {token: backend.token_to_id(token) for token in ("<image>", "<pad>")})
+    _write(folder / "added_tokens.json", {token: backend.token_to_id(token) for token in published.last_tokens})
     return {token["content"]: int(token_id) for token_id, token in added.items()}
 
 
@@ -111,8 +120,9 @@ def _write_configs(folder: Path, published: Published, ids: dict[str, int]) -> N
     sizes = json.loads((folder / "config.json").read_text())
     scaled = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
     text = {name: sizes["text_config"][name] for name in (*scaled, "vocab_size")}
+    architectures = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
     text |= {
-        "architectures": [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[published.language]],
+        "architectures": [architectures[published.language]],
         "max_position_embeddings": 4096,
         "model_type": published.language,
         "torch_dtype": "float16",
@@ -121,29 +131,40 @@ def _write_configs(folder: Path, published: Published, ids: dict[str, int]) -> N
     vision = {
         name: sizes["vision_config"][name] for name in (*scaled[:3], "num_hidden_layers", "image_size", "patch_size")
     }
-    vision |= {"model_type": "clip_vision_model", "projection_dim": 768, "vocab_size": 32000}
+    if published.tower == "siglip":
+        vision |= {"model_type": "siglip_vision_model", "vision_use_head": False}
+    else:
+        vision |= {"model_type": "clip_vision_model", "projection_dim": 768, "vocab_size": 32000}
     is_next = published.family == "llava_next"
     config = {
-        "architectures": ["LlavaNextForConditionalGeneration" if is_next else "LlavaForConditionalGeneration"],
+        "architectures": [PROCESSORS[published.family].replace("Processor", "ForConditionalGeneration")],
         "ignore_index": -100,
         "image_token_index": ids["<image>"],
         "model_type": published.family,
-        "pad_token_id": ids["<pad>"],
+        "pad_token_id": ids[published.named_tokens["pad_token"]],
         "projector_hidden_act": "gelu",
         "text_config": text,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": bool(published.text.get("tie_word_embeddings")),
         "torch_dtype": "float16",
         "transformers_version": "4.39.0.dev0" if is_next else "4.36.0.dev0",
         "vision_config": vision,
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_layer": sizes["vision_feature_layer"],
+        "vision_feature_select_strategy": sizes["vision_feature_select_strategy"],
     }
+    if published.family == "llava_onevision":
+        config |= {
+            "image_grid_pinpoints": sizes["image_grid_pinpoints"],
+            "use_image_newline_parameter": True,
+            "video_token_index": ids["<video>"],
+            "vision_aspect_ratio": "anyres_max_9",
+        }
+        del config["pad_token_id"]
     if is_next:
         config |= {"image_grid_pinpoints": sizes["image_grid_pinpoints"], "use_image_newline_parameter": True}
     _write(folder / "config.json", config)
     generation: dict[str, Any] = {
         "_from_model_config": True,
-        "pad_token_id": ids["<pad>"],
+        "pad_token_id": ids[published.named_tokens["pad_token"]],
         "transformers_version": "4.36.0",
     }
     for name, value in published.generation.items():

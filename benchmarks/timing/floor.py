@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hivtp.export.graph.clip import VisionShape
+from hivtp.export.checkpoint.config import head_size
+from hivtp.export.graph.shape import VisionShape
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def encoder_layer(config: Any) -> Layer:
 def decoder_layer(config: Any) -> Layer:
     """A layer of its language model, a Llama or Mistral."""
     text = config.text_config
-    query_width, kv_width = (num * text.head_dim for num in (text.num_attention_heads, text.num_key_value_heads))
+    query_width, kv_width = (num * head_size(text) for num in (text.num_attention_heads, text.num_key_value_heads))
     return Layer(text.hidden_size, query_width, kv_width, text.intermediate_size, 3)
 
 

@@ -101,7 +101,7 @@ class PapersWay:
     """
 
     def __init__(self, model: Any, clock: StageClock) -> None:
-        from hivtp.export.graph.clip import VisionShape
+        from hivtp.export.graph.shape import VisionShape
 
         shape = VisionShape.of(model.config)
         spec = PruningSpec.preset("paper", shape.grid).resolve(shape.num_layers)

@@ -51,6 +51,7 @@ def write_large_checkpoint(
     shape: str = "7b",
     *,
     family: str = "llava",
+    tower: str = "clip",
     language: str = "llama",
     dtype: str = "bfloat16",
     max_shard_bytes: int = 2 * 10**9,
@@ -64,7 +65,7 @@ def write_large_checkpoint(
     import torch
     from safetensors.torch import save_file
 
-    config = make_config(shape, family=family, language=language, text=text)
+    config = make_config(shape, family=family, tower=tower, language=language, text=text)
     with torch.device("meta"):
         weights = list(model_class(family)(config).named_parameters())
     torch_dtype = getattr(torch, dtype)
@@ -108,12 +109,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="7b")
-    parser.add_argument("--family", choices=("llava", "llava_next"), default="llava")
-    parser.add_argument("--language", choices=("llama", "mistral"), default="llama")
+    parser.add_argument("--family", choices=("llava", "llava_next", "llava_onevision"), default="llava")
+    parser.add_argument("--tower", choices=("clip", "siglip"), default="clip")
+    parser.add_argument("--language", choices=("llama", "mistral", "qwen2"), default="llama")
+    parser.add_argument("--layers", type=int, help="of the language model, instead of the shape's")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="bfloat16")
     options = parser.parse_args()
     write_large_checkpoint(
-        options.folder, options.shape, family=options.family, language=options.language, dtype=options.dtype
+        options.folder,
+        options.shape,
+        family=options.family,
+        tower=options.tower,
+        language=options.language,
+        dtype=options.dtype,
+        text=None if options.layers is None else {"num_hidden_layers": options.layers},
     )
     print(f"wrote a {options.family} checkpoint of shape {options.shape!r} to {options.folder}")
 

@@ -8,6 +8,9 @@ from hivtp.engines.files import read_json
 from hivtp.export.checkpoint.foreign import refuse_config
 from hivtp.export.checkpoint.llava import LLAVA
 from hivtp.export.checkpoint.llava_next import LLAVA_NEXT
+from hivtp.export.checkpoint.llava_onevision import LLAVA_ONEVISION
+from hivtp.runtime.original_layout import KNOWN_TOWERS, converted, is_original, tower_name
+from hivtp.runtime.vision.tower_kinds import TOWER_KINDS
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -19,11 +22,11 @@ if TYPE_CHECKING:
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 # Of any size that a config names; far beyond any model.
 MAX_SIZE = 10**7
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAVA, LLAVA_NEXT)}
-LANGUAGE_MODELS = ("llama", "mistral")
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION)}
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
 SUPPORTED = (
-    f"{' or '.join(f'{family.title} (model_type {name!r})' for name, family in FAMILIES.items())} with a CLIP vision "
-    "tower and a Llama or Mistral language model"
+    f"{', '.join(f'{family.title} (model_type {name!r})' for name, family in FAMILIES.items())}, with a CLIP or "
+    "SigLIP vision tower and a Llama, Mistral or Qwen2 language model"
 )
 # As the builder of the vision graph writes them.
 VISION_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
@@ -49,17 +52,28 @@ _SIZES = {
 }
 
 
-def read_config(folder: Path) -> Any:
+def read_config(folder: Path, vision_config: Mapping[str, Any] | None = None) -> Any:
     """Read config.json into its class of transformers, after checking that its model can be exported.
 
     Args:
         folder: of the checkpoint.
+        vision_config: of a vision tower in a folder of its own, for a checkpoint in the layout of the original code.
 
     Raises:
         CheckpointError: what was found, and what is supported.
     """
     raw = read_object(folder / CONFIG_FILE)
     refuse_config(folder, raw)
+    if is_original(raw):
+        if vision_config is None and tower_name(raw) not in KNOWN_TOWERS:
+            raise CheckpointError(
+                f"{folder} has the vision tower {str(raw.get('mm_vision_tower'))[:200]!r} and does not say what that "
+                "is; give the folder of the CLIP model that it was made from: --vision-tower FOLDER"
+            )
+        try:
+            raw = converted(raw, vision_config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
     kind = raw.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
@@ -102,6 +116,12 @@ def sliding_window(text_config: Any) -> int | None:
     return window
 
 
+def head_size(text_config: Any) -> int:
+    """The width of a head of a language model; configs of some kinds do not name it."""
+    size: int = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    return size
+
+
 def _sizes_problem(parts: Mapping[str, Mapping[str, Any]]) -> str | None:
     """A size that no model has; transformers takes any integer, and fails later or never ends."""
     for part, values in parts.items():
@@ -116,22 +136,27 @@ def _sizes_problem(parts: Mapping[str, Mapping[str, Any]]) -> str | None:
 def _architecture_problem(config: Any, family: Family) -> str | None:
     vision, text = config.vision_config, config.text_config
     for is_refused, found in (
-        (vision.model_type != "clip_vision_model", f"a vision tower of type {vision.model_type!r}"),
+        (vision.model_type not in TOWER_KINDS, f"a vision tower of type {vision.model_type!r}"),
         (text.model_type not in LANGUAGE_MODELS, f"a language model of type {text.model_type!r}"),
         (
             not isinstance(config.vision_feature_layer, int),
             f"several vision feature layers {config.vision_feature_layer}",
         ),
-        (
-            config.vision_feature_select_strategy not in family.select_strategies,
-            f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}",
-        ),
     ):
         if is_refused:
             return f"it has {found}; supported is {SUPPORTED}"
-    depth = vision.num_hidden_layers
+    depth, strategy = vision.num_hidden_layers, config.vision_feature_select_strategy
+    has_class_token = TOWER_KINDS[vision.model_type].num_class_tokens > 0
     for is_refused, found in (
-        (vision.image_size % vision.patch_size != 0, "an image size that its patch size does not divide"),
+        (vision.image_size < vision.patch_size, "an image size smaller than its patch size"),
+        (
+            not has_class_token and strategy == "default",
+            f"vision_feature_select_strategy {strategy!r} and no class token: the first patch would be left out",
+        ),
+        (
+            has_class_token and strategy == "full" and family.is_tiled,
+            f"vision_feature_select_strategy {strategy!r} and a class token, which would stand in front of every tile",
+        ),
         (vision.hidden_size % vision.num_attention_heads != 0, "a vision width that its heads do not divide"),
         (vision.num_channels != 3, f"a vision tower of {vision.num_channels} colour channels"),
         (text.num_attention_heads % text.num_key_value_heads != 0, "heads that its key-value heads do not divide"),

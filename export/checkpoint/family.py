@@ -22,8 +22,7 @@ class Family:
         title: as people call it.
         config_class: of its config in transformers.
         image_processors: classes of transformers that it comes with, without their endings Fast and Pil.
-        select_strategies: which features of the tower are used: "default" leaves the CLS out, "full" does not.
-        has_newline: whether it has an `image_newline` weight.
+        is_tiled: whether an image becomes a base tile and a grid of tiles, with an `image_newline` after each row.
         config_problem: what is wrong with a config, for a message; None where nothing is.
         processor_problem: the same for a config and the settings of its image processor, as transformers writes them.
         preprocess: pixels [tiles, 3, H, W] float32 of an image with these settings, as a bundle makes them.
@@ -33,8 +32,7 @@ class Family:
     title: str
     config_class: str
     image_processors: tuple[str, ...]
-    select_strategies: tuple[str, ...]
-    has_newline: bool
+    is_tiled: bool
     config_problem: Callable[[Any], str | None]
     processor_problem: Callable[[Any, dict[str, Any]], str | None]
     preprocess: Callable[[dict[str, Any], Image.Image], NDArray[np.float32]]

@@ -23,6 +23,11 @@ TO_FLOAT = (
     "export the original checkpoint in float16, bfloat16 or float32, and choose precisions with --vision-precision and "
     "--language-precision"
 )
+PICKLED = "only pickled weights, which can carry code"
+REWRITE = (
+    "if you trust it, read its files with torch.load(file, weights_only=True), and write all their tensors with "
+    "safetensors.torch.save_file to one model.safetensors beside them"
+)
 # By the form of a file's name: what a folder without safetensors of transformers is, and the way out.
 _FILES = (
     (r"\.distcp$|^__\d+_\d+|_fsdp(_\d+)?(\.bin|/)", "shards of FSDP", "merge them with accelerate merge-weights"),
@@ -37,19 +42,16 @@ _FILES = (
     (r"^(tf_model.*\.h5|flax_model.*\.msgpack)$", "weights of TensorFlow or Flax", SAVE_AGAIN),
     (
         r"^(?!training_args|optimizer|scheduler|scaler|rng_state).*\.(bin|pth|pt|ckpt)$",
-        "only pickled weights, which can carry code",
+        PICKLED,
         f"if you trust it, {SAVE_AGAIN}",
     ),
 )
 # Keys of a config, or of one of its parts, that say how weights are rounded; and files that say the same.
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "quant_config", "compression_config")
 _QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-_ORIGINAL_CLASSES = re.compile(r"^Llava(Llama|Mistral|Mpt|Qwen|Phi|Gemma)\w*ForCausalLM$")
-_ORIGINAL_TYPES = re.compile(r"^llava_(llama|mistral|mpt|qwen|phi|gemma)\w*$")
 _ORIGINAL = (
-    "is in the layout of the original LLaVA code, not in that of transformers; take its conversion from "
-    "https://huggingface.co/llava-hf, or convert it with convert_llava_weights_to_hf.py (LLaVA-NeXT: "
-    "convert_llava_next_weights_to_hf.py) of the transformers repository"
+    "holds weights in the layout of the original LLaVA code under a config of transformers; take the config.json that "
+    "belongs to the weights, or the conversion from https://huggingface.co/llava-hf"
 )
 _MERGE = (
     "merge it with PEFT: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), and "
@@ -100,8 +102,13 @@ def refuse_kind(place: object, names: Collection[str]) -> None:
             raise CheckpointError(f"{place} is quantised, as its {name} says; {TO_FLOAT}")
 
 
-def refuse_formats(place: object, names: Collection[str]) -> None:
+def refuse_formats(place: object, names: Collection[str], *, is_original: bool = False) -> None:
     """Refuse weights in other formats than safetensors, where there are no others.
+
+    Args:
+        place: the folder or repository, for messages.
+        names: of its files.
+        is_original: whether the config is one of the original LLaVA code, whose weights transformers cannot open.
 
     Raises:
         CheckpointError: which format, and the way out; or that there are no weights.
@@ -114,6 +121,7 @@ def refuse_formats(place: object, names: Collection[str]) -> None:
     for form, what, advice in _FILES:
         found = next((name for name in sorted(names) if re.search(form, name)), None)
         if found is not None:
+            advice = REWRITE if is_original and what == PICKLED else advice
             raise CheckpointError(f"{place} holds {what} ({found}) and no model.safetensors; {advice}")
     raise CheckpointError(
         f"{place} holds no weights: it has neither model.safetensors nor model.safetensors.index.json; download it "
@@ -122,17 +130,11 @@ def refuse_formats(place: object, names: Collection[str]) -> None:
 
 
 def refuse_config(place: object, raw: Mapping[str, Any]) -> None:
-    """Refuse a config of another layout, or of rounded weights.
+    """Refuse a config of rounded weights, or one whose weights are elsewhere.
 
     Raises:
         CheckpointError: what it is, and the way out.
     """
-    classes = raw.get("architectures")
-    names = [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
-    kind = raw.get("model_type")
-    is_original = any(map(_ORIGINAL_CLASSES.match, names)) or (isinstance(kind, str) and _ORIGINAL_TYPES.match(kind))
-    if is_original or "mm_vision_tower" in raw:
-        raise CheckpointError(f"{place} {_ORIGINAL}")
     for part in ("", "text_config", "vision_config"):
         config = raw.get(part) if part else raw
         if not isinstance(config, dict):
@@ -147,8 +149,13 @@ def refuse_config(place: object, raw: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_weights(place: object, weights: Iterable[Location]) -> None:
+def refuse_weights(place: object, weights: Iterable[Location], *, is_original: bool = False) -> None:
     """Refuse weights of other layouts, and rounded ones.
+
+    Args:
+        place: the folder, for messages.
+        weights: as they are stored.
+        is_original: whether the config is one of the original LLaVA code.
 
     Raises:
         CheckpointError: what they are, and the way out.
@@ -164,7 +171,7 @@ def refuse_weights(place: object, weights: Iterable[Location]) -> None:
                 f"{place} holds flattened weights of FSDP ({shown}); save the full state dict "
                 "(FullStateDictConfig, or accelerate's fsdp_state_dict_type FULL_STATE_DICT), and export that"
             )
-        if ".mm_projector." in name:
+        if ".mm_projector." in name and not is_original:
             raise CheckpointError(f"{place} {_ORIGINAL}")
         if weight.dtype not in _FLOAT_DTYPES and canonical_name(weight.name) is not None:
             raise CheckpointError(f"{place} is quantised: its weight {shown} is {weight.dtype}; {TO_FLOAT}")

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 ANY_NUMBER = 2**31
 
 
-def _config_problem(config: Any) -> str | None:
+def pinpoints_problem(config: Any) -> str | None:
+    """What is wrong with the pinpoints of a config, for a message; None where nothing is."""
     side, pinpoints = config.vision_config.image_size, config.image_grid_pinpoints
     is_valid = isinstance(pinpoints, list) and all(
         isinstance(pair, list | tuple)
@@ -29,7 +30,8 @@ def _config_problem(config: Any) -> str | None:
     return None
 
 
-def _processor_problem(config: Any, settings: dict[str, Any]) -> str | None:
+def processor_problem(config: Any, settings: dict[str, Any]) -> str | None:
+    """See Family."""
     side = config.vision_config.image_size
     tiler = Tiler.from_config(settings, max_tiles=ANY_NUMBER)
     if tiler.tile_size != side:
@@ -39,7 +41,8 @@ def _processor_problem(config: Any, settings: dict[str, Any]) -> str | None:
     return None
 
 
-def _preprocess(settings: dict[str, Any], image: Image.Image) -> NDArray[np.float32]:
+def preprocess(settings: dict[str, Any], image: Image.Image) -> NDArray[np.float32]:
+    """See Family."""
     return Tiler.from_config(settings, max_tiles=ANY_NUMBER)(image).pixel_values
 
 
@@ -48,9 +51,8 @@ LLAVA_NEXT = Family(
     title="LLaVA-NeXT",
     config_class="LlavaNextConfig",
     image_processors=("LlavaNextImageProcessor",),
-    select_strategies=("default",),
-    has_newline=True,
-    config_problem=_config_problem,
-    processor_problem=_processor_problem,
-    preprocess=_preprocess,
+    is_tiled=True,
+    config_problem=pinpoints_problem,
+    processor_problem=processor_problem,
+    preprocess=preprocess,
 )

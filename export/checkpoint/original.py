@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hivtp.engines.files import read_json, read_regular
+from hivtp.export.checkpoint.onevision_processor import open_onevision_processor
 from hivtp.export.checkpoint.tokenizer import FAST_FILE, SAVE_FAST, check_tokenizer_files
 from hivtp_ops.errors import CheckpointError
 
@@ -26,8 +27,12 @@ OTHER_FILES = ("chat_template.jinja", "additional_chat_templates/*.jinja", "merg
 MAX_OTHER_BYTES = 64 * 2**20
 
 
-def open_original(folder: Path) -> Any:
+def open_original(folder: Path, family: str) -> Any:
     """The processor as transformers opens it, with the backend for images that runs everywhere.
+
+    Args:
+        folder: of the checkpoint.
+        family: its architecture.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the processor is Python code of the checkpoint.
@@ -35,10 +40,15 @@ def open_original(folder: Path) -> Any:
     """
     from transformers import AutoProcessor
 
-    _check_files(folder)
+    check_files(folder)
     check_tokenizer_files(folder)
     try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil", trust_remote_code=False)
+        if family == "llava_onevision":
+            processor = open_onevision_processor(folder)
+        else:
+            processor = AutoProcessor.from_pretrained(
+                folder, local_files_only=True, backend="pil", trust_remote_code=False
+            )
         is_whole = processor.tokenizer is not None and processor.image_processor is not None
     except Exception as error:
         if "trust_remote_code" in str(error):
@@ -59,8 +69,12 @@ def open_original(folder: Path) -> Any:
     return processor
 
 
-def _check_files(folder: Path) -> None:
-    """Refuse files that would block, fill the memory or be nested without end."""
+def check_files(folder: Path) -> None:
+    """Refuse files that would block, fill the memory or be nested without end.
+
+    Raises:
+        CheckpointError: which file.
+    """
     files = [folder / name for name in JSON_FILES]
     others = [file for form in OTHER_FILES for file in sorted(folder.glob(form))]
     for file in (*filter(lambda file: file.exists(), files), *others):

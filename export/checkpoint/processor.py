@@ -60,7 +60,7 @@ class Processor:
             MissingExtraError: sentencepiece is needed and not installed.
         """
         folder = checkpoint.folder
-        original = open_original(folder)
+        original = checkpoint.processor or open_original(folder, checkpoint.family)
         tokenizer = original.tokenizer
         image_token = getattr(original, "image_token", "<image>")
         check_tokenizer(folder, tokenizer, image_token, checkpoint.config)

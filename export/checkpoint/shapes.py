@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from hivtp.runtime.weight_files import Location
 
+# Of a tower, for its pooled output, which LLaVA does not use.
+UNUSED = ("post_layernorm.", "head.")
 _LAYER = re.compile(r"^((?:vision\.encoder|language\.model)\.layers\.)(\d+)\.")
 
 
@@ -36,7 +38,7 @@ def check_shapes(place: object, config: Any, locations: Mapping[str, Location]) 
     if missing is not None:
         raise CheckpointError(_missing(place, missing, depths, locations))
     for name, shape in _expanded(single, depths):
-        found = locations[name].shape
+        found = locations[name].full_shape
         if found != shape:
             raise CheckpointError(
                 f"{place}: {name!r} has shape {list(found)}, the config asks for {list(shape)}; "
@@ -62,7 +64,7 @@ def _missing(place: object, name: str, depths: Mapping[str, int], locations: Map
 def _shapes_of_one_layer(config: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
     """Shapes by name, of the repeated layers the first alone; and how often each kind of layer is repeated."""
     import torch
-    from transformers import AutoModelForCausalLM, CLIPVisionModel
+    from transformers import AutoModel, AutoModelForCausalLM
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     depths = {
@@ -74,7 +76,7 @@ def _shapes_of_one_layer(config: Any) -> tuple[dict[str, tuple[int, ...]], dict[
     # On the meta device a module has shapes and no storage.
     with torch.device("meta"):
         parts = {
-            "vision": CLIPVisionModel(config.vision_config),
+            "vision": AutoModel.from_config(config.vision_config),
             "projector": LlavaMultiModalProjector(config),
             "language": AutoModelForCausalLM.from_config(config.text_config),
         }
@@ -82,10 +84,9 @@ def _shapes_of_one_layer(config: Any) -> tuple[dict[str, tuple[int, ...]], dict[
         f"{part}.{name.removeprefix('vision_model.')}": tuple(weight.shape)
         for part, module in parts.items()
         for name, weight in module.named_parameters()
-        # The tower's last norm serves only its pooled output, which LLaVA does not use.
-        if "post_layernorm" not in name
+        if not (part == "vision" and name.removeprefix("vision_model.").startswith(UNUSED))
     }
-    if FAMILIES[config.model_type].has_newline:
+    if FAMILIES[config.model_type].is_tiled:
         shapes["image_newline"] = (config.text_config.hidden_size,)
     if config.text_config.tie_word_embeddings or config.tie_word_embeddings:
         shapes.pop("language.lm_head.weight", None)

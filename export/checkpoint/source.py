@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hivtp.export.checkpoint.config import CONFIG_FILE, GENERATION_FILE, SUPPORTED, read_config
+from hivtp.export.checkpoint.config import CONFIG_FILE, GENERATION_FILE, SUPPORTED, read_config, read_object
 from hivtp.export.checkpoint.foreign import refuse_formats, refuse_kind
 from hivtp.export.checkpoint.original import JSON_FILES, OTHER_FILES
 from hivtp.runtime.hub.cache import id_of, snapshot_of
 from hivtp.runtime.hub.checkpoint import download_weights
 from hivtp.runtime.hub.repository import find_repository
+from hivtp.runtime.original_layout import is_original
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from hivtp.runtime.hub.repository import Repository
@@ -53,12 +55,19 @@ class CheckpointSource:
         return cls(folder.resolve().name, None, folder)
 
 
-def find_checkpoint(name: str | Path, revision: str | None = None, *, is_quiet: bool = False) -> CheckpointSource:
+def find_checkpoint(
+    name: str | Path,
+    revision: str | None = None,
+    vision_config: Mapping[str, Any] | None = None,
+    *,
+    is_quiet: bool = False,
+) -> CheckpointSource:
     """The checkpoint of a name: a folder that exists, or else a repository on the hub, which is downloaded.
 
     Args:
         name: of a folder, or owner/name.
         revision: a branch, tag or commit, of a repository on the hub.
+        vision_config: see `read_config`.
         is_quiet: show no progress bars.
 
     Raises:
@@ -68,10 +77,10 @@ def find_checkpoint(name: str | Path, revision: str | None = None, *, is_quiet: 
     repository = find_repository(name, revision)
     if repository is None:
         return CheckpointSource.of_folder(name)
-    return _download(repository, is_quiet=is_quiet)
+    return _download(repository, vision_config, is_quiet=is_quiet)
 
 
-def _download(repository: Repository, *, is_quiet: bool) -> CheckpointSource:
+def _download(repository: Repository, vision_config: Mapping[str, Any] | None, *, is_quiet: bool) -> CheckpointSource:
     """Download what an export reads, the small files first: what cannot be exported is refused before the weights."""
     names = repository.files
     refuse_kind(repository.name, names)
@@ -82,6 +91,6 @@ def _download(repository: Repository, *, is_quiet: bool) -> CheckpointSource:
     forms = (CONFIG_FILE, GENERATION_FILE, *JSON_FILES, *OTHER_FILES)
     needed = [name for name in names if any(fnmatchcase(name, form) for form in forms)]
     folder = repository.download(needed, is_quiet=is_quiet)
-    read_config(folder)
-    refuse_formats(repository.name, names)
+    read_config(folder, vision_config)
+    refuse_formats(repository.name, names, is_original=is_original(read_object(folder / CONFIG_FILE)))
     return CheckpointSource(repository.name, repository.revision, download_weights(repository, is_quiet=is_quiet))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hivtp.engines.tensorrt.library import LibraryName
+from hivtp.export.checkpoint.original_layout.conversations import CONVERSATIONS
 from hivtp.export.cli.plan import plan_summary
 from hivtp.export.decoder.build import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, PrefillPrecision
 from hivtp.export.exporter import export_bundle
@@ -24,7 +25,7 @@ from hivtp_ops.errors import EngineError, HivtpError, SpecError
 from hivtp_ops.spec import PRESETS, PruningSpec
 
 DESCRIPTION = """\
-Turn a LLaVA-1.5 or LLaVA-NeXT checkpoint (Hugging Face format) into a bundle: a folder with the vision graph,
+Turn a LLaVA checkpoint (1.5, NeXT, OneVision; docs/checkpoints.md) into a bundle: a folder with the vision graph,
 HIVTP token pruning inside it, and the language model, all ONNX. Before the bundle appears, every graph is compared
 with PyTorch, and the bundle is opened and asked about an image. Run a bundle with hivtp run.
 """
@@ -66,7 +67,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="print the summary only")
 
     add_pruning_options(parser)
-    tiles = parser.add_argument_group("LLaVA-NeXT, which cuts images into tiles; presets count per tile")
+    tiles = parser.add_argument_group("LLaVA-NeXT and OneVision, which cut images into tiles; presets count per tile")
     tiles.add_argument(
         "--keep-total",
         type=int,
@@ -166,6 +167,18 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat-template", metavar="NAME", help="which of the checkpoint's chat templates, where it has several"
     )
+    parser.add_argument(
+        "--conversation",
+        choices=CONVERSATIONS,
+        help="the form of a conversation, for a checkpoint in the layout of the original LLaVA code (default: by its "
+        "kind, vicuna_v1 for a Vicuna)",
+    )
+    parser.add_argument(
+        "--vision-tower",
+        type=Path,
+        metavar="FOLDER",
+        help="the CLIP model of such a checkpoint, where it does not hold its vision tower or names an unknown one",
+    )
 
 
 def add_pruning_options(parser: argparse.ArgumentParser) -> None:
@@ -243,6 +256,8 @@ def settings_from(options: argparse.Namespace) -> ExportSettings:
         "graph": options.graph,
         "decoder_from": options.decoder_from,
         "chat_template": options.chat_template,
+        "conversation": options.conversation,
+        "vision_tower": options.vision_tower,
         "revision": options.revision,
         "overwrite": options.overwrite,
     }

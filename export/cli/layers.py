@@ -81,7 +81,8 @@ def choice_from(options: argparse.Namespace) -> ChoiceSettings:
 
 def run(options: argparse.Namespace) -> None:
     """Rank, and print the ranking."""
-    taken = {"revision": options.revision, "chat_template": options.chat_template}
+    names = ("revision", "chat_template", "conversation", "vision_tower")
+    taken = {name: getattr(options, name) for name in names}
     settings, choice = ExportSettings(**pruning_from(options), **taken), choice_from(options)
     ranking = choose_layers(options.checkpoint, options.images, settings, choice, is_quiet=options.quiet)
     print(json.dumps(ranking.to_dict()) if options.json else ranking.table())

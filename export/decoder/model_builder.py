@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
     from hivtp.export.checkpoint.folder import Checkpoint
 
+ARCHITECTURES: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
 # The KV cache holds the whole context, in which a chat can go back, even where attention sees a window of it.
 BUILDER_OPTIONS: Mapping[str, Any] = {
     "exclude_embeds": True,
@@ -33,10 +38,10 @@ def builder_class(model_type: str) -> Any:
     """
     try:
         import onnxruntime_genai.models  # noqa: F401  it puts the builder's folder on the path
-        from onnxruntime_genai.models.builders import llama, mistral
+        from onnxruntime_genai.models.builders import llama, mistral, qwen
     except ImportError as error:
         raise MissingExtraError("onnxruntime-genai", "export") from error
-    base = {"llama": llama.LlamaModel, "mistral": mistral.MistralModel}[model_type]
+    base = {"llama": llama.LlamaModel, "mistral": mistral.MistralModel, "qwen2": qwen.QwenModel}[model_type]
 
     class Decoder(base):  # type: ignore[misc, valid-type]  # the builder ships no types
         """The builder's model, fed with an already opened one instead of a folder."""
@@ -85,7 +90,7 @@ def builder_config(checkpoint: Checkpoint) -> Any:
     # The rotations are made without it; it takes notice of some of these keys.
     values["rope_parameters"] = {"rope_type": "default", "rope_theta": theirs.rope_parameters["rope_theta"]}
     config = type(theirs)(**values)
-    config.architectures = [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[config.model_type]]
+    config.architectures = [ARCHITECTURES[config.model_type]]
     if sliding_window(config) is not None:
         # Mistral's config names no layers: its window holds in all of them.
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hivtp.export.checkpoint.config import head_size
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ def check_decoder(checkpoint: Checkpoint) -> None:
     config = checkpoint.config.text_config
     rope = config.rope_parameters
     rope_type = rope["rope_type"]
-    if config.head_dim % HEAD_SIZE_STEP != 0:
-        found = f"heads of size {config.head_dim}"
+    if head_size(config) % HEAD_SIZE_STEP != 0:
+        found = f"heads of size {head_size(config)}"
         works = f"ONNX Runtime's attention takes multiples of {HEAD_SIZE_STEP}"
     elif rope_type not in ROPE_TYPES:
         found = f"rotary position embeddings (RoPE) of type {rope_type!r}"
@@ -40,6 +41,9 @@ def check_decoder(checkpoint: Checkpoint) -> None:
     elif rope_type != "default" and rope.get("partial_rotary_factor", 1) != 1:
         found = f"rotary position embeddings (RoPE) of type {rope_type!r} for a part of each head"
         works = "a decoder can be written where they turn the whole head"
+    elif config.model_type == "qwen2" and "sliding_attention" in config.layer_types:
+        found = "a sliding window in some of its layers"
+        works = "a decoder can be written for one that holds in all of them or in none"
     elif config.max_position_embeddings > MAX_CONTEXT_LENGTH:
         found = f"a context of {config.max_position_embeddings} positions"
         works = f"a decoder can be written for up to {MAX_CONTEXT_LENGTH}; lower max_position_embeddings in config.json"

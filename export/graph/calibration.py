@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from hivtp.engines.onnxruntime import open_session
 from hivtp.export.graph.builder import GraphBuilder, Output, save_model
-from hivtp.export.graph.clip import ClipTower, VisionShape
+from hivtp.export.graph.shape import VisionShape
+from hivtp.export.graph.tower import Tower
 from hivtp_ops.errors import SpecError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _maxima_graph(checkpoint: Checkpoint, spec: PruningSpec | None) -> tuple[ir.
     shape = VisionShape.of(checkpoint.config)
     first = first_fp8_layer(spec, shape)
     graph = GraphBuilder(checkpoint.tensor, "fp32")
-    tower = ClipTower(graph, shape, checkpoint.config.vision_config, scoring_layers=range(0))
+    tower = Tower(graph, shape, checkpoint.config.vision_config, scoring_layers=range(0))
     hidden = tower.embed(graph.input("pixel_values", "FLOAT", ["tiles", 3, shape.image_size, shape.image_size]))
     for index in range(first):
         hidden = tower.layer(index, hidden)

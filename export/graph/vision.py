@@ -1,4 +1,4 @@
-"""The vision graphs: the CLIP tower, the pruning op between its layers and the projector."""
+"""The vision graphs: the tower, the pruning op between its layers and the projector."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from hivtp.export.graph.activation import activation
 from hivtp.export.graph.builder import OPSET, GraphBuilder, Output, VisionPrecision
-from hivtp.export.graph.clip import ClipTower, VisionShape, activation
+from hivtp.export.graph.shape import VisionShape
+from hivtp.export.graph.tower import Tower
 from hivtp_ops.onnx_function import hierarchical_prune_function, hierarchical_prune_node
 
 if TYPE_CHECKING:
@@ -30,13 +32,13 @@ def build_vision_graph(
 ) -> ir.Model:
     """Build one of the two vision graphs.
 
-    "vision": `pixel_values` [tiles, 3, H, W] float32 and, pruned and for LLaVA-NeXT, `patch_mask`
+    "vision": `pixel_values` [tiles, 3, H, W] float32 and, pruned and where images are tiled, `patch_mask`
     [tiles, patches] bool (False is padding, scored -inf) → `image_embeds` [tiles, prefix + capacity, hidden of
     the language model] float32 and, with a spec, `kept_indices` [tiles, capacity] int64, `kept_counts`
     [tiles] int64 and `importance` [tiles, patches] float32. Rows beyond the count are zero.
 
-    "encoder": `features` [tiles, prefix + patches, width], `attention` [tiles, layers, heads, 1 + patches,
-    1 + patches] of the scoring layers and `importance`, all float32, nothing pruned.
+    "encoder": `features` [tiles, prefix + patches, width], `attention` [tiles, layers, heads, tokens,
+    tokens] of the scoring layers and `importance`, all float32, nothing pruned.
 
     Args:
         checkpoint: an open checkpoint; only its vision and projector weights are read.
@@ -63,10 +65,11 @@ class _VisionGraph:
         maxima: Mapping[str, float] | None,
     ) -> None:
         self.config = checkpoint.config
+        self.is_tiled = checkpoint.is_tiled
         self.shape = VisionShape.of(checkpoint.config)
         self.graph = GraphBuilder(checkpoint.tensor, precision, maxima)
         scoring_layers = range(0) if spec is None else spec.scoring_layers
-        self.tower = ClipTower(self.graph, self.shape, self.config.vision_config, scoring_layers)
+        self.tower = Tower(self.graph, self.shape, self.config.vision_config, scoring_layers)
         side = self.shape.image_size
         self.pixels = self.graph.input("pixel_values", "FLOAT", ["tiles", 3, side, side])
 
@@ -109,7 +112,7 @@ class _VisionGraph:
         axis = graph.constant("axis_layers", [1])
         maps = [graph.op("Unsqueeze", item, axis, name=f"{item.name}.map") for item in self.tower.attention_maps]
         attention = graph.op("Concat", *maps, name="attention", axis=1)
-        side = 1 + shape.num_patches
+        side = shape.num_tokens
         num_rows = shape.num_prefix_tokens + shape.num_patches
         outputs = [
             Output(features, "FLOAT", ("tiles", num_rows, shape.hidden_size)),
@@ -119,8 +122,8 @@ class _VisionGraph:
         return graph.model(outputs, self.tower.functions())
 
     def _scores(self) -> ir.Value:
-        """The importance, -inf where a tile of LLaVA-NeXT shows padding."""
-        if self.config.model_type != "llava_next":
+        """The importance, -inf where a tile shows padding."""
+        if not self.is_tiled:
             return self.tower.importance("importance")
         graph = self.graph
         mask = graph.input("patch_mask", "BOOL", ["tiles", self.shape.num_patches])
@@ -149,10 +152,13 @@ class _VisionGraph:
         )
 
     def _rows(self, indices: ir.Value) -> ir.Value:
-        """Token rows [tiles, prefix + capacity, 1] to gather; padding reads the CLS, and is zeroed later."""
+        """Token rows [tiles, prefix + capacity, 1] to gather; padding reads token 0, and is zeroed later."""
         graph = self.graph
-        # Token 0 is the CLS, so patch i is token i + 1, and padding (-1) becomes token 0.
-        rows = graph.op("Add", indices, graph.constant("cls_offset", [1]), name="rows.patches")
+        if self.shape.num_class_tokens:
+            # Token 0 is the CLS, so patch i is token i + 1, and padding (-1) becomes token 0.
+            rows = graph.op("Add", indices, graph.constant("cls_offset", [1]), name="rows.patches")
+        else:
+            rows = graph.op("Max", indices, graph.constant("first_row", [0]), name="rows.patches")
         if self.shape.has_cls_feature:
             widths = graph.constant("pad_front", [0, 1, 0, 0])
             rows = graph.op("Pad", rows, widths, graph.constant("cls_row", np.array(0)), name="rows.with_cls")
@@ -169,7 +175,8 @@ class _VisionGraph:
         return graph.op("Where", is_kept, embeds, zero, name="image_embeds")
 
     def _features(self, hidden: ir.Value) -> ir.Value:
-        return hidden if self.shape.has_cls_feature else self.tower.drop_cls(hidden, "patch_features")
+        has_all = self.shape.num_prefix_tokens == self.shape.num_class_tokens
+        return hidden if has_all else self.tower.drop_cls(hidden, "patch_features")
 
     def _project(self, features: ir.Value) -> ir.Value:
         inner = self._linear(features, "projector.linear_1", "projector.inner")

@@ -9,7 +9,7 @@ import numpy as np
 from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.checkpoint.generation import GenerationDefaults
 from hivtp.export.checkpoint.processor import Processor
-from hivtp.export.graph.clip import VisionShape
+from hivtp.export.graph.shape import VisionShape
 from hivtp.export.layers.criteria import AnswerCriterion, Cost, feature_costs
 from hivtp.export.layers.ranking import ChoiceSettings, LayerRange, LayerRanking, LayerScore
 from hivtp.export.progress import Progress
@@ -63,7 +63,7 @@ def choose_layers(
     uses_answers = settings.criterion == "answers"
     progress = Progress(num_steps=4 if uses_answers else 3, is_quiet=is_quiet)
     with progress.step(f"Checkpoint {checkpoint_folder}"):
-        checkpoint = Checkpoint.open(checkpoint_folder, export.revision, is_quiet=is_quiet)
+        checkpoint = Checkpoint.open(checkpoint_folder, export.revision, original=export.original, is_quiet=is_quiet)
         shape = VisionShape.of(checkpoint.config)
         spec = _open_spec(export, shape)
         ranges = layer_ranges(shape.num_feature_layers, spec)

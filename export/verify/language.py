@@ -10,6 +10,7 @@ import numpy as np
 
 from hivtp.engines.manifest import DecoderManifest, LanguageManifest, SamplingDefaults
 from hivtp.engines.onnxruntime import open_session
+from hivtp.export.checkpoint.config import head_size
 from hivtp.export.decoder.build import EMBEDDINGS_NAME, ROUNDED_PRECISIONS, decoder_dtype
 from hivtp.export.verify.checks import ADVICE, refuse, relative_error
 from hivtp.export.verify.operations.decoder_layers import DecoderLayers
@@ -163,7 +164,7 @@ def _manifest(checkpoint: Checkpoint, file: Path, precision: str) -> LanguageMan
         decoder=DecoderManifest(file.name, EMBEDDINGS_NAME, precision, None, None, None, decoder_dtype(precision)),
         num_layers=config.num_hidden_layers,
         num_kv_heads=config.num_key_value_heads,
-        head_size=config.head_dim,
+        head_size=head_size(config),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         context_length=config.max_position_embeddings,

@@ -87,7 +87,7 @@ def verify_plan(
 def _sample_inputs(manifest: Manifest, reference: Engine, num_tiles: int) -> Arrays:
     vision = manifest.vision
     inputs: dict[str, NDArray[Any]] = {"pixel_values": sample_pixels(num_tiles, vision.image_size)}
-    if manifest.family == "llava_next" and manifest.pruning is not None and "kept_indices" in reference.output_names:
+    if manifest.tiling is not None and manifest.pruning is not None and "kept_indices" in reference.output_names:
         inputs["patch_mask"] = sample_patch_mask(num_tiles, vision.grid)
     return inputs
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from hivtp.export.checkpoint.config import sliding_window
+from hivtp.export.graph.shape import VisionShape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +50,7 @@ def vision_reference(
     pixel_values: NDArray[np.float32],
     observer: Callable[[Any, Any], None] | None = None,
 ) -> VisionReference:
-    """Run transformers' CLIP tower and projector.
+    """Run transformers' vision tower and projector.
 
     Args:
         checkpoint: only its vision and projector weights are read.
@@ -58,7 +59,7 @@ def vision_reference(
         observer: gets the tower and the projector in the end.
     """
     import torch
-    from transformers import CLIPVisionModel
+    from transformers import AutoModel
     from transformers.initialization import no_init_weights
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
@@ -67,22 +68,21 @@ def vision_reference(
     # Random weights, which are overwritten, would take a third of the time.
     with no_init_weights():
         # In float32 whatever the config says: checkpoints in half precision say so for each of their parts.
-        tower = CLIPVisionModel._from_config(
-            config.vision_config, attn_implementation="eager", dtype=torch.float32
-        ).eval()
+        tower = AutoModel.from_config(config.vision_config, attn_implementation="eager", dtype=torch.float32).eval()
         projector = LlavaMultiModalProjector(config).eval()
     fused = deepcopy(tower.config)
     fused._attn_implementation = "sdpa"
     for part, module in (("vision.", tower), ("projector.", projector)):
         weights = {name: tensor.float() for name, tensor in checkpoint.part(part).items()}
-        # The tower's last norm serves an output that LLaVA does not use.
+        # The tower's last norm, and what pools its tokens, serve an output that LLaVA does not use.
         module.load_state_dict(weights, strict=part != "vision.", assign=True)
 
+    shape = VisionShape.of(config)
     received: list[torch.Tensor] = []
 
     def record(_module: object, _inputs: object, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
         # Mean over heads and queries, CLS column dropped (HIVTP, arXiv 2509.23663, importance).
-        received.append(outputs[1].float().mean(dim=(1, 2))[:, 1:])
+        received.append(outputs[1].float().mean(dim=(1, 2))[:, shape.num_class_tokens :])
 
     for index, layer in enumerate(tower.encoder.layers):
         if spec is not None and index in spec.scoring_layers:
@@ -93,8 +93,7 @@ def vision_reference(
     with torch.inference_mode():
         outputs = tower(torch.from_numpy(pixel_values), output_hidden_states=True)
         features = outputs.hidden_states[config.vision_feature_layer]
-        if config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]
+        features = features[:, shape.num_class_tokens - shape.num_prefix_tokens :]
         embeds = projector(features)
         layer_importance = torch.stack(received).numpy() if received else None
         if observer is not None:

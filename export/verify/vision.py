@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hivtp.engines import create_engine
-from hivtp.export.graph.clip import VisionShape
+from hivtp.export.graph.shape import VisionShape
 from hivtp.export.verify.checks import jaccard, refuse, relative_error, row_errors
 from hivtp.export.verify.operations.layers import LayerTolerance, check_layers
 from hivtp.export.verify.operations.vision_layers import VisionLayers
@@ -85,7 +85,7 @@ def verify_vision(
     """
     shape = VisionShape.of(checkpoint.config)
     inputs: dict[str, NDArray[Any]] = {"pixel_values": sample_pixels(NUM_TILES, shape.image_size)}
-    if checkpoint.family == "llava_next" and spec is not None and kind == "vision":
+    if checkpoint.is_tiled and spec is not None and kind == "vision":
         inputs["patch_mask"] = sample_patch_mask(NUM_TILES, shape.grid)
     *others, last = ({name: values[tile : tile + 1] for name, values in inputs.items()} for tile in range(NUM_TILES))
     layers = VisionLayers(file, last, shape.num_layers, shape.num_feature_layers)

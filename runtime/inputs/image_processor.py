@@ -1,4 +1,4 @@
-"""The preprocessing that a LLaVA-1.5 checkpoint expects: from RGB images to pixel values."""
+"""The preprocessing that a checkpoint expects of an image that is one tile: from RGB images to pixel values."""
 
 from __future__ import annotations
 
@@ -20,18 +20,28 @@ if TYPE_CHECKING:
 
 CLIP_TYPES = ("CLIPImageProcessor", "CLIPFeatureExtractor")
 LLAVA_TYPES = ("LlavaImageProcessor",)
+SIGLIP_TYPES = ("SiglipImageProcessor",)
+TYPES = CLIP_TYPES + LLAVA_TYPES + SIGLIP_TYPES
+# Where SigLIP's defaults differ from those of the others.
+SIGLIP_DEFAULTS: Mapping[str, Any] = {
+    "size": {"height": 224, "width": 224},
+    "do_center_crop": False,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+}
 # Of what pixels are computed with, so that float32 holds them.
 MAX_VALUE = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
-    """What transformers' CLIPImageProcessor and LlavaImageProcessor (PIL backend) do to an image.
+    """What transformers' image processors of CLIP, LLaVA and SigLIP (PIL backend) do to an image.
 
-    The fields bear the names of `preprocessor_config.json`, and the defaults are those of both classes.
+    The fields bear the names of `preprocessor_config.json`, and the defaults are those of the first two.
     The steps, in order: pad, resize, crop, rescale, normalize.
 
     Args:
+        do_convert_rgb: put a white ground under what is transparent, as where a file names one transparent colour.
         do_pad: pad to a square with the mean colour, the image in the middle (LlavaImageProcessor only).
         do_resize: whether to resize.
         size: what to resize to; see Size.
@@ -49,6 +59,7 @@ class ImageProcessor:
             sizes: a vision graph takes one.
     """
 
+    do_convert_rgb: bool = True
     do_pad: bool = False
     do_resize: bool = True
     size: Size = 224
@@ -62,7 +73,7 @@ class ImageProcessor:
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self) -> None:
-        for name in ("do_pad", "do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+        for name in ("do_convert_rgb", "do_pad", "do_resize", "do_center_crop", "do_rescale", "do_normalize"):
             self._expect(name, "true or false", isinstance(getattr(self, name), bool))
         sides = f"the shorter side or (height, width) in pixels, up to {MAX_SIDE}"
         self._expect("size", sides, is_size(self.size))
@@ -98,19 +109,21 @@ class ImageProcessor:
         """
         found = config.get("image_processor_type") or config.get("feature_extractor_type")
         kind = str(found).removesuffix("Fast").removesuffix("Pil")
-        if kind not in CLIP_TYPES + LLAVA_TYPES:
+        if kind not in TYPES:
             raise CheckpointError(
-                f"the image processor of this checkpoint is {found!r}; supported are "
-                f"{', '.join(CLIP_TYPES + LLAVA_TYPES)}, and their Fast and Pil forms"
+                f"the image processor of this checkpoint is {found!r}; supported are {', '.join(TYPES)}, and their "
+                "Fast and Pil forms"
             )
+        defaults = SIGLIP_DEFAULTS if kind in SIGLIP_TYPES else {}
         settings: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
-            value = config.get(field.name, field.default)
+            default = defaults.get(field.name, field.default)
+            value = config.get(field.name, default)
             if value is None:
-                value = False if field.name.startswith("do_") else field.default
+                value = False if field.name.startswith("do_") else default
             settings[field.name] = value
-        if kind in CLIP_TYPES:
-            # CLIP's do_pad evens out a batch, and one size leaves nothing to even out.
+        if kind not in LLAVA_TYPES:
+            # Theirs evens out a batch, and one size leaves nothing to even out.
             settings["do_pad"] = False
         settings["size"] = read_size(settings["size"], is_square=bool(config.get("default_to_square")))
         settings["crop_size"] = read_size(settings["crop_size"], is_square=True)
@@ -150,7 +163,7 @@ class ImageProcessor:
 
     def frame(self, image: Image.Image) -> Image.Image:
         """Give the image that the model sees: RGB, of `output_size`, before rescaling and normalising."""
-        image = _flatten(image)
+        image = _flatten(image) if self.do_convert_rgb else image.convert("RGB")
         if self.do_pad:
             image = self._pad(image)
         if self.do_resize:

@@ -19,6 +19,7 @@ class TileLayout:
 
     Tile 0 is the base tile, the whole image. The others follow in raster order; together they show the
     image once more, larger, with padding on two opposite sides where its shape is not that of the tile grid.
+    An image of several in LLaVA-OneVision has the base tile alone: a grid of 0 x 0.
 
     Attributes:
         tile_rows: rows of the tile grid, which does not count the base tile.
@@ -87,6 +88,8 @@ class TileLayout:
     def _unpadded(self, grid: tuple[int, int]) -> tuple[slice, slice]:
         # As transformers' unpad_image has it, operation by operation: floats decide which rows go, and rounding to 7
         # places is what keeps a product of 2.9999999999999996 from losing one.
+        if self.num_tiles == 1:
+            return slice(0, 0), slice(0, 0)
         height, width = self.image_size
         rows, cols = self.tile_rows * grid[0], self.tile_cols * grid[1]
         if width / height > cols / rows:

@@ -1,10 +1,11 @@
-"""How a LLaVA-NeXT image becomes tiles: the whole image made square, then the tiles of a grid."""
+"""How an image of LLaVA-NeXT or LLaVA-OneVision becomes tiles: the whole made square, then the tiles of a grid."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -21,24 +22,28 @@ if TYPE_CHECKING:
     from hivtp.runtime.inputs.resizing import Size
 
 
-PROCESSOR_TYPE = "LlavaNextImageProcessor"
+NEXT_TYPE, ONEVISION_TYPE = "LlavaNextImageProcessor", "LlavaOnevisionImageProcessor"
 
 # In pixels; more than any grid of tiles that `max_tiles` lets through.
 MAX_PINPOINT = 10**6
 
 # What transformers' class has where a config names none; llava-v1.6 has the same five.
 DEFAULT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+# The same for LLaVA-OneVision: every grid up to 6 x 6.
+ONEVISION_PINPOINTS = tuple((384 * rows, 384 * cols) for rows in range(1, 7) for cols in range(1, 7))
 
 
 @dataclass(frozen=True)
 class Tiler:
-    """What transformers' LlavaNextImageProcessor (PIL backend) does to an image.
+    """What transformers' image processors of LLaVA-NeXT and LLaVA-OneVision (PIL backend) do to an image.
 
     Args:
         image_processor: what is done to each tile; its `size` is also that of the base tile before the crop.
         pinpoints: the (height, width) in pixels among which the larger view of an image may choose.
         tile_size: side of a tile in pixels.
         max_tiles: an image that needs more tiles than this, the base tile included, is refused.
+        cuts_several: whether images are cut where a prompt has several. In LLaVA-OneVision they are not: each is then
+            padded to a square, and is a base tile alone.
 
     Raises:
         CheckpointError: the pinpoints are not multiples of the tile size, or tiles would come out in another size.
@@ -48,6 +53,7 @@ class Tiler:
     pinpoints: tuple[tuple[int, int], ...]
     tile_size: int
     max_tiles: int
+    cuts_several: bool = True
 
     def __post_init__(self) -> None:
         side = self.tile_size
@@ -81,30 +87,41 @@ class Tiler:
             CheckpointError: the type of processor is not supported, or a value is not.
         """
         found = config.get("image_processor_type")
-        if str(found).removesuffix("Fast").removesuffix("Pil") != PROCESSOR_TYPE:
+        kind = str(found).removesuffix("Fast").removesuffix("Pil")
+        if kind not in (NEXT_TYPE, ONEVISION_TYPE):
             raise CheckpointError(
-                f"the image processor of this checkpoint is {found!r}; supported for tiles are {PROCESSOR_TYPE} "
-                "and its Fast and Pil forms"
+                f"the image processor of this checkpoint is {found!r}; supported for tiles are {NEXT_TYPE} and "
+                f"{ONEVISION_TYPE}, and their Fast and Pil forms"
             )
         size = config.get("size")
         if isinstance(size, dict) and size.keys() == {"shortest_edge"}:
             size = size["shortest_edge"]
         # Nothing but squares is resized by its shorter edge here, and do_pad evens out a batch, as CLIP's does.
         clip = {"image_processor_type": "CLIPImageProcessor", "size": size, "default_to_square": True}
+        if kind == ONEVISION_TYPE:
+            clip |= {"do_center_crop": config.get("do_center_crop") or False}
         processor = ImageProcessor.from_config({**config, **clip})
         pinpoints = config.get("image_grid_pinpoints")
         if pinpoints is None:
-            pinpoints = DEFAULT_PINPOINTS
+            pinpoints = DEFAULT_PINPOINTS if kind == NEXT_TYPE else ONEVISION_PINPOINTS
         if isinstance(pinpoints, list):
             pinpoints = tuple(tuple(pinpoint) if isinstance(pinpoint, list) else pinpoint for pinpoint in pinpoints)
-        return cls(processor, pinpoints, processor.crop_size[0], max_tiles)
+        if kind == NEXT_TYPE:
+            return cls(processor, pinpoints, processor.crop_size[0], max_tiles)
+        return cls(processor, pinpoints, processor.output_size[0], max_tiles, cuts_several=False)
 
-    def layout(self, image_size: tuple[int, int]) -> TileLayout:
+    def layout(self, image_size: tuple[int, int], num_images: int = 1) -> TileLayout:
         """Tell how an image of this (height, width) in pixels will lie on its tiles.
+
+        Args:
+            image_size: of the image.
+            num_images: of the prompt.
 
         Raises:
             ImageError: it needs more than `max_tiles`.
         """
+        if num_images > 1 and not self.cuts_several:
+            return TileLayout(0, 0, image_size)
         layout = TileLayout.on(self.pinpoints, self.tile_size, image_size)
         if layout.num_tiles > self.max_tiles:
             raise ImageError(
@@ -114,22 +131,30 @@ class Tiler:
             )
         return layout
 
-    def __call__(self, image: Image.Image) -> PreparedImage:
+    def __call__(self, image: Image.Image, num_images: int = 1) -> PreparedImage:
         """Turn an image into the vision graph's input.
 
         Args:
             image: as `load_image` gives it.
+            num_images: of the prompt.
 
         Raises:
             ImageError: the image needs too many tiles, or is so long and thin that resizing it would blow it up
                 beyond `MAX_IMAGE_PIXELS`.
         """
-        layout = self.layout((image.height, image.width))
+        layout = self.layout((image.height, image.width), num_images)
+        if layout.num_tiles == 1:
+            return PreparedImage(self.alone([image]), layout)
         base, canvas = self.frames(image)
         side = self.tile_size
         corners = [(left, top) for top in range(0, canvas.height, side) for left in range(0, canvas.width, side)]
         tiles = [canvas.crop((left, top, left + side, top + side)) for left, top in corners]
         return PreparedImage(self.image_processor([base, *tiles]), layout)
+
+    @cached_property
+    def alone(self) -> ImageProcessor:
+        """What is done to an image that is not cut."""
+        return dataclasses.replace(self.image_processor, do_pad=True)
 
     def frames(self, image: Image.Image) -> tuple[Image.Image, Image.Image]:
         """Give the image as the base tile shows it, and as the tile grid does, padding included.

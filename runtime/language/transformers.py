@@ -50,7 +50,9 @@ class TransformersLanguage:
         self.kv_bytes_per_position = kv_bytes_per_position(manifest.language, getattr(torch, options.dtype).itemsize)
         self.description = f"{options.dtype} language model in transformers"
         self.device = torch_device(options.device, options.dtype)
-        self._loaded: Any = _load(open_source(options.checkpoint, manifest), self.device, options.dtype)
+        self._loaded: Any = _load(
+            open_source(options.checkpoint, manifest), manifest.language.vocab_size, self.device, options.dtype
+        )
 
     def embed(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """See LanguageBackend.embed."""
@@ -90,12 +92,14 @@ def torch_device(name: str, dtype: str) -> torch.device:
         raise SettingsError(f"the device {name!r} cannot be used: {error}; torch also runs on 'cpu'") from error
 
 
-def _load(weights: CheckpointWeights, device: torch.device, dtype_name: str) -> Any:
+def _load(weights: CheckpointWeights, vocab_size: int, device: torch.device, dtype_name: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, dtype_name)
     config = read_config(weights.folder).text_config
+    # Longer than the config says where an image token was added.
+    config.vocab_size = vocab_size
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     with torch_errors(device, "language model"):

@@ -107,7 +107,9 @@ class Endpoints:
         text = model.template.render(conversation, model.tokenizer)
         token_ids = model.template.encode(model.tokenizer, text, model.manifest.image_token_id)
         counts = [
-            model.images.count_tokens(read_size(contents[image.param], image.param, settings.max_image_pixels))
+            model.images.count_tokens(
+                read_size(contents[image.param], image.param, settings.max_image_pixels), len(references)
+            )
             for image in references
         ]
         return {

@@ -68,10 +68,13 @@ def kept(model: Model, exchange: Exchange) -> dict[str, Any]:
     assert job is not None, "an answer comes of a job"
     has_scores = "importance" in (work.chat.includes or ())
     images = zip(job.prompt.images, work.sizes, strict=True)
-    return {"images": [_image(model, image, size, has_scores=has_scores) for image, size in images]}
+    number = len(work.sizes)
+    return {"images": [_image(model, image, size, number, has_scores=has_scores) for image, size in images]}
 
 
-def _image(model: Model, image: EncodedImage, size: tuple[int, int], *, has_scores: bool) -> dict[str, Any]:
+def _image(
+    model: Model, image: EncodedImage, size: tuple[int, int], num_images: int, *, has_scores: bool
+) -> dict[str, Any]:
     height, width = size
     manifest = model.bundle.manifest
     tiles = iter(image.tiles)
@@ -84,7 +87,7 @@ def _image(model: Model, image: EncodedImage, size: tuple[int, int], *, has_scor
                 _tile(model, tile, has_scores=has_scores) for tile in _take(tiles, view.tile_rows * view.tile_cols)
             ],
         }
-        for view in model.images.views(size)
+        for view in model.images.views(size, num_images)
     ]
     return {
         "width": width,

@@ -80,9 +80,9 @@ class CachedEncoder:
         self.description = description
         self._encoder = encoder
 
-    def prepare(self, image: Image.Image) -> PreparedImage:
+    def prepare(self, image: Image.Image, num_images: int = 1) -> PreparedImage:
         """See ImageEncoder.prepare."""
-        return self._encoder.prepare(image)
+        return self._encoder.prepare(image, num_images)
 
     def encode(self, images: Sequence[PreparedImage]) -> list[EncodedImage]:
         """See ImageEncoder.encode."""
@@ -101,17 +101,17 @@ class CachedEncoder:
         """The same without the cache."""
         return self._encoder.encode(images)
 
-    def frames(self, image: Image.Image) -> list[TileFrame]:
+    def frames(self, image: Image.Image, num_images: int = 1) -> list[TileFrame]:
         """See ImageEncoder.frames."""
-        return self._encoder.frames(image)
+        return self._encoder.frames(image, num_images)
 
-    def views(self, image_size: tuple[int, int]) -> list[View]:
+    def views(self, image_size: tuple[int, int], num_images: int = 1) -> list[View]:
         """See ImageEncoder.views."""
-        return self._encoder.views(image_size)
+        return self._encoder.views(image_size, num_images)
 
-    def count_tokens(self, image_size: tuple[int, int]) -> TokenCount:
+    def count_tokens(self, image_size: tuple[int, int], num_images: int = 1) -> TokenCount:
         """See ImageEncoder.count_tokens."""
-        return self._encoder.count_tokens(image_size)
+        return self._encoder.count_tokens(image_size, num_images)
 
     def close(self) -> None:
         """Release the encoder's engine and drop all entries."""

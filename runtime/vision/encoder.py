@@ -90,8 +90,12 @@ class TokenCount:
 class ImageEncoder(Protocol):
     """Prepares images and encodes them; each image is encoded as it would be alone."""
 
-    def prepare(self, image: Image.Image) -> PreparedImage:
+    def prepare(self, image: Image.Image, num_images: int = 1) -> PreparedImage:
         """Cut, resize and normalise an image as `load_image` gives it.
+
+        Args:
+            image: one of the prompt's.
+            num_images: of the prompt: LLaVA-OneVision cuts an image into tiles only where it is alone.
 
         Raises:
             ImageError: the image is too long and thin, or becomes too many tiles.
@@ -105,15 +109,15 @@ class ImageEncoder(Protocol):
             ScoreError: the scores of an image hold NaN.
         """
 
-    def frames(self, image: Image.Image) -> list[TileFrame]:
+    def frames(self, image: Image.Image, num_images: int = 1) -> list[TileFrame]:
         """The image as the model sees it, for people: its tiles in order, before normalising."""
 
-    def views(self, image_size: tuple[int, int]) -> list[View]:
+    def views(self, image_size: tuple[int, int], num_images: int = 1) -> list[View]:
         """Where the tiles of an image of this (height, width) lie on it, in the order of the tiles.
 
         Raises:
             ImageError: it becomes too many tiles.
         """
 
-    def count_tokens(self, image_size: tuple[int, int]) -> TokenCount:
+    def count_tokens(self, image_size: tuple[int, int], num_images: int = 1) -> TokenCount:
         """How many tokens an image of this (height, width) becomes; see `views` for the errors."""

@@ -1,4 +1,4 @@
-"""From the tiles of a LLaVA-NeXT image to its tokens: order, newlines, and one budget over all tiles."""
+"""From the tiles of an image to its tokens: order, newlines, and one budget over all tiles."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 
+from hivtp.runtime.vision.interpolation import interpolated, view_size
 from hivtp.runtime.vision.stage import EncodedTile, KeptPatches
 from hivtp_ops import select
 from hivtp_ops.errors import BundleError, EngineError, ScoreError, SpecError
@@ -42,6 +43,8 @@ def pack_tiles(
     tiles: Sequence[EncodedTile],
     newline: NDArray[np.float32],
     rule: NewlineRule,
+    size: tuple[int, int] | None = None,
+    max_tokens: int | None = None,
 ) -> NDArray[np.float32]:
     """Put the kept tokens of an image's tiles into the order in which the unpruned model has them.
 
@@ -56,6 +59,8 @@ def pack_tiles(
         tiles: one for each tile, the base tile first; no patch of the padding is kept.
         newline: [hidden] float32, the model's `image_newline`.
         rule: which rows of the unpadded image a newline follows: those that kept a token, all, or none.
+        size: of the view of the tile grid, where it is interpolated to fewer rows and columns; see `view_size`.
+        max_tokens: of an interpolated view and the base tile together, newlines not counted.
 
     Returns:
         [num_tokens, hidden] float32.
@@ -65,6 +70,14 @@ def pack_tiles(
         assert len(tile.embeds) == len(tile.patches.kept_indices), "LLaVA-NeXT has no prefix tokens"
         assert is_image[tile.patches.kept_indices].all(), "a patch of the padding was kept"
     base, *rest = tiles
+    if not rest:
+        # One that is not cut: its newline follows the whole.
+        has_newline = rule == "all" or (rule == "kept-rows" and len(base.embeds) > 0)
+        return np.concatenate([base.embeds, newline[None]]) if has_newline else base.embeds
+    if size is not None and size != view_size(layout, grid, None):
+        max_cells = None if max_tokens is None else max(max_tokens - len(base.embeds), 0)
+        view = _interpolated_view(layout, grid, rest, newline, rule, size, max_cells)
+        return np.concatenate([base.embeds, view])
 
     rows, cols = [], []
     for index, tile in enumerate(rest):
@@ -81,6 +94,36 @@ def pack_tiles(
     image = np.concatenate([*(tile.embeds for tile in rest), newlines])
     order = np.lexsort((np.concatenate(cols), np.concatenate(rows)))
     return np.concatenate([base.embeds, image[order]])
+
+
+def _interpolated_view(
+    layout: TileLayout,
+    grid: tuple[int, int],
+    tiles: Sequence[EncodedTile],
+    newline: NDArray[np.float32],
+    rule: NewlineRule,
+    size: tuple[int, int],
+    max_cells: int | None,
+) -> NDArray[np.float32]:
+    places = np.full((layout.tile_rows * grid[0], layout.tile_cols * grid[1]), -1)
+    num_placed = 0
+    for index, tile in enumerate(tiles):
+        tile_row, tile_col = divmod(index, layout.tile_cols)
+        row, col = np.divmod(tile.patches.kept_indices, grid[1])
+        places[tile_row * grid[0] + row, tile_col * grid[1] + col] = num_placed + np.arange(len(row))
+        num_placed += len(row)
+    cells = interpolated(places[layout.patch_rows(grid), layout.patch_cols(grid)], size)
+    if max_cells is not None:
+        patches = [tile.patches for tile in tiles]
+        scores = [part.importance[part.kept_indices] for part in patches if part.importance is not None]
+        cells = cells.best(np.concatenate(scores), max_cells)
+    rows, cols = np.nonzero(cells.is_kept)
+    newline_rows = {"kept-rows": np.unique(rows), "all": np.arange(size[0]), "none": np.arange(0)}[rule]
+    newlines = np.broadcast_to(newline, (len(newline_rows), len(newline)))
+    view = np.concatenate([cells.mean(np.concatenate([tile.embeds for tile in tiles])), newlines])
+    # Beyond the last column, so that sorting puts a newline after its row.
+    cols = np.concatenate([cols, np.full(len(newline_rows), size[1])])
+    return view[np.lexsort((cols, np.concatenate([rows, newline_rows])))]
 
 
 def _newline_rows(

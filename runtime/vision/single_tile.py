@@ -32,7 +32,7 @@ class SingleTileEncoder:
         self._vision = vision
         self._has_exact_count = has_exact_count
 
-    def prepare(self, image: Image.Image) -> PreparedImage:
+    def prepare(self, image: Image.Image, num_images: int = 1) -> PreparedImage:  # noqa: ARG002  every image is one tile
         """See ImageEncoder.prepare."""
         return PreparedImage(self._processor([image]), None)
 
@@ -47,15 +47,18 @@ class SingleTileEncoder:
             for tile, image in zip(tiles, images, strict=True)
         ]
 
-    def frames(self, image: Image.Image) -> list[TileFrame]:
+    def frames(self, image: Image.Image, num_images: int = 1) -> list[TileFrame]:  # noqa: ARG002  every image is one tile
         """See ImageEncoder.frames."""
-        return [TileFrame(self._processor.frame(image))]
+        side = self._vision.manifest.seen_size
+        return [TileFrame(self._processor.frame(image).crop((0, 0, side, side)))]
 
-    def views(self, image_size: tuple[int, int]) -> list[View]:
+    def views(self, image_size: tuple[int, int], num_images: int = 1) -> list[View]:  # noqa: ARG002  every image is one tile
         """See ImageEncoder.views."""
-        return [View(1, 1, self._processor.region(image_size))]
+        left, top, right, bottom = self._processor.region(image_size)
+        share = self._vision.manifest.seen_size / self._vision.manifest.image_size
+        return [View(1, 1, (left, top, left + (right - left) * share, top + (bottom - top) * share))]
 
-    def count_tokens(self, image_size: tuple[int, int]) -> TokenCount:  # noqa: ARG002  every image is one tile
+    def count_tokens(self, image_size: tuple[int, int], num_images: int = 1) -> TokenCount:  # noqa: ARG002  every image is one tile
         """See ImageEncoder.count_tokens."""
         manifest = self._vision.manifest
         is_exact = not self._vision.is_pruned or self._has_exact_count

@@ -9,8 +9,9 @@ import numpy as np
 from hivtp.runtime.config import read_config
 from hivtp.runtime.language.torch_errors import require_packages, torch_errors
 from hivtp.runtime.language.transformers import torch_device
+from hivtp.runtime.vision.tower_kinds import TOWER_KINDS
 from hivtp.runtime.weights import open_source
-from hivtp_ops.errors import ScoreError
+from hivtp_ops.errors import CheckpointError, ScoreError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,25 +43,27 @@ def run_tower(
     scoring_layers: range,
     layers: LayerRunner | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run a CLIP tower up to the layers that are asked for.
+    """Run a tower up to the layers that are asked for.
 
     Args:
-        tower: a `transformers.CLIPVisionModel`, or what has its parts.
+        tower: a `transformers.CLIPVisionModel` or `SiglipVisionModel`, or what has its parts.
         tiles: [tiles, 3, H, W].
         feature_layers: whose outputs are the features, as `hidden_states` numbers them: i is the output of i layers.
         scoring_layers: 0-based layers whose attention is read; none where nothing is pruned.
         layers: runs a layer; None runs those of transformers.
 
     Returns:
-        Features [tiles, 1 + patches, width of all feature layers together]; and importance [tiles, patches] float32,
-        the mean attention that each patch receives over layers, heads and queries, or None.
+        Features [tiles, class tokens + patches, width of all feature layers together]; and importance
+        [tiles, patches] float32, the mean attention that each patch receives over layers, heads and queries, or None.
 
     Source: HIVTP (arXiv 2509.23663), importance.
     """
     import torch
 
     layers = layers or TransformersLayers()
-    hidden = tower.pre_layrnorm(tower.embeddings(tiles))
+    kind, hidden = TOWER_KINDS[tower.config.model_type], tower.embeddings(tiles)
+    if kind.has_pre_norm:
+        hidden = tower.pre_layrnorm(hidden)
     states, scores = {0: hidden}, []
     for index, layer in enumerate(tower.encoder.layers[: max(*feature_layers, scoring_layers.stop)]):
         if index in scoring_layers:
@@ -72,7 +75,7 @@ def run_tower(
         if index + 1 in feature_layers:
             states[index + 1] = hidden
     features = torch.cat([states[index] for index in feature_layers], dim=-1)
-    return features, torch.stack(scores).mean(dim=0)[:, 1:] if scores else None
+    return features, torch.stack(scores).mean(dim=0)[:, kind.num_class_tokens :] if scores else None
 
 
 class TransformersLayers:
@@ -132,17 +135,22 @@ class TransformersVision:
         assert options.checkpoint is not None, "LanguageOptions asks for it"
         require_packages("torch", "transformers", "safetensors", extra="transformers")
         import torch
-        from transformers import CLIPVisionModel
+        from transformers import AutoModel
         from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
         self._manifest = bundle.manifest
         self._spec = bundle.manifest.pruning
         device, dtype = torch_device(options.device, options.dtype), getattr(torch, options.dtype)
         weights = open_source(options.checkpoint, bundle.manifest)
+        if not any(name.startswith("vision.") for name in weights.locations):
+            raise CheckpointError(
+                f"{weights.folder} holds no vision tower, which the bundle has from another folder; choose another "
+                "vision engine"
+            )
         config = read_config(weights.folder)
         self._feature_layer = range(config.vision_config.num_hidden_layers + 1)[config.vision_feature_layer]
         with torch.device("meta"):
-            tower, projector = CLIPVisionModel(config.vision_config), LlavaMultiModalProjector(config)
+            tower, projector = AutoModel.from_config(config.vision_config), LlavaMultiModalProjector(config)
         with torch_errors(device, "vision tower"):
             for module, prefix in ((tower, "vision."), (projector, "projector.")):
                 state = {name: tensor.to(device, dtype) for name, tensor in weights.part(prefix).items()}
@@ -150,6 +158,7 @@ class TransformersVision:
         embeddings = tower.embeddings
         # A buffer that checkpoints leave out, so it is made anew off the meta device.
         embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
+        self._num_class_tokens = TOWER_KINDS[config.vision_config.model_type].num_class_tokens
         self._tower, self._projector = tower.eval(), projector.eval()
         self._device, self._dtype = device, dtype
         self.description = f"transformers in {options.dtype}"
@@ -173,16 +182,16 @@ class TransformersVision:
         scoring = range(0) if spec is None else spec.scoring_layers
         tiles = inputs["pixel_values"].to(self._device, self._dtype)
         features, importance = run_tower(self._tower, tiles, [self._feature_layer], scoring)
-        prefix = vision.num_prefix_tokens
+        prefix, num_class_tokens = vision.num_prefix_tokens, self._num_class_tokens
         if spec is None or importance is None:
-            return {"image_embeds": self._projector(features[:, 1 - prefix :]).float()}
+            return {"image_embeds": self._projector(features[:, num_class_tokens - prefix :]).float()}
         if "patch_mask" in inputs:
             importance = importance.masked_fill(~inputs["patch_mask"].to(self._device), -torch.inf)
         if importance.isnan().any():
             raise ScoreError("the importance scores hold NaN: the vision tower overflowed; load it in a wider dtype")
         indices, counts = torch_op.prune(importance, vision.grid, spec)
-        # Token 0 is the CLS, so patch i is token i + 1; padding (-1) reads the CLS, and is zeroed.
-        rows = torch.cat([torch.zeros_like(indices[:, :prefix]), indices + 1], dim=1)
+        # After a class token patch i is token i + 1; padding (-1) reads token 0, and is zeroed.
+        rows = torch.cat([torch.zeros_like(indices[:, :prefix]), (indices + num_class_tokens).clamp(min=0)], dim=1)
         embeds = self._projector(features.gather(1, rows[:, :, None].expand(-1, -1, features.shape[2]))).float()
         is_kept = torch.arange(rows.shape[1], device=rows.device) < counts[:, None] + prefix
         return {

@@ -28,7 +28,7 @@ from hivtp.export.cli.plan import make_parser, plan_summary, settings_from
 from hivtp.export.exporter import export_bundle
 from hivtp.export.graph.builder import save_model
 from hivtp.export.graph.calibration import activation_maxima
-from hivtp.export.graph.clip import VisionShape
+from hivtp.export.graph.shape import VisionShape
 from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.plan import Builder, PlanSettings, export_plan
 from hivtp.export.settings import ExportSettings

@@ -19,7 +19,7 @@ def write_fake_bundle(folder: Path, mark: str) -> None:
         file = folder / name
         file.parent.mkdir(exist_ok=True)
         file.write_text(mark * NUM_BYTES)
-    manifest = {"schema_version": 5, "versions": {"hivtp": "0.1.0"}, "mark": mark}
+    manifest = {"schema_version": 6, "versions": {"hivtp": "0.1.0"}, "mark": mark}
     manifest["files"] = {name: {"num_bytes": len(mark) * NUM_BYTES, "sha256": ""} for name in FILES}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 

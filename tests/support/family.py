@@ -47,6 +47,7 @@ class Family:
         self.processor.tokenizer.padding_side = "left"
         self.reference = self.load()
         self.reference.model.vision_tower.set_attn_implementation("eager")
+        self.num_class_tokens = int(hasattr(self.reference.model.vision_tower.embeddings, "class_embedding"))
 
     def load(self, **settings: Any) -> Any:
         model = self.kind.from_pretrained(self.folder, **{"dtype": torch.float32, **settings}).eval()
@@ -65,6 +66,7 @@ class Family:
         """Embeddings [1, length, hidden] of one pruned prompt, and the kept patches of each tile."""
         model, config = self.reference, self.reference.config
         tower, side = model.model.vision_tower, config.vision_config.image_size
+        first = self.num_class_tokens
         pixels, counts = inputs["pixel_values"], [1] * len(inputs["pixel_values"])
         if "image_sizes" in inputs:
             counts = [1 + int(np.prod(self.tile_grid(size))) for size in inputs["image_sizes"]]
@@ -72,21 +74,23 @@ class Family:
         outputs = tower(pixels, output_attentions=True, output_hidden_states=True)
         spec = spec.resolve(config.vision_config.num_hidden_layers)
         attentions = outputs.attentions[spec.first_layer : spec.first_layer + spec.num_layers]
-        importance = torch.stack(attentions).float().mean(dim=(0, 2, 3))[:, 1:].numpy()
+        importance = torch.stack(attentions).float().mean(dim=(0, 2, 3))[:, first:].numpy()
 
         # Every token of the unpruned sequence as tile * 100 + token, -1 for a newline.
-        num_tokens = 1 + (side // config.vision_config.patch_size) ** 2
+        num_patches = (side // config.vision_config.patch_size) ** 2
+        num_tokens = first + num_patches
         ids = [100.0 * tile + torch.arange(num_tokens)[:, None] for tile in range(len(pixels))]
         if "image_sizes" in inputs:
             ids = [
-                torch.stack(ids[end - count : end])[:, 1:] for count, end in zip(counts, np.cumsum(counts), strict=True)
+                torch.stack(ids[end - count : end])[:, first:]
+                for count, end in zip(counts, np.cumsum(counts), strict=True)
             ]
             packed, _ = model.pack_image_features(ids, inputs["image_sizes"], "default", torch.tensor([-1.0]))
         else:
-            packed = [tile[config.vision_feature_select_strategy == "default" :] for tile in ids]
+            packed = [tile[first * (config.vision_feature_select_strategy == "default") :] for tile in ids]
         sequence = [int(token) for image in packed for token in image[:, 0]]
-        for tile, patch in itertools.product(range(len(pixels)), range(num_tokens - 1)):
-            if tile * 100 + patch + 1 not in sequence:
+        for tile, patch in itertools.product(range(len(pixels)), range(num_patches)):
+            if tile * 100 + patch + first not in sequence:
                 importance[tile, patch] = -np.inf
         selection = select(importance, GRID, spec)
         kept = [row[:count].tolist() for row, count in zip(selection.indices, selection.counts, strict=True)]
@@ -103,7 +107,7 @@ class Family:
                 rows.append(model.model.image_newline if stays else None)
                 is_row_kept = False
             else:
-                stays = place == 0 or place - 1 in kept[tile]
+                stays = place < first or place - first in kept[tile]
                 rows.append(model.model.multi_modal_projector(features[tile, place]) if stays else None)
                 # The base tile has no rows that a newline could follow.
                 is_row_kept |= stays and not self.is_base(position, counts, sequence)

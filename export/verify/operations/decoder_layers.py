@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hivtp.export.checkpoint.config import head_size
 from hivtp.export.verify.operations.decoder_values import DecoderValues
 from hivtp.export.verify.operations.steering import Comparison, Steering, take_weights
 
@@ -103,7 +104,7 @@ class DecoderLayers:
         heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
         start, stacked = 0, values.product(f"{at}/attn/qkv_proj")
         for kind, num_heads in heads.items():
-            stop = start + num_heads * config.head_dim
+            stop = start + num_heads * head_size(config)
             part = (stacked[0][..., start:stop], stacked[1][..., start:stop])
             self._product(steering, f"{kind}_proj", attention, normed, part)
             start = stop

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hivtp.export.checkpoint.config import head_size
 from hivtp.export.decoder.w8a8 import ZERO_POINT
 from hivtp.export.verify.operations.graph_values import GraphValues
 
@@ -50,7 +51,7 @@ class DecoderValues:
             if name in inputs:
                 continue
             assert value.dtype is not None, "the builder names the types of its inputs"
-            past = np.zeros((1, config.num_key_value_heads, 0, config.head_dim))
+            past = np.zeros((1, config.num_key_value_heads, 0, head_size(config)))
             inputs[name] = (embeds[None] if name == "inputs_embeds" else past).astype(value.dtype.numpy())
         self._values = GraphValues(file, inputs, _wanted(config.num_hidden_layers))
         self._num_layers = config.num_hidden_layers

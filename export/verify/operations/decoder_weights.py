@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hivtp.export.checkpoint.config import head_size
 from hivtp.export.decoder.w8a8 import PRODUCT
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class DecoderWeights:
         config = self._checkpoint.config.text_config
         start = 0
         for kind, num_heads in zip("qkv", (config.num_attention_heads, *[config.num_key_value_heads] * 2), strict=True):
-            stop = start + num_heads * config.head_dim
+            stop = start + num_heads * head_size(config)
             self._places[f"{prefix}.{kind}_proj.weight"] = (node, slice(start, stop))
             start = stop
 

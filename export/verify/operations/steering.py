@@ -43,13 +43,14 @@ class Steering:
     Args:
         place: of the module, for messages.
         found: gets the comparisons.
-        positions: those that the graph has, where it computed some positions only; a position may come twice.
+        positions: those that the graph has where it computed some positions only; as many as there are, in another
+            order, are still some.
     """
 
-    def __init__(self, place: str, found: list[Comparison], positions: Sequence[int] | None = None) -> None:
+    def __init__(self, place: str, found: list[Comparison], positions: Sequence[int]) -> None:
         self._place = place
         self._found = found
-        self._positions = None if positions is None else list(positions)
+        self._positions = list(positions)
         self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -63,14 +64,13 @@ class Steering:
         import torch
 
         found = torch.from_numpy(np.ascontiguousarray(value, np.float32))
-        positions = self._positions
-        is_whole = positions is None or found.shape[1] != len(positions)
-        expected = own if is_whole else own[:, positions]
+        is_whole = found.shape[1] == own.shape[1] != len(self._positions)
+        expected = own if is_whole else own[:, self._positions]
         self._found.append(Comparison(kind, f"{self._place}, {name}", _largest_error(found, expected)))
         if is_whole:
             return found
         merged = own.clone()
-        merged[:, positions] = found
+        merged[:, self._positions] = found
         return merged
 
     def gives(self, kind: Kind, name: str, module: torch.nn.Module, value: NDArray[Any]) -> None:

@@ -11,13 +11,13 @@ from hivtp.export.verify.operations.steering import Comparison, Steering, take_w
 from hivtp.export.verify.operations.vision_weights import VisionWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
     from numpy.typing import NDArray
 
-# The values of a layer that are compared, see ClipTower, and those of the rest of the graph.
+# The values of a layer that are compared, see Tower, and those of the rest of the graph.
 _OF_LAYER = (
     "norm1",
     "kept_norm1",
@@ -35,10 +35,12 @@ _OF_LAYER = (
     "fc2",
     "output",
 )
+# The first that a graph has is the mean over all tokens.
+_SCORES = ("importance.with_cls", "importance.unmasked", "importance")
 _OF_GRAPH = (
     "tokens.positioned",
     "pre_norm",
-    "importance.with_cls",
+    *_SCORES,
     "rows",
     "kept_features",
     "patch_features",
@@ -77,6 +79,8 @@ class VisionLayers:
         self._weights = VisionWeights(file)
         self._values = values = GraphValues(file, inputs, _wanted(num_layers))
         self.outputs = values.outputs
+        # What the first layer takes.
+        self._embedded = "pre_norm" if "pre_norm" in values else "tokens.positioned"
         # A pruned graph computes its last layer for the tokens that it keeps.
         self._kept = values["rows"][0, :, 0].tolist() if "rows" in values else []
 
@@ -85,65 +89,71 @@ class VisionLayers:
         import torch
 
         values = self._values
-        with Steering("embeddings", self.found) as steering:
-            steering.takes("operation", "tokens", tower.pre_layrnorm, values["tokens.positioned"])
-            steering.gives("operation", "norm", tower.pre_layrnorm, values["pre_norm"])
-            tower.pre_layrnorm(tower.embeddings(torch.from_numpy(values["pixel_values"])))
-        states = [torch.from_numpy(np.asarray(values["pre_norm"], np.float32))]
+        with self._steering("embeddings") as steering:
+            steering.gives("operation", "tokens", tower.embeddings, values["tokens.positioned"])
+            tokens = tower.embeddings(torch.from_numpy(values["pixel_values"]))
+            if self._embedded == "pre_norm":
+                steering.gives("operation", "norm", tower.pre_layrnorm, values["pre_norm"])
+                tower.pre_layrnorm(tokens)
+        states = [torch.from_numpy(np.asarray(values[self._embedded], np.float32))]
         scores: list[torch.Tensor] = []
         for index, layer in enumerate(tower.encoder.layers):
             # Layers after the features are in the graph where they score.
             if f"layers.{index}.norm1" in values:
                 states.append(self._layer(index, layer, states[-1], scores))
-        with Steering("scores", self.found) as steering:
-            if "importance.with_cls" in values:
+        with self._steering("scores") as steering:
+            if scores:
+                found = next(values[name] for name in _SCORES if name in values)
                 mean = torch.stack(scores).mean(dim=(0, 2, 3))[..., None]
-                steering.compare("operation", "importance", mean, values["importance.with_cls"][..., None])
+                steering.compare("operation", "importance", mean, found[..., None])
         if "projector.activation" in values:
             self._project(projector, states[self._num_feature_layers])
+
+    def _steering(self, place: str, positions: Sequence[int] = ()) -> Steering:
+        return Steering(place, self.found, positions)
 
     def _layer(self, index: int, layer: Any, states: torch.Tensor, scores: list[torch.Tensor]) -> torch.Tensor:
         """Compare one layer on the graph's states; returns its output as the graph has it."""
         place, at, values = f"layer {index}", f"layers.{index}", self._values
         _move_biases(layer.self_attn)
         take_weights(layer, f"vision.encoder.layers.{index}.", self._weights.rounded, place, self.found)
-        kept = self._kept if f"{at}.kept_norm1" in values else None
-        with Steering(place, self.found) as steering, Steering(place, self.found, kept) as rest:
-            self._steer(steering, rest, layer, at)
+        kept = self._kept if f"{at}.kept_norm1" in values else ()
+        with self._steering(place) as whole, self._steering(place, kept) as steering:
+            self._steer(whole, steering, layer, at)
             if f"{at}.attention.probabilities" in values:
                 hook = layer.self_attn.register_forward_hook(lambda _module, _inputs, out: scores.append(out[1]))
             output = layer(states, attention_mask=None)
             if f"{at}.attention.probabilities" in values:
                 hook.remove()
                 found = values[f"{at}.attention.probabilities"]
-                steering.compare("operation", "attention maps", scores[-1], found)
-            return rest.compare("operation", "output", output, values[f"{at}.output"])
+                whole.compare("operation", "attention maps", scores[-1], found)
+            return steering.compare("operation", "output", output, values[f"{at}.output"])
 
-    def _steer(self, steering: Steering, rest: Steering, layer: Any, at: str) -> None:
-        """Compare within a layer; all but the first norm, the keys and the values may be those of some tokens only."""
+    def _steer(self, whole: Steering, steering: Steering, layer: Any, at: str) -> None:
+        """Compare what a layer computes of all tokens, and the rest, which the last one has of the kept tokens only."""
         attention, mlp, values = layer.self_attn, layer.mlp, self._values
-        steering.gives("operation", "first norm", layer.layer_norm1, values[f"{at}.norm1"])
+        whole.gives("operation", "first norm", layer.layer_norm1, values[f"{at}.norm1"])
         queries_from = f"{at}.norm1"
         if f"{at}.kept_norm1" in values:
             queries_from = f"{at}.kept_norm1"
-            rest.takes("operation", "kept tokens", attention.q_proj, values[queries_from])
-        self._product(rest, "q_proj", attention.q_proj, queries_from, f"{at}.attention.queries")
-        self._product(steering, "k_proj", attention.k_proj, f"{at}.norm1", f"{at}.attention.keys.matmul")
-        self._product(steering, "v_proj", attention.v_proj, f"{at}.norm1", f"{at}.attention.values.matmul")
+            steering.takes("operation", "kept tokens", attention.q_proj, values[queries_from])
+        self._product(steering, "q_proj", attention.q_proj, queries_from, f"{at}.attention.queries")
+        self._product(whole, "k_proj", attention.k_proj, f"{at}.norm1", f"{at}.attention.keys.matmul")
+        self._product(whole, "v_proj", attention.v_proj, f"{at}.norm1", f"{at}.attention.values.matmul")
         [mixed] = [name for kind in ("fused", "merged") if (name := f"{at}.attention.{kind}") in values]
-        rest.takes("operation", "attention", attention.out_proj, values[mixed])
-        self._product(rest, "out_proj", attention.out_proj, mixed, f"{at}.attention.output")
-        rest.takes("operation", "sum", layer.layer_norm2, values[f"{at}.attended"])
-        rest.gives("operation", "second norm", layer.layer_norm2, values[f"{at}.norm2"])
-        self._product(rest, "fc1", mlp.fc1, f"{at}.norm2", f"{at}.fc1")
-        rest.takes("operation", "activation", mlp.fc2, values[f"{at}.activation"])
-        self._product(rest, "fc2", mlp.fc2, f"{at}.activation", f"{at}.fc2")
+        steering.takes("operation", "attention", attention.out_proj, values[mixed])
+        self._product(steering, "out_proj", attention.out_proj, mixed, f"{at}.attention.output")
+        steering.takes("operation", "sum", layer.layer_norm2, values[f"{at}.attended"])
+        steering.gives("operation", "second norm", layer.layer_norm2, values[f"{at}.norm2"])
+        self._product(steering, "fc1", mlp.fc1, f"{at}.norm2", f"{at}.fc1")
+        steering.takes("operation", "activation", mlp.fc2, values[f"{at}.activation"])
+        self._product(steering, "fc2", mlp.fc2, f"{at}.activation", f"{at}.fc2")
 
     def _project(self, projector: Any, states: torch.Tensor) -> None:
         values = self._values
         take_weights(projector, "projector.", self._weights.rounded, "projector", self.found)
-        with Steering("projector", self.found) as steering:
-            source = f"layers.{self._num_feature_layers - 1}.output" if self._num_feature_layers else "pre_norm"
+        with self._steering("projector") as steering:
+            source = f"layers.{self._num_feature_layers - 1}.output" if self._num_feature_layers else self._embedded
             features = states[:, self._kept] if self._kept else states
             if "patch_features" in values:
                 source, features = "patch_features", states[:, 1:]

@@ -108,9 +108,11 @@ class PrunedModel:
             shortened.pop(f"{bound}_length", None)
         return self._unpruned_generate(ids, generation_config, *args, **shortened)
 
-    def encode(self, pixel_values: torch.Tensor, image_sizes: Any = None) -> EncodedImages:
+    def encode(
+        self, pixel_values: torch.Tensor, image_sizes: Any = None, batch_num_images: Any = None
+    ) -> EncodedImages:
         """What is left of some images; see `ImagePruner.encode`."""
-        return self._images.encode(pixel_values, image_sizes)
+        return self._images.encode(pixel_values, image_sizes, batch_num_images)
 
     def _before_forward(self, _model: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # The steps of a generation come by here too, and must cost nothing.
@@ -123,13 +125,16 @@ class PrunedModel:
         """Put the embeddings of the shortened prompts in the place of ids and pixels."""
         _check_cache(inputs)
         config = self.model.config
-        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-            if inputs.pop(name, None) not in (None, getattr(config, name)):
+        for name in ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"):
+            if inputs.pop(name, None) not in (None, getattr(config, name, None)):
                 raise SettingsError(f"{name} cannot differ from the model's config while the model is pruned")
         ids = inputs.pop("input_ids", None)
         if ids is None:
             raise PromptError("images came without input_ids; pass the ids that the processor gave, not embeddings")
-        images = self._images.encode(inputs.pop("pixel_values"), inputs.pop("image_sizes", None))
+        if inputs.get("pixel_values_videos") is not None:
+            raise SettingsError("videos cannot be pruned; restore first, or pass images alone")
+        names = ("pixel_values", "image_sizes", "batch_num_images")
+        images = self._images.encode(*(inputs.pop(name, None) for name in names))
         is_image = ids == config.image_token_id
         if (num_marks := int(is_image.sum())) != len(images.is_kept):
             raise PromptError(

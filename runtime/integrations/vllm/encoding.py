@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hivtp.runtime.integrations.vllm.counts import layout_of
-from hivtp.runtime.vision.token_blocks import image_blocks, is_image_patch, project_kept
+from hivtp.runtime.vision.token_blocks import Block, image_blocks, is_image_patch, project_kept
 from hivtp.runtime.vision.torch_tower import attend, run_tower
+from hivtp.runtime.vision.tower_kinds import CLIP
 from hivtp_ops import torch_op
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import torch
-    from numpy.typing import NDArray
 
     from hivtp.runtime.integrations.vllm.settings import PluginSettings
 
@@ -78,18 +78,21 @@ def encode_images(
     # A tower that overflows gives nonsense with and without pruning; an error here would end the engine, and with
     # it the answers of everybody.
     importance = importance.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-    is_padding = torch.from_numpy(~is_image_patch(blocks, (len(tiles), features.shape[1]))).to(importance.device)
+    shape = len(tiles), features.shape[1]
+    is_padding = torch.from_numpy(~is_image_patch(blocks, shape, CLIP.num_class_tokens)).to(importance.device)
     importance = importance.masked_fill(is_padding, -torch.inf)
     kept_indices, _ = torch_op.prune(importance, settings.grid, settings.spec)
     newline = None if settings.pinpoints is None else model.image_newline
-    tokens = project_kept(features, kept_indices, blocks, settings.newline, model.multi_modal_projector, newline)
+    tokens = project_kept(
+        features, kept_indices, blocks, settings.newline, model.multi_modal_projector, newline, CLIP.num_class_tokens
+    )
     sizes = np.array([flags.sum() for flags in tokens.is_kept]).reshape(len(pixel_values), -1).sum(axis=1)
     return list(torch.split(tokens.embeds, sizes.tolist()))
 
 
 def _lay_out(
     settings: PluginSettings, pixel_values: torch.Tensor | Sequence[torch.Tensor], image_sizes: torch.Tensor | None
-) -> tuple[torch.Tensor, list[NDArray[np.int64]]]:
+) -> tuple[torch.Tensor, list[Block]]:
     """Pixels of all tiles [tiles, 3, H, W], and where the unpruned tokens come from; see `image_blocks`."""
     import torch
 
@@ -97,10 +100,10 @@ def _lay_out(
         tiles = pixel_values if isinstance(pixel_values, torch.Tensor) else torch.stack(list(pixel_values))
         shape = len(tiles), 1 + math.prod(settings.grid)
         return tiles, [
-            row[None, 1 - settings.num_prefix_tokens :] for row in np.arange(math.prod(shape)).reshape(shape)
+            Block(row[None, 1 - settings.num_prefix_tokens :]) for row in np.arange(math.prod(shape)).reshape(shape)
         ]
     assert image_sizes is not None, "the processor of LLaVA-NeXT gives them"
     layouts = [layout_of(settings, (height, width)) for height, width in image_sizes.tolist()]
     images = zip(pixel_values, layouts, strict=True)
     tiles = torch.cat([pixels[: layout.num_tiles] for pixels, layout in images])
-    return tiles, image_blocks(layouts, settings.grid)
+    return tiles, image_blocks(layouts, settings.grid, CLIP.num_class_tokens, None)

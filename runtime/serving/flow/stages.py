@@ -127,7 +127,8 @@ class Stages:
         for image in work.references:
             content = work.contents.pop(image.param)
             started = time.perf_counter()
-            size, prepared = await _run_in(self._images, partial(self._prepare, content, image.param))
+            prepare = partial(self._prepare, content, image.param, len(work.references))
+            size, prepared = await _run_in(self._images, prepare)
             work.sizes.append(size)
             work.prepared[image.param] = prepared
             work.preprocess_ms += milliseconds_since(started)
@@ -150,10 +151,10 @@ class Stages:
         work.chat = _without_data(work.chat)
         return work
 
-    def _prepare(self, content: bytes, param: str) -> tuple[tuple[int, int], PreparedImage]:
+    def _prepare(self, content: bytes, param: str, num_images: int) -> tuple[tuple[int, int], PreparedImage]:
         image = decode_image(content, param, self._settings.max_image_pixels)
         try:
-            return (image.height, image.width), self._model.images.prepare(image)
+            return (image.height, image.width), self._model.images.prepare(image, num_images)
         except ImageError as error:
             raise invalid(f"{param}: {error}", param, "invalid_image") from error
 

@@ -20,7 +20,7 @@ from benchmarks.timing.floor import (
     vision_stage,
 )
 from hivtp.engines.bundle import Bundle
-from hivtp.export.graph.clip import VisionShape
+from hivtp.export.graph.shape import VisionShape
 
 FLOAT = Format(4, 4)
 HALF = Format(2, 2)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hivtp.export.checkpoint.config import VISION_ACTIVATIONS, read_config
+from hivtp.export.graph.activation import activation
 from hivtp.export.graph.builder import GraphBuilder
-from hivtp.export.graph.clip import activation
 from hivtp_ops.errors import CheckpointError
 from tests.support.folders import edit_json
 
@@ -20,11 +20,19 @@ if TYPE_CHECKING:
     ("edit", "message"),
     [
         (lambda config: config.update(model_type="bert"), "type 'bert'; supported is LLaVA-1.5"),
-        (lambda config: config.update(model_type="llava_onevision"), "type 'llava_onevision'; supported is"),
+        (lambda config: config.update(model_type="vipllava"), "type 'vipllava'; supported is"),
+        (
+            lambda config: config.update(model_type="llava_onevision", vision_aspect_ratio="anyres"),
+            "vision_aspect_ratio is 'anyres'; expected anyres_max_ and a number",
+        ),
         (lambda config: config.update(model_type=["llava"]), r"type \['llava'\]; supported is"),
         (lambda config: config.pop("model_type"), "type None; supported is"),
-        (lambda config: config["text_config"].update(model_type="qwen2"), "language model of type 'qwen2'; supported"),
-        (lambda config: config["vision_config"].update(model_type="siglip_vision_model"), "vision tower of type"),
+        (lambda config: config["text_config"].update(model_type="gemma"), "language model of type 'gemma'; supported"),
+        (lambda config: config["vision_config"].update(model_type="dinov2"), "vision tower of type 'dinov2'"),
+        (
+            lambda config: config["vision_config"].update(model_type="siglip_vision_model"),
+            "the first patch would be left out",
+        ),
         (lambda config: config.update(vision_feature_layer=[-2, -3]), "several vision feature layers"),
         (lambda config: config.update(vision_feature_layer=-9), "lies outside a tower of 6 layers"),
         (lambda config: config.update(model_type="llava_next"), "image_grid_pinpoints is .*in multiples of 64"),
@@ -35,7 +43,7 @@ if TYPE_CHECKING:
             lambda config: config["vision_config"].update(patch_size=0),
             "patch_size of its vision_config is 0; expected 1",
         ),
-        (lambda config: config["vision_config"].update(patch_size=7), "image size that its patch size does not divide"),
+        (lambda config: config["vision_config"].update(patch_size=65), "image size smaller than its patch size"),
         (lambda config: config["vision_config"].update(num_channels=1), "a vision tower of 1 colour channels"),
         (lambda config: config["vision_config"].update(num_attention_heads=0), "num_attention_heads of its vision"),
         (

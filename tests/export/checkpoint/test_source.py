@@ -117,7 +117,7 @@ def test_the_folder_of_the_cache_has_the_name_of_its_repository(hub: FakeHub, tm
     ("edit", "message"),
     [
         ({"model_type": "qwen2_vl"}, "model of type 'qwen2_vl'"),
-        ({"mm_vision_tower": "openai/clip"}, "layout of the original LLaVA code"),
+        ({"mm_vision_tower": "openai/clip"}, "--vision-tower FOLDER"),
         ({"quantization_config": {"quant_method": "awq"}}, "is quantised"),
     ],
 )

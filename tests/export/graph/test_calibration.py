@@ -20,7 +20,7 @@ from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.exporter import export_bundle
 from hivtp.export.graph.builder import MAX_FP8, quantize_fp8, save_model
 from hivtp.export.graph.calibration import activation_maxima, first_fp8_layer
-from hivtp.export.graph.clip import VisionShape
+from hivtp.export.graph.shape import VisionShape
 from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.settings import ExportSettings
 from hivtp.export.verify.checks import relative_error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from benchmarks.checkpoints import make_checkpoint
 from hivtp.engines import create_engine
 from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.graph.builder import quantize_per_channel, save_model
-from hivtp.export.graph.clip import VisionShape
+from hivtp.export.graph.shape import VisionShape
 from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.verify.checks import jaccard, relative_error
 from hivtp.export.verify.samples import sample_pixels
@@ -38,8 +39,9 @@ class Reference:
         with torch.inference_mode():
             tower = model.vision_tower(pixels, output_attentions=True, output_hidden_states=True)
             features = tower.hidden_states[layer]
+            num_class_tokens = int(hasattr(model.vision_tower.embeddings, "class_embedding"))
             if model.config.vision_feature_select_strategy == "default":
-                features = features[:, 1:]
+                features = features[:, num_class_tokens:]
             self.features = features.numpy()
             # transformers takes layer 0 for "not given" and fails.
             embeds = model.multi_modal_projector(features) if layer == 0 else self._image_features(model, pixels)
@@ -47,7 +49,7 @@ class Reference:
         if spec is not None:
             layers = slice(spec.first_layer, spec.first_layer + spec.num_layers)
             self.attention = torch.stack(tower.attentions[layers], dim=1).numpy()
-            self.importance = self.attention.mean(axis=(1, 2, 3))[:, 1:]
+            self.importance = self.attention.mean(axis=(1, 2, 3))[:, num_class_tokens:]
 
     @staticmethod
     def _image_features(model: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
@@ -108,6 +110,62 @@ def test_any_feature_layer_and_strategy_equals_hugging_face(tmp_path: Path, feat
 )
 def test_any_tower_size_equals_hugging_face(tmp_path: Path, vision: dict[str, Any]) -> None:
     check_pruned(make_checkpoint(tmp_path / "checkpoint", vision=vision), tmp_path, PruningSpec(window=3))
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 x 8 patches that do not reach to the end of the image, no class token."""
+    return make_checkpoint(tmp_path_factory.mktemp("siglip") / "checkpoint", tower="siglip")
+
+
+@pytest.mark.parametrize("preset", ["paper", "288", "192", "128", "64"])
+def test_every_preset_on_siglip_equals_hugging_face(siglip: Path, tmp_path: Path, preset: str) -> None:
+    check_pruned(siglip, tmp_path, PruningSpec.preset(preset, (8, 8)))
+
+
+@pytest.mark.parametrize("feature_layer", [-1, -2, -7, 0, 4])
+def test_any_feature_layer_of_siglip_equals_hugging_face(tmp_path: Path, feature_layer: int) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint", tower="siglip", vision_feature_layer=feature_layer)
+    check_pruned(folder, tmp_path, PruningSpec(first_layer=2, num_layers=2))
+    pixels = sample_pixels(2, 68)
+    outputs = run(write(folder, tmp_path / "unpruned.onnx", None), pixels)
+    assert relative_error(outputs["image_embeds"], Reference(folder, pixels, None).embeds) <= 1e-4
+
+
+def test_the_shape_of_published_siglip_towers_equals_hugging_face(tmp_path: Path) -> None:
+    """384 px in patches of 14: 27 x 27, and 6 px that no patch sees; presets keep their share of 729."""
+    folder = make_checkpoint(
+        tmp_path / "checkpoint",
+        tower="siglip",
+        vision={"image_size": 384, "patch_size": 14, "num_hidden_layers": 3, "vision_use_head": True},
+    )
+    shape = VisionShape.of(Checkpoint.open(folder).config)
+    assert (shape.grid, shape.num_tokens, shape.num_prefix_tokens) == ((27, 27), 729, 0)
+    spec = PruningSpec.preset("192", shape.grid)
+    assert spec.keep == 243
+    check_pruned(folder, tmp_path, replace(spec, first_layer=0, num_layers=1), num_tiles=2)
+
+
+def test_siglips_last_layer_runs_for_the_kept_patches_alone(siglip: Path, tmp_path: Path) -> None:
+    spec = PruningSpec.preset("192", (8, 8)).resolve(6)
+    file = write(siglip, tmp_path / "model.onnx", spec)
+    model = load(file)
+    watched = ["layers.5.fc1", "layers.5.attention.queries", "layers.5.attention.keys.matmul"]
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in watched)
+    onnx.save(model, file)
+    outputs = run(file, sample_pixels(1, 68))
+    assert [outputs[name].shape[1] for name in watched] == [21, 21, 64]
+
+
+def test_the_encoder_graph_of_siglip_has_no_class_token(siglip: Path, tmp_path: Path) -> None:
+    spec = PruningSpec(first_layer=1, num_layers=3).resolve(6)
+    pixels = sample_pixels(2, 68)
+    outputs = run(write(siglip, tmp_path / "encoder.onnx", spec, kind="encoder"), pixels)
+    reference = Reference(siglip, pixels, spec)
+    assert outputs["attention"].shape == (2, 3, 3, 64, 64)
+    assert relative_error(outputs["features"], reference.features) <= 1e-4
+    assert np.abs(outputs["attention"] - reference.attention).max() <= 1e-5
+    assert np.abs(outputs["importance"] - reference.importance).max() <= 1e-6
 
 
 def test_scoring_layers_beyond_the_features_still_score(tiny_checkpoint: Path, tmp_path: Path) -> None:

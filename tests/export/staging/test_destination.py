@@ -39,11 +39,11 @@ def web_app(folder: Path) -> None:
 
 def checkpoint(folder: Path) -> None:
     (folder / "config.json").write_text("{}")
-    (folder / "manifest.json").write_text(json.dumps({"schema_version": 5, "files": {}}))
+    (folder / "manifest.json").write_text(json.dumps({"schema_version": 6, "files": {}}))
 
 
 def damaged(folder: Path) -> None:
-    (folder / "manifest.json").write_text('{"schema_version": 5, "files": ')
+    (folder / "manifest.json").write_text('{"schema_version": 6, "files": ')
 
 
 def nested(folder: Path) -> None:

@@ -241,6 +241,8 @@ def test_every_form_of_the_graph_passes(
     "shape",
     [
         {"family": "llava_next"},
+        {"tower": "siglip"},
+        {"tower": "siglip", "family": "llava_next", "vision_feature_layer": -2},
         {"vision_feature_select_strategy": "full", "multimodal_projector_bias": False},
         {"vision": {"num_hidden_layers": 32}, "seed": 3},
         {"vision": {"hidden_size": 128, "num_attention_heads": 8, "image_size": 112, "patch_size": 14}, "seed": 4},
@@ -254,6 +256,31 @@ def test_right_graphs_of_other_shapes_pass(tmp_path: Path, shape: dict[str, Any]
     spec = spec.resolve(config.num_hidden_layers)
     report = verify_vision(opened, spec, write(opened, tmp_path / "graph", precision, spec), precision, "vision")
     assert report["kept_jaccard"] >= 0.8
+
+
+def patch_bias_dropped(graph: onnx.GraphProto) -> None:
+    change(graph, "vision.embeddings.patch_embedding.bias", np.zeros_like)
+
+
+def patches_shifted(graph: onnx.GraphProto) -> None:
+    """The patches begin 4 px further to the right and below."""
+    change(graph, "first", lambda values: values + 4)
+    change(graph, "seen", lambda values: values + 4)
+
+
+def first_patch_for_all(graph: onnx.GraphProto) -> None:
+    change(graph, "first_row", lambda values: values + 63)
+
+
+@pytest.mark.parametrize("fault", [patch_bias_dropped, patches_shifted, first_patch_for_all])
+def test_each_fault_planted_into_siglip_is_refused(tmp_path: Path, fault: Callable[..., None]) -> None:
+    opened = Checkpoint.open(make_checkpoint(tmp_path / "checkpoint", tower="siglip"))
+    file = write(opened, tmp_path / "graph", "fp32", SPEC)
+    proto = onnx.load(file)
+    fault(proto.graph)
+    onnx.save(proto, file)
+    with pytest.raises(VerificationError, match="the fp32 vision graph differs from PyTorch"):
+        verify_vision(opened, SPEC, file, "fp32", "vision")
 
 
 def test_attention_that_tells_nothing_apart_passes_in_float32(tmp_path: Path) -> None:
@@ -318,3 +345,12 @@ def test_sample_pixels_are_the_same_at_every_call_and_have_no_ties() -> None:
     patches = first.reshape(2, 3, 8, 8, 8, 8).transpose(0, 2, 4, 1, 3, 5).reshape(128, -1)
     assert len(np.unique(patches, axis=0)) == 128
     assert sample_patch_mask(3, (8, 8)).sum(axis=1).tolist() == [64, 32, 32]
+
+
+def test_a_capacity_of_all_patches_is_not_taken_for_all_of_them_in_order(tmp_path: Path) -> None:
+    """52 to 64 of 64 patches: rows without a patch read the first."""
+    opened = Checkpoint.open(make_checkpoint(tmp_path / "checkpoint", tower="siglip"))
+    spec = PruningSpec(global_ratio=0.75).resolve(6)
+    assert spec.capacity((8, 8)) == 64
+    report = verify_vision(opened, spec, write(opened, tmp_path / "graph", "fp32", spec), "fp32", "vision")
+    assert report["kept_jaccard"] == 1

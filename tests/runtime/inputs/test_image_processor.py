@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import image_transforms
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from hivtp.runtime.inputs.image_processor import ImageProcessor
 from hivtp.runtime.inputs.images import load_image
@@ -91,6 +92,10 @@ CONFIGS = {
     "no rescale": LLAVA_15 | {"do_rescale": False},
     "neither": LLAVA_15 | {"do_rescale": False, "do_normalize": False},
     "other numbers": CLIP | {"rescale_factor": 1 / 127.5, "image_mean": [1.0, 0.9, 1.1], "image_std": [0.5, 1, 2]},
+    "siglip defaults": {"image_processor_type": "SiglipImageProcessor"},
+    "siglip": {"image_processor_type": "SiglipImageProcessor", "size": {"height": 384, "width": 384}, "resample": 3},
+    "siglip, crop": {"image_processor_type": "SiglipImageProcessorFast", "size": 100, "do_convert_rgb": None}
+    | {"default_to_square": True, "image_mean": 0.4},
     "one mean for all": CLIP | {"image_mean": 0.5, "image_std": 0.25},
 }
 
@@ -104,8 +109,10 @@ def photo(name: str) -> Image.Image:
     return load_image(photo_path(name))
 
 
-def original(config: dict) -> CLIPImageProcessorPil | LlavaImageProcessorPil:
+def original(config: dict) -> CLIPImageProcessorPil | LlavaImageProcessorPil | SiglipImageProcessorPil:
     kind = config.get("image_processor_type", config.get("feature_extractor_type"))
+    if kind.startswith("Siglip"):
+        return SiglipImageProcessorPil.from_dict(config)
     return (LlavaImageProcessorPil if kind.startswith("Llava") else CLIPImageProcessorPil).from_dict(config)
 
 
@@ -240,7 +247,7 @@ def test_all_forms_of_the_supported_processors_are_read(name):
     assert ImageProcessor.from_config({"image_processor_type": name}) == ImageProcessor()
 
 
-@pytest.mark.parametrize("config", [{}, {"image_processor_type": "SiglipImageProcessor", "size": 384}])
+@pytest.mark.parametrize("config", [{}, {"image_processor_type": "Siglip2ImageProcessor", "size": 384}])
 def test_other_processors_are_refused_by_name(config):
     found = config.get("image_processor_type")
     with pytest.raises(CheckpointError, match=rf"is {found!r}; supported are CLIPImageProcessor.*LlavaImageProcessor"):

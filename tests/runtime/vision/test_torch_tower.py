@@ -28,6 +28,9 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "full": {"vision_feature_select_strategy": "full"},
     "last layer": {"vision_feature_layer": -1},
     "llava_next": {"family": "llava_next"},
+    "siglip": {"tower": "siglip"},
+    "onevision": {"tower": "siglip", "family": "llava_onevision", "language": "qwen2"},
+    "siglip, tiles": {"tower": "siglip", "family": "llava_next", "language": "qwen2"},
 }
 SETTINGS = {
     "unpruned": {"is_pruned": False},

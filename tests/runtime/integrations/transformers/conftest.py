@@ -21,6 +21,13 @@ def llava_next(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return make_family(tmp_path_factory.mktemp("next") / "checkpoint", LlavaNextForConditionalGeneration)
 
 
+@pytest.fixture(scope="session", params=[LlavaForConditionalGeneration, LlavaNextForConditionalGeneration])
+def siglip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """With a SigLIP tower and a Qwen2, with and without tiles."""
+    folder = tmp_path_factory.mktemp("siglip") / "checkpoint"
+    return make_family(folder, request.param, tower="siglip", language="qwen2")
+
+
 @pytest.fixture(scope="session")
 def shared_model(llava: Family) -> Any:
     return llava.load()

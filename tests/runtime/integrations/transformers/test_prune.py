@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPVisionModel, SiglipVisionModel
+from transformers import CLIPVisionModel
 
 from hivtp.runtime.integrations.transformers import prune
 from hivtp_ops import PruningSpec
@@ -95,18 +95,18 @@ def test_pruning_twice_is_refused(model):
         assert model.generate == pruned.generate
 
 
-def test_a_tower_without_a_cls_is_refused(llava):
-    model = llava.load()
-    config = model.config.vision_config
-    from transformers import SiglipVisionConfig
+def test_a_tower_of_another_kind_is_refused(llava):
+    from transformers import ViTConfig, ViTModel
 
-    model.model.vision_tower = SiglipVisionModel(
-        SiglipVisionConfig(hidden_size=48, intermediate_size=80, num_attention_heads=3, num_hidden_layers=2)
-    )
-    assert config.num_hidden_layers == 6
-    with pytest.raises(
-        SettingsError, match="the vision tower is a SiglipVisionModel; the rule needs a CLIPVisionModel"
-    ):
+    model = llava.load()
+    model.model.vision_tower = ViTModel(ViTConfig(hidden_size=48, num_attention_heads=3, num_hidden_layers=2))
+    with pytest.raises(SettingsError, match="the vision tower is a ViTModel; the rule is known for a CLIPVisionModel"):
+        prune(model, PAPER)
+
+
+def test_a_strategy_that_drops_the_first_patch_is_refused(siglip):
+    model = siglip.load(vision_feature_select_strategy="default")
+    with pytest.raises(SettingsError, match="'default' drops the first patch of a SiglipVisionModel"):
         prune(model, PAPER)
 
 

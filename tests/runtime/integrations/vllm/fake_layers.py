@@ -59,6 +59,9 @@ def fake_tower(tower: Any, rank: int = 0, num_ranks: int = 1, sum_over_ranks: Su
 
     layers = [layer(own) for own in tower.encoder.layers]
     inner = SimpleNamespace(
-        embeddings=tower.embeddings, pre_layrnorm=tower.pre_layrnorm, encoder=SimpleNamespace(layers=layers)
+        config=tower.config,
+        embeddings=tower.embeddings,
+        pre_layrnorm=tower.pre_layrnorm,
+        encoder=SimpleNamespace(layers=layers),
     )
     return SimpleNamespace(vision_model=inner)

@@ -1,75 +1,25 @@
-"""The CLIP tower as a graph: embeddings, encoder layers, and the scores of the middle layers."""
+"""A vision tower as a graph: embeddings, encoder layers, and the scores of the middle layers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hivtp.export.graph.activation import activation
 from hivtp.export.graph.builder import MICROSOFT, OPSET
-from hivtp_ops.errors import CheckpointError
+from hivtp.runtime.vision.tower_kinds import TOWER_KINDS
 
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
     from hivtp.export.graph.builder import GraphBuilder
+    from hivtp.export.graph.shape import VisionShape
 
 
-@dataclass(frozen=True)
-class VisionShape:
-    """The sizes of a LLaVA vision tower that the graph, the manifest and the checks share."""
-
-    num_layers: int
-    num_heads: int
-    hidden_size: int
-    image_size: int
-    patch_size: int
-    feature_layer: int
-    has_cls_feature: bool
-    language_hidden_size: int
-
-    @classmethod
-    def of(cls, config: Any) -> VisionShape:
-        """Read the sizes from a `transformers.LlavaConfig` or `LlavaNextConfig`."""
-        vision = config.vision_config
-        return cls(
-            num_layers=vision.num_hidden_layers,
-            num_heads=vision.num_attention_heads,
-            hidden_size=vision.hidden_size,
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-            feature_layer=config.vision_feature_layer,
-            has_cls_feature=config.vision_feature_select_strategy == "full",
-            language_hidden_size=config.text_config.hidden_size,
-        )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        side = self.image_size // self.patch_size
-        return side, side
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of one tile."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Features in front of the patches: the CLS where the strategy is "full", else none."""
-        return int(self.has_cls_feature)
-
-    @property
-    def num_feature_layers(self) -> int:
-        """How many encoder layers run before the features: `hidden_states[i]` is the output of i layers."""
-        layer = self.feature_layer
-        return layer if layer >= 0 else self.num_layers + 1 + layer
-
-
-class ClipTower:
-    """Adds the nodes of a CLIP vision tower to a graph.
+class Tower:
+    """Adds the nodes of a vision tower to a graph.
 
     Only the scoring layers compute attention as MatMul, Softmax, MatMul, the form whose probabilities can be
     read; the others use the fused operator.
@@ -77,7 +27,7 @@ class ClipTower:
     Args:
         graph: the graph; its weights are named "vision.…".
         shape: sizes of the tower.
-        config: its `transformers.CLIPVisionConfig`.
+        config: its `transformers.CLIPVisionConfig` or `SiglipVisionConfig`.
         scoring_layers: 0-based encoder layers whose attention is read.
     """
 
@@ -85,32 +35,44 @@ class ClipTower:
         self.graph = graph
         self.shape = shape
         self.config = config
+        self.kind = TOWER_KINDS[config.model_type]
         self.scoring_layers = scoring_layers
         self.attention_maps: list[ir.Value] = []
 
     def embed(self, pixels: ir.Value) -> ir.Value:
-        """Tokens [tiles, 1 + patches, width] from pixels [tiles, 3, H, W], CLS first."""
+        """Tokens [tiles, class tokens + patches, width] from pixels [tiles, 3, H, W]."""
+        graph, width = self.graph, self.shape.hidden_size
+        tokens = self._patches(graph.narrow(pixels, "pixels"))
+        if self.kind.num_class_tokens:
+            cls = graph.weight("vision.embeddings.class_embedding", shape=(1, 1, width))
+            tiles = graph.op("Shape", tokens, name="tiles", start=0, end=1)
+            cls_shape = graph.op("Concat", tiles, graph.constant("one_row", [1, width]), name="cls.shape", axis=0)
+            cls = graph.op("Expand", cls, cls_shape, name="cls")
+            tokens = graph.op("Concat", cls, tokens, name="tokens", axis=1)
+        positions = graph.weight("vision.embeddings.position_embedding.weight")
+        tokens = graph.op("Add", tokens, positions, name="tokens.positioned")
+        return self._norm(tokens, "vision.pre_layrnorm", "pre_norm") if self.kind.has_pre_norm else tokens
+
+    def _patches(self, pixels: ir.Value) -> ir.Value:
+        """Patches [tiles, patches, width], projected."""
         graph, shape = self.graph, self.shape
-        width = shape.hidden_size
-        pixels = graph.narrow(pixels, "pixels")
-        # The convolution's windows do not overlap, so it is a matrix product, and a faster one on a CPU.
         (rows, cols), side = shape.grid, shape.patch_size
+        if rows * side < shape.image_size:
+            # As a convolution does, whose windows do not reach to the end.
+            bounds = [graph.constant(name, value) for name, value in (("first", [0, 0]), ("seen", [rows * side] * 2))]
+            pixels = graph.op("Slice", pixels, *bounds, graph.constant("axes_pixels", [2, 3]), name="pixels.seen")
+        # The convolution's windows do not overlap, so it is a matrix product, and a faster one on a CPU.
         split = graph.constant("split_patches", [-1, 3, rows, side, cols, side])
         patches = graph.op("Reshape", pixels, split, name="patches.split")
         patches = graph.op("Transpose", patches, name="patches.by_place", perm=[0, 2, 4, 1, 3, 5])
         num_values = 3 * side * side
         flat = graph.constant("flat_patches", [-1, shape.num_patches, num_values])
         patches = graph.op("Reshape", patches, flat, name="patches.flat")
-        kernel = "vision.embeddings.patch_embedding.weight"
-        patches = graph.matmul(patches, kernel, "patches", shape=(width, num_values))
-        cls = graph.weight("vision.embeddings.class_embedding", shape=(1, 1, width))
-        tiles = graph.op("Shape", patches, name="tiles", start=0, end=1)
-        cls_shape = graph.op("Concat", tiles, graph.constant("one_row", [1, width]), name="cls.shape", axis=0)
-        cls = graph.op("Expand", cls, cls_shape, name="cls")
-        tokens = graph.op("Concat", cls, patches, name="tokens", axis=1)
-        positions = graph.weight("vision.embeddings.position_embedding.weight")
-        tokens = graph.op("Add", tokens, positions, name="tokens.positioned")
-        return self._norm(tokens, "vision.pre_layrnorm", "pre_norm")
+        path = "vision.embeddings.patch_embedding"
+        patches = graph.matmul(patches, f"{path}.weight", "patches", shape=(shape.hidden_size, num_values))
+        if not self.kind.has_patch_bias:
+            return patches
+        return graph.op("Add", patches, graph.weight(f"{path}.bias"), name="patches.biased")
 
     def layer(self, index: int, hidden: ir.Value, rows: ir.Value | None = None) -> ir.Value:
         """One encoder layer on [tiles, tokens, width]; with `rows` [tiles, num, 1] its output for those tokens only."""
@@ -139,8 +101,9 @@ class ClipTower:
         for index, mean in enumerate(means[1:], start=1):
             total = graph.op("Add", total, mean, name=f"importance.sum{index}")
         share = graph.constant("layer_share", np.array(1.0 / len(means), np.float32))
-        average = graph.op("Mul", total, share, name="importance.with_cls")
-        return self.drop_cls(average, name)
+        if not self.kind.num_class_tokens:
+            return graph.op("Mul", total, share, name=name)
+        return self.drop_cls(graph.op("Mul", total, share, name="importance.with_cls"), name)
 
     def _received(self, attention: ir.Value) -> ir.Value:
         """Mean over heads and queries of [tiles, heads, queries, keys]: [tiles, keys] float32."""
@@ -150,7 +113,7 @@ class ClipTower:
             return graph.op("ReduceMean", attention, axes, name=name, keepdims=0)
         # On a CPU a product with a constant row is 20 times as fast as reducing the whole map, and more exact. A
         # GPU would round it to TF32, so the graphs that are meant for one reduce.
-        num_tokens = 1 + self.shape.num_patches
+        num_tokens = self.shape.num_tokens
         share = graph.constant("query_share", np.full((1, num_tokens), 1 / num_tokens, np.float32))
         by_head = graph.op("MatMul", share, attention, name=f"{name}.by_head")
         return graph.op("ReduceMean", by_head, axes, name=name, keepdims=0)
@@ -226,20 +189,3 @@ class ClipTower:
 
     def _norm(self, value: ir.Value, path: str, name: str) -> ir.Value:
         return self.graph.layer_norm(value, f"{path}.weight", f"{path}.bias", self.config.layer_norm_eps, name)
-
-
-def activation(graph: GraphBuilder, kind: str, value: ir.Value, name: str) -> ir.Value:
-    """One of the activations that CLIP towers and LLaVA projectors use.
-
-    Raises:
-        CheckpointError: for any other.
-    """
-    if kind == "quick_gelu":
-        gate = graph.op("Mul", value, graph.constant("quick_gelu_scale", 1.702), name=f"{name}.scaled")
-        return graph.op("Mul", value, graph.op("Sigmoid", gate, name=f"{name}.gate"), name=name)
-    approximate = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}.get(kind)
-    if approximate is not None:
-        return graph.op("Gelu", value, name=name, approximate=approximate)
-    if kind == "relu":
-        return graph.op("Relu", value, name=name)
-    raise CheckpointError(f"activation {kind!r} is not supported; supported are quick_gelu, gelu and relu")
