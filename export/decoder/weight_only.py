@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
     import onnx_ir as ir
+
+# Of a weight that ONNX Runtime's quantizer gets at once: a message of protobuf holds 2 GiB, and the head of Qwen2-7B,
+# with its vocabulary of 152,000, is larger.
+MAX_PART_BYTES = 2**29
 
 
 @dataclass(frozen=True)
@@ -75,20 +81,41 @@ def drop_unused(model: ir.Model, weight: ir.Value) -> None:
 
 
 def _quantized_alone(node: Any, settings: WeightOnlySettings) -> ir.Model:
-    """The node as a whole model, quantised."""
+    """The node as a whole model, quantised; outputs are rounded independently, and so a large weight part by part."""
+    import numpy as np
+    import onnx_ir as ir
+
+    weight = node.inputs[1].const_value.numpy()
+    num_outputs = weight.shape[1]
+    num_parts = -(-weight.nbytes // MAX_PART_BYTES)
+    bounds = [num_outputs * part // num_parts for part in range(num_parts + 1)]
+    parts = [_quantized_part(node, weight[:, start:stop], settings) for start, stop in pairwise(bounds) if start < stop]
+    model = parts[0]
+    if len(parts) > 1:
+        for name, value in model.graph.initializers.items():
+            arrays = [part.graph.initializers[name].const_value for part in parts]
+            whole = np.concatenate([array.numpy() for array in arrays if array is not None])
+            value.const_value, value.shape = ir.tensor(whole, name=value.name), ir.Shape(whole.shape)
+        [quantized] = model.graph
+        quantized.attributes["N"] = ir.AttrInt64("N", num_outputs)
+    return model
+
+
+def _quantized_part(node: Any, weight: np.ndarray[Any, Any], settings: WeightOnlySettings) -> ir.Model:
+    """A product with a part [in, out] of the node's weight as a whole model, quantised."""
     import onnx_ir as ir
     from onnx import helper, numpy_helper
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    weight = node.inputs[1]
-    dtype = int(weight.const_value.dtype)
+    name = node.inputs[1].name
+    tensor = numpy_helper.from_array(weight, name)
     proto = helper.make_model(
         helper.make_graph(
-            [helper.make_node("MatMul", ["input", weight.name], ["output"], name=node.name)],
+            [helper.make_node("MatMul", ["input", name], ["output"], name=node.name)],
             "linear",
-            [helper.make_tensor_value_info("input", dtype, None)],
-            [helper.make_tensor_value_info("output", dtype, None)],
-            [numpy_helper.from_array(weight.const_value.numpy(), weight.name)],
+            [helper.make_tensor_value_info("input", tensor.data_type, None)],
+            [helper.make_tensor_value_info("output", tensor.data_type, None)],
+            [tensor],
         )
     )
     quantizer = MatMulNBitsQuantizer(

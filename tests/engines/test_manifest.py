@@ -227,6 +227,7 @@ def tiling(edit_manifest: Callable[..., None], bundle: Path) -> Callable[..., No
             "newline_file": "vision/newline.npy",
             "keep_total": None,
             "min_for_base": 7,
+            "max_view_tiles": 9,
         }
         record = {"vision/newline.npy": {"num_bytes": 0, "sha256": ""}}
         edit_manifest(lambda manifest: manifest.update(family="llava_next", tiling=settings | changes))
@@ -248,6 +249,9 @@ def tiling(edit_manifest: Callable[..., None], bundle: Path) -> Callable[..., No
         {"keep_total": 6},
         {"min_for_base": -1},
         {"min_for_base": None},
+        {"max_view_tiles": 0},
+        {"max_view_tiles": "9"},
+        {"max_view_tiles": 10**6},
         {"newline": 3},
         {"newline": "\x1b[2J"},
     ],

@@ -245,7 +245,7 @@ def test_a_processor_that_does_not_fit_the_model_is_refused(tiny_checkpoint: Pat
     file.write_text(json.dumps(original | {"crop_size": {"height": 224, "width": 224}}))
     with pytest.raises(CheckpointError, match="the vision tower takes 64 x 64"):
         export_bundle(folder, tmp_path / "bundle", ExportSettings(), is_quiet=True)
-    file.write_text(json.dumps(original | {"image_processor_type": "SiglipImageProcessor"}))
+    file.write_text(json.dumps(original | {"image_processor_type": "ViTImageProcessor"}))
     with pytest.raises(CheckpointError, match="supported are CLIPImageProcessor"):
         export_bundle(folder, tmp_path / "bundle", ExportSettings(), is_quiet=True)
 

@@ -70,7 +70,7 @@ def test_what_transformers_can_preprocess_a_bundle_does_as_well(broken: Path, ki
         ({"image_std": [1, 0, 1]}, "image_std"),
         ({"rescale_factor": "1/255"}, "rescale_factor"),
         ({"crop_size": {"height": 32, "width": 32}}, "the vision tower takes 64 x 64|tiles of 32"),
-        ({"image_processor_type": "SiglipImageProcessor"}, "has the image processor 'SiglipImageProcessor'; supported"),
+        ({"image_processor_type": "ViTImageProcessor"}, "has the image processor 'ViTImageProcessor'; supported"),
     ],
 )
 def test_what_cannot_work_is_refused_at_the_start(tmp_path: Path, family: str, settings: dict, message: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from hivtp.export.decoder import weight_only
 from hivtp.export.decoder.w8a8 import PRODUCT, quantize_products
 from hivtp.export.decoder.weight_only import WeightOnlySettings, quantize_weights
 
@@ -66,3 +67,31 @@ def test_one_weight_at_a_time_is_in_memory(quantize: Callable, op_type: str, sha
     assert set(reads) == set(range(NUM_LAYERS))
     kept = share * WEIGHT_BYTES
     assert grown[-1] - grown[1] < (NUM_LAYERS - 2) * kept + 3 * WEIGHT_BYTES
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_weight_that_is_rounded_in_parts_is_the_one_that_is_rounded_whole(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the head of a large vocabulary is, which no message of protobuf holds."""
+    weight = np.random.default_rng(0).normal(size=(80, 1003)).astype(np.float32)
+
+    def quantized() -> ir.Node:
+        first = ir.val("input", dtype=ir.DataType.FLOAT, shape=["rows", 80])
+        head = ir.val("head", const_value=ir.tensor(weight, name="head"))
+        node = ir.node("MatMul", [first, head], name="lm_head")
+        graph = ir.Graph([first], [node.outputs[0]], nodes=[node], initializers=[head], name="g")
+        model = ir.Model(graph, ir_version=10)
+        quantize_weights(model, WeightOnlySettings(bits, 32))
+        [found] = model.graph
+        return found
+
+    whole = quantized()
+    monkeypatch.setattr(weight_only, "MAX_PART_BYTES", weight.nbytes // 3)
+    parts = quantized()
+    assert {name: item.value for name, item in parts.attributes.items()} == {
+        name: item.value for name, item in whole.attributes.items()
+    }
+    for part, expected in zip(parts.inputs[1:], whole.inputs[1:], strict=True):
+        np.testing.assert_array_equal(part.const_value.numpy(), expected.const_value.numpy())
+        assert part.const_value.shape == expected.const_value.shape
