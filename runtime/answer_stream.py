@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
     from hivtp.runtime.answer import Answer
-    from hivtp.runtime.model import Model, PreparedPrompt
+    from hivtp.runtime.model import Model
+    from hivtp.runtime.prepared_prompt import PreparedPrompt
     from hivtp.runtime.vision.encoder import EncodedImage
 
 

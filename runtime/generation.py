@@ -13,7 +13,7 @@ from hivtp.runtime.language import open_scheduler
 from hivtp.runtime.language.remote import Turn
 from hivtp.runtime.language.sampler import Sampler
 from hivtp.runtime.language.sampling import TokenLogprobs, token_logprobs
-from hivtp.runtime.language.scheduler import SchedulerOptions
+from hivtp.runtime.language.scheduling.scheduler import SchedulerOptions
 from hivtp_ops.errors import HivtpError
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from hivtp.runtime.language.remote import RequestScheduler
     from hivtp.runtime.language.sampling import SamplingParams
-    from hivtp.runtime.model import EncodedPrompt, Model
+    from hivtp.runtime.model import Model
+    from hivtp.runtime.prepared_prompt import EncodedPrompt
 
 
 class Generation:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hivtp.runtime.inputs.images import ImageSource
-    from hivtp.runtime.model import EncodedPrompt, Model
+    from hivtp.runtime.model import Model
+    from hivtp.runtime.prepared_prompt import EncodedPrompt
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import contextlib
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from hivtp.runtime.inputs.prompt import PromptTemplate
 from hivtp.runtime.inputs.tokenizer import Tokenizer
 from hivtp.runtime.language import LanguageOptions, RemoteBackend, create_language
 from hivtp.runtime.language.base import closed_error
+from hivtp.runtime.prepared_prompt import EncodedPrompt, PreparedPrompt
 from hivtp.runtime.vision import VisionOptions, create_image_encoder
 from hivtp.runtime.vision.encoder import EncodedImage
 from hivtp_ops.errors import BundleError, ContextLengthError, EngineError, EngineWarning, HivtpError, ImageError
@@ -37,64 +38,11 @@ if TYPE_CHECKING:
     from hivtp.engines.manifest import LanguageManifest
     from hivtp.runtime.inputs.messages import Message
     from hivtp.runtime.language.base import LanguageBackend
-    from hivtp.runtime.language.sampling import SamplingParams
     from hivtp.runtime.request import Request
     from hivtp.runtime.vision.cache import CachedEncoder
 
 # No tokenizer in use has a longer token.
 MAX_CHARACTERS_PER_TOKEN = 128
-
-
-@dataclass(frozen=True)
-class PreparedPrompt:
-    """A checked request.
-
-    Attributes:
-        token_ids: of the whole conversation, one placeholder per image.
-        messages: the conversation as the chat template takes it, images without their sources.
-        images: in the order of the placeholders: pixels, or what an earlier turn has encoded.
-        sampling: resolved.
-        preprocess_ms: see Timings.
-    """
-
-    token_ids: list[int]
-    messages: Sequence[Message]
-    images: list[PreparedImage | EncodedImage]
-    sampling: SamplingParams
-    preprocess_ms: float
-
-    @property
-    def pixels(self) -> list[PreparedImage]:
-        """The images that are still to be encoded."""
-        return [image for image in self.images if not isinstance(image, EncodedImage)]
-
-    def encoded(self, images: Sequence[EncodedImage], vision_ms: float) -> EncodedPrompt:
-        """The same after the vision stage, with these in the place of `pixels`."""
-        new = iter(images)
-        both = [image if isinstance(image, EncodedImage) else next(new) for image in self.images]
-        return EncodedPrompt(
-            self.token_ids, self.messages, both, list(images), self.sampling, self.preprocess_ms, vision_ms
-        )
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A request whose images went through the vision stage.
-
-    Attributes:
-        token_ids, messages, sampling, preprocess_ms: see PreparedPrompt.
-        images: one for each placeholder.
-        new_images: those of them that this request brought; the others earlier turns of a chat have encoded.
-        vision_ms: see Timings.
-    """
-
-    token_ids: list[int]
-    messages: Sequence[Message]
-    images: list[EncodedImage]
-    new_images: list[EncodedImage]
-    sampling: SamplingParams
-    preprocess_ms: float
-    vision_ms: float
 
 
 class Model:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hivtp.engines.base import Engine
     from hivtp.runtime.answer import Answer
     from hivtp.runtime.inputs.images import ImageSource
-    from hivtp.runtime.model import EncodedPrompt, PreparedPrompt
+    from hivtp.runtime.prepared_prompt import EncodedPrompt, PreparedPrompt
 
 
 class Pipeline:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hivtp.engines.files import read_json
+from hivtp.export.checkpoint.families.llava import LLAVA
+from hivtp.export.checkpoint.families.llava_next import LLAVA_NEXT
+from hivtp.export.checkpoint.families.llava_onevision import LLAVA_ONEVISION
 from hivtp.export.checkpoint.foreign import refuse_config
-from hivtp.export.checkpoint.llava import LLAVA
-from hivtp.export.checkpoint.llava_next import LLAVA_NEXT
-from hivtp.export.checkpoint.llava_onevision import LLAVA_ONEVISION
-from hivtp.runtime.original_layout import KNOWN_TOWERS, converted, is_original, tower_name
+from hivtp.runtime.checkpoint.original_layout import KNOWN_TOWERS, converted, is_original, tower_name
 from hivtp.runtime.vision.tower_kinds import TOWER_KINDS
 from hivtp_ops.errors import CheckpointError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from hivtp.export.checkpoint.family import Family
+    from hivtp.export.checkpoint.families.family import Family
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 # Of any size that a config names; far beyond any model.

@@ -12,9 +12,9 @@ from hivtp.export.checkpoint.original_layout.layout import OriginalOptions, comp
 from hivtp.export.checkpoint.original_layout.tower import TowerFolder
 from hivtp.export.checkpoint.shapes import check_shapes
 from hivtp.export.checkpoint.source import CheckpointSource, find_checkpoint
-from hivtp.runtime.original_layout import is_original
-from hivtp.runtime.weight_files import by_canonical_name, read_headers
-from hivtp.runtime.weights import CheckpointWeights
+from hivtp.runtime.checkpoint.original_layout import is_original
+from hivtp.runtime.checkpoint.weight_files import by_canonical_name, read_headers
+from hivtp.runtime.checkpoint.weights import CheckpointWeights
 from hivtp_ops.errors import CheckpointError, MissingExtraError
 
 if TYPE_CHECKING:

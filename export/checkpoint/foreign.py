@@ -7,15 +7,15 @@ import re
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from hivtp.runtime.weight_files import entry_file
-from hivtp.runtime.weight_names import canonical_name
+from hivtp.runtime.checkpoint.weight_files import entry_file
+from hivtp.runtime.checkpoint.weight_names import canonical_name
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
     from pathlib import Path
 
-    from hivtp.runtime.weight_files import Location
+    from hivtp.runtime.checkpoint.weight_files import Location
 
 MAX_NAMES = 100_000
 SAVE_AGAIN = "open it with transformers and write it with save_pretrained, which writes safetensors"

@@ -12,7 +12,7 @@ from hivtp_ops.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from hivtp.runtime.weight_files import Location
+    from hivtp.runtime.checkpoint.weight_files import Location
 
 # Of a tower, for its pooled output, which LLaVA does not use.
 UNUSED = ("post_layernorm.", "head.")

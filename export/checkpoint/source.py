@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from hivtp.export.checkpoint.config import CONFIG_FILE, GENERATION_FILE, SUPPORTED, read_config, read_object
 from hivtp.export.checkpoint.foreign import refuse_formats, refuse_kind
 from hivtp.export.checkpoint.original import JSON_FILES, OTHER_FILES
+from hivtp.runtime.checkpoint.download import download_weights
+from hivtp.runtime.checkpoint.original_layout import is_original
 from hivtp.runtime.hub.cache import id_of, snapshot_of
-from hivtp.runtime.hub.checkpoint import download_weights
 from hivtp.runtime.hub.repository import find_repository
-from hivtp.runtime.original_layout import is_original
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hivtp.runtime.language.options import LanguageOptions
 from hivtp.runtime.language.remote import RemoteBackend
-from hivtp.runtime.language.scheduler import Scheduler
+from hivtp.runtime.language.scheduling.scheduler import Scheduler
 from hivtp_ops.errors import BundleError, EngineWarning, HivtpError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hivtp.runtime.language.base import LanguageBackend
     from hivtp.runtime.language.options import BackendName
     from hivtp.runtime.language.remote import RequestScheduler
-    from hivtp.runtime.language.scheduler import SchedulerOptions
+    from hivtp.runtime.language.scheduling.scheduler import SchedulerOptions
 
 __all__ = ["LanguageOptions", "RemoteBackend", "create_language", "open_scheduler"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hivtp.runtime.config import read_config
+from hivtp.runtime.checkpoint.config import read_config
+from hivtp.runtime.checkpoint.weights import open_source
 from hivtp.runtime.language.base import closed_error, kv_bytes_per_position
 from hivtp.runtime.language.dynamic_cache import TransformersSlots
 from hivtp.runtime.language.torch_errors import require_packages, torch_errors
-from hivtp.runtime.weights import open_source
 from hivtp_ops.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hivtp.engines.manifest import Manifest
+    from hivtp.runtime.checkpoint.weights import CheckpointWeights
     from hivtp.runtime.language.options import LanguageOptions
-    from hivtp.runtime.weights import CheckpointWeights
 
 
 class TransformersLanguage:

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from hivtp.runtime.config import read_config
+from hivtp.runtime.checkpoint.config import read_config
+from hivtp.runtime.checkpoint.weights import open_source
 from hivtp.runtime.language.torch_errors import require_packages, torch_errors
 from hivtp.runtime.language.transformers import torch_device
 from hivtp.runtime.vision.tower_kinds import TOWER_KINDS
-from hivtp.runtime.weights import open_source
 from hivtp_ops.errors import CheckpointError, ScoreError
 
 if TYPE_CHECKING:

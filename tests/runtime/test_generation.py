@@ -11,7 +11,7 @@ from PIL import Image
 
 from hivtp.engines.manifest import SamplingDefaults
 from hivtp.runtime.generation import Generation, finished
-from hivtp.runtime.language.scheduler import Scheduler, SchedulerOptions
+from hivtp.runtime.language.scheduling.scheduler import Scheduler, SchedulerOptions
 from tests.support.answers import PHOTOS, ask, at_most, same, with_language
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benchmarks.checkpoints import make_checkpoint
-from hivtp.runtime.weight_files import entry_file, locate_weights, shard_names
-from hivtp.runtime.weight_names import canonical_name
-from hivtp.runtime.weights import CheckpointWeights
+from hivtp.runtime.checkpoint.weight_files import entry_file, locate_weights, shard_names
+from hivtp.runtime.checkpoint.weight_names import canonical_name
+from hivtp.runtime.checkpoint.weights import CheckpointWeights
 from hivtp_ops.errors import CheckpointError
 from tests.support.folders import edit_json, rename_weights
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp.engines.bundle import Bundle
-from hivtp.runtime.weight_files import locate_weights
-from hivtp.runtime.weight_names import canonical_name
-from hivtp.runtime.weights import CheckpointWeights, open_source
+from hivtp.runtime.checkpoint.weight_files import locate_weights
+from hivtp.runtime.checkpoint.weight_names import canonical_name
+from hivtp.runtime.checkpoint.weights import CheckpointWeights, open_source
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import numpy as np
 
 from hivtp.engines.onnxruntime import open_session
 from hivtp.runtime.language.onnxruntime import MIN_PREFILL_TOKENS
-from hivtp.runtime.language.scheduler import Scheduler, SchedulerOptions
+from hivtp.runtime.language.scheduling.scheduler import Scheduler, SchedulerOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Hashable, Sequence

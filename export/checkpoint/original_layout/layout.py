@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hivtp.export.checkpoint.original import check_files
 from hivtp.export.checkpoint.original_layout.conversations import conversation_of
 from hivtp.export.checkpoint.tokenizer import check_tokenizer_files
-from hivtp.runtime.original_layout import lengthened
+from hivtp.runtime.checkpoint.original_layout import lengthened
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hivtp.export.checkpoint.original_layout.tower import TowerFolder
-    from hivtp.runtime.weight_files import Location
+    from hivtp.runtime.checkpoint.weight_files import Location
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 # Rows of the embeddings come in multiples of this, as those of the checkpoints that were converted.

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hivtp.engines.files import read_json
-from hivtp.runtime.weight_files import read_headers
+from hivtp.runtime.checkpoint.weight_files import read_headers
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from hivtp.runtime.weight_files import Location
+    from hivtp.runtime.checkpoint.weight_files import Location
 
 # The names of a CLIP model, of its tower alone, and of the latter as transformers 5 saves it.
 _NAME = re.compile(r"^(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)$")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hivtp.runtime.attempt import attempt
 from hivtp.runtime.language import open_scheduler
-from hivtp.runtime.language.scheduler import SchedulerOptions
+from hivtp.runtime.language.scheduling.scheduler import SchedulerOptions
 from hivtp.runtime.serving.flow.job import Begun, Failed, Job
 from hivtp.runtime.serving.flow.memory import KvMemory
 from hivtp.runtime.serving.flow.warm_up import warm_up_decoder

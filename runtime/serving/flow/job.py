@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
     from hivtp.runtime.answer import Answer
     from hivtp.runtime.language.sampling import TokenLogprobs
-    from hivtp.runtime.model import EncodedPrompt, Model
+    from hivtp.runtime.model import Model
+    from hivtp.runtime.prepared_prompt import EncodedPrompt
     from hivtp_ops.errors import HivtpError
 
 

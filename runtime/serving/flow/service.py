@@ -24,7 +24,8 @@ from hivtp.runtime.serving.telemetry.logs import log, where
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Sequence
 
-    from hivtp.runtime.model import EncodedPrompt, Model
+    from hivtp.runtime.model import Model
+    from hivtp.runtime.prepared_prompt import EncodedPrompt
     from hivtp.runtime.serving.flow.job import Event
     from hivtp.runtime.serving.flow.stages import Work
     from hivtp.runtime.serving.settings import ServerSettings

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from hivtp.runtime.inputs.prepared_image import PreparedImage
-    from hivtp.runtime.model import EncodedPrompt, Model
+    from hivtp.runtime.model import Model
+    from hivtp.runtime.prepared_prompt import EncodedPrompt
     from hivtp.runtime.serving.protocol.chat_request import ChatRequest
     from hivtp.runtime.serving.protocol.messages import ChatMessage
     from hivtp.runtime.serving.settings import ServerSettings

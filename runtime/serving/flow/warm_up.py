@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from hivtp.runtime.attempt import request_errors
 from hivtp.runtime.inputs.messages import ImagePart, Message
 from hivtp.runtime.language import RemoteBackend
-from hivtp.runtime.language.scheduler import Scheduler
+from hivtp.runtime.language.scheduling.scheduler import Scheduler
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,11 +19,11 @@ from hivtp.export.checkpoint.original_layout.layout import OriginalOptions
 from hivtp.export.checkpoint.processor import Processor
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
+from hivtp.runtime.checkpoint.original_layout import KNOWN_TOWERS, converted
 from hivtp.runtime.inputs.images import load_image
 from hivtp.runtime.inputs.messages import ImagePart
 from hivtp.runtime.inputs.prompt import PromptTemplate
 from hivtp.runtime.integrations.transformers import prune
-from hivtp.runtime.original_layout import KNOWN_TOWERS, converted
 from hivtp_ops.errors import CheckpointError
 from tests.support.folders import edit_json
 from tests.support.original import convert, make_original

@@ -13,7 +13,7 @@ from hivtp.engines.manifest import SamplingDefaults
 from hivtp.runtime.language import LanguageOptions, create_language
 from hivtp.runtime.language.sampler import Sampler
 from hivtp.runtime.language.sampling import SamplingParams
-from hivtp.runtime.language.scheduler import LONG_CHUNK, Scheduler, SchedulerOptions
+from hivtp.runtime.language.scheduling.scheduler import LONG_CHUNK, Scheduler, SchedulerOptions
 from hivtp_ops.errors import EngineError, HivtpError, OutOfMemoryError, PromptError, RequestError, SettingsError
 from tests.support.decoding import Decoded, decode, decode_all, embeddings, greedy, make_scheduler
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from hivtp.runtime.language.scheduler import Scheduler
+from hivtp.runtime.language.scheduling.scheduler import Scheduler
 from tests.runtime.serving.test_streams import alone
 from tests.support.answers import load
 from tests.support.serving import CHAT, asking, body, random_image, serving, wait_for

@@ -12,7 +12,7 @@ import pytest
 
 from hivtp.runtime.generation import Generation
 from hivtp.runtime.language.onnxruntime import OnnxRuntimeSlots
-from hivtp.runtime.language.scheduler import Scheduler
+from hivtp.runtime.language.scheduling.scheduler import Scheduler
 from hivtp_ops.errors import EngineError, OutOfMemoryError
 from tests.support.serving import asking, random_image, serving, wait_for
 

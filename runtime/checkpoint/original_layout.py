@@ -11,7 +11,7 @@ from hivtp_ops.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from hivtp.runtime.weight_files import Location
+    from hivtp.runtime.checkpoint.weight_files import Location
 
 _CLASSES = re.compile(r"^Llava(Llama|Mistral|Mpt|Qwen|Phi|Gemma)\w*ForCausalLM$")
 _TYPES = re.compile(r"^llava_(llama|mistral|mpt|qwen|phi|gemma)\w*$")

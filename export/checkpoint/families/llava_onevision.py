@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hivtp.export.checkpoint.family import Family
-from hivtp.export.checkpoint.llava_next import pinpoints_problem, preprocess, processor_problem
+from hivtp.export.checkpoint.families.family import Family
+from hivtp.export.checkpoint.families.llava_next import pinpoints_problem, preprocess, processor_problem
 from hivtp.runtime.vision.interpolation import max_view_tiles
 
 

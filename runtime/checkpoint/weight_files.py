@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from hivtp.engines.files import read_json
-from hivtp.runtime.weight_names import canonical_name
+from hivtp.runtime.checkpoint.weight_names import canonical_name
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hivtp.export.checkpoint.family import Family
+from hivtp.export.checkpoint.families.family import Family
 from hivtp.runtime.inputs.tiling import Tiler
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from hivtp.runtime.config import read_config, read_raw_config, settings_of
-from hivtp.runtime.hub.checkpoint import checkpoint_folder
-from hivtp.runtime.original_layout import EMBEDDINGS, is_original, lengthened
-from hivtp.runtime.weight_files import locate_weights
+from hivtp.runtime.checkpoint.config import read_config, read_raw_config, settings_of
+from hivtp.runtime.checkpoint.download import checkpoint_folder
+from hivtp.runtime.checkpoint.original_layout import EMBEDDINGS, is_original, lengthened
+from hivtp.runtime.checkpoint.weight_files import locate_weights
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from hivtp.engines.manifest import Manifest
-    from hivtp.runtime.weight_files import Location
+    from hivtp.runtime.checkpoint.weight_files import Location
 
 # Values of each weight that a fingerprint holds.
 NUM_SAMPLES = 16

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hivtp.runtime.attempt import attempt
-from hivtp.runtime.language.slot_pool import SlotPool
+from hivtp.runtime.language.scheduling.slot_pool import SlotPool
 from hivtp_ops.errors import HivtpError, PromptError, SettingsError
 
 if TYPE_CHECKING:

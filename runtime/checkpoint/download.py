@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hivtp.runtime.checkpoint.weight_files import entry_file, shard_names
 from hivtp.runtime.hub.cache import snapshot_of
 from hivtp.runtime.hub.repository import find_repository, is_id
-from hivtp.runtime.weight_files import entry_file, shard_names
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hivtp.engines.files import read_json
-from hivtp.runtime.original_layout import converted, is_original
+from hivtp.runtime.checkpoint.original_layout import converted, is_original
 from hivtp_ops.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Sequences that come and go, in slots."""
