@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "EngineName", "EngineSettings", "create_engine", "open_vision_engine"]
 
-EngineName = Literal["auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
+# onnxruntime for Linux otherwise reports to Microsoft how it is used, and keeps a database in the user's home. It reads
+# this when it is imported; whoever wants the reports sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+EngineName = Literal["auto", "onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 
 
 def create_engine(
@@ -55,7 +60,8 @@ def open_vision_engine(
         bundle: an opened bundle.
         name: one of EngineName. "auto" takes the first that works: a plan of the bundle for TensorRT, one for
             TensorRT for RTX, ONNX Runtime on a GPU where it is built for one, ONNX Runtime on the CPU. An EngineWarning
-            says why one that is there was passed over.
+            says why one that is there was passed over. OpenVINO is taken where it is named: in bfloat16, which it
+            prefers, its embeddings are not those of the other engines to the last digits.
         settings: how to run it.
         trust_plans: also load a plan that came with the bundle. A plan is code that runs in this process; without
             this, only one that this machine built is loaded, by a record in the user's state folder
@@ -128,11 +134,18 @@ def _open_graph(name: str) -> Callable[[Bundle, EngineSettings, bool], Engine]:
     return create
 
 
+def _open_openvino(bundle: Bundle, settings: EngineSettings, _trust_plans: bool) -> Engine:
+    from hivtp.engines.openvino.vision import OpenVinoEngine
+
+    return OpenVinoEngine(bundle, settings)
+
+
 # Each creator imports what it needs when it is called.
 _CREATORS: dict[str, Callable[[Bundle, EngineSettings, bool], Engine]] = {
     "tensorrt": _open_plan("tensorrt"),
     "tensorrt-rtx": _open_plan("tensorrt-rtx"),
     "onnxruntime-cuda": _open_graph("onnxruntime-cuda"),
     "onnxruntime": _open_graph("onnxruntime"),
+    "openvino": _open_openvino,
 }
 _AUTO = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime")

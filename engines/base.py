@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from hivtp_ops.errors import SettingsError
 MAX_THREADS = 512
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
+# In which an engine computes, where it lets one choose.
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,18 @@ class EngineSettings:
         num_threads: threads of one run on the CPU; None leaves the choice to the engine (the physical cores).
         uses_cuda_graph: on a GPU, record the second run of each number of tiles and replay it from then on. It saves
             the time to launch kernels one by one, and costs memory for each number of tiles.
+        precision: of OpenVINO: "float32" computes in float32; "auto" in bfloat16 where the processor has instructions
+            for it, except for what decides which patches are kept; "bfloat16" everything. Weights stay as the graph
+            has them.
     """
 
     num_threads: int | None = None
     uses_cuda_graph: bool = False
+    precision: Precision = "auto"
 
     def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise SettingsError(f"precision must be one of {', '.join(get_args(Precision))}, not {self.precision!r}")
         number: Any = self.num_threads
         if number is None:
             return
@@ -42,6 +50,10 @@ Device = Literal["cuda", "cpu"]
 
 class Engine(Protocol):
     """Runs one graph. Several threads may call `run` at once."""
+
+    @property
+    def description(self) -> str:
+        """What runs the graph, for people, and in which precision where that is not the graph's."""
 
     @property
     def output_names(self) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ class OnnxRuntimeCudaEngine:
     """
 
     max_tiles: int | None = None
+    description = "onnxruntime on a GPU"
 
     def __init__(self, file: Path, settings: EngineSettings | None = None) -> None:
         settings = settings or EngineSettings()

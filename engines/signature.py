@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from hivtp_ops.errors import BundleError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from hivtp.engines.manifest import LanguageManifest, Manifest
@@ -57,20 +57,36 @@ def decoder_tensors(manifest: LanguageManifest, dtype: str) -> tuple[Tensors, Te
 
 
 def check_session(session: Any, file: Path, inputs: Tensors, outputs: Tensors) -> None:
+    """The same as `check_tensors`, of an `onnxruntime.InferenceSession`."""
+    check_tensors(file, session.get_inputs(), inputs, session.get_outputs(), outputs)
+
+
+class Tensor(NamedTuple):
+    """An input or output of a graph, as `onnxruntime.NodeArg` describes one; lengths that are open are no numbers."""
+
+    name: str
+    type: str
+    shape: Sequence[Any]
+
+
+def check_tensors(
+    file: Path, found_inputs: Iterable[Any], inputs: Tensors, found_outputs: Iterable[Any], outputs: Tensors
+) -> None:
     """Refuse a graph that its manifest does not describe: memory is laid out by the manifest.
 
     Args:
-        session: an `onnxruntime.InferenceSession`.
         file: the graph, for the message.
+        found_inputs: what it takes, each with name, type and shape, as Tensor has them.
         inputs: those that the manifest says. A length that the graph leaves open is not compared.
-        outputs: the same.
+        found_outputs: what it gives, the same.
+        outputs: those that the manifest says.
 
     Raises:
         BundleError: the first difference.
     """
     for kind, found, expected in (
-        ("inputs", session.get_inputs(), inputs),
-        ("outputs", session.get_outputs(), outputs),
+        ("inputs", found_inputs, inputs),
+        ("outputs", found_outputs, outputs),
     ):
         problem = _difference(found, expected)
         if problem is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ from hivtp.export.staging.staged import staged
 from hivtp.export.verify.opening import open_and_ask
 from hivtp.export.verify.vision import verify_vision
 from hivtp.runtime.inputs.images import load_image
+from hivtp_ops.errors import VerificationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -108,9 +110,7 @@ def export_bundle(
             graph = build_vision_graph(checkpoint, spec, settings.vision_precision, settings.graph, maxima)
             save_model(graph, folder / VISION_FILE, progress.update)
         with progress.step("Vision graph against PyTorch"):
-            verification["vision"] = verify_vision(
-                checkpoint, spec, folder / VISION_FILE, settings.vision_precision, settings.graph
-            )
+            verification["vision"], settings = _checked_vision(checkpoint, spec, settings, folder, progress)
             if settings.calibration:
                 verification["vision"]["calibration_images"] = len(settings.calibration)
         decoder = None
@@ -141,6 +141,29 @@ def export_bundle(
         with progress.step("The bundle opened and asked"):
             open_and_ask(folder, checkpoint, processor)
     return Bundle.open(place.path)
+
+
+def _checked_vision(
+    checkpoint: Checkpoint, spec: PruningSpec | None, settings: ExportSettings, folder: Path, progress: Progress
+) -> tuple[dict[str, Any], ExportSettings]:
+    """The report of the check, and the settings by which the graph was written: the fallback's where it refused.
+
+    Raises:
+        VerificationError: no precision passes.
+    """
+    file = folder / VISION_FILE
+    try:
+        return verify_vision(checkpoint, spec, file, settings.vision_precision, settings.graph), settings
+    except VerificationError as error:
+        if settings.vision_fallback is None:
+            raise
+        refused = f"{settings.vision_precision}: {error}"
+    for part in file.parent.iterdir():
+        part.unlink()
+    settings = replace(settings, vision_precision=settings.vision_fallback, vision_fallback=None)
+    save_model(build_vision_graph(checkpoint, spec, settings.vision_precision, settings.graph), file, progress.update)
+    found = verify_vision(checkpoint, spec, file, settings.vision_precision, settings.graph)
+    return {**found, "refused": refused}, settings
 
 
 def _calibration_runs(

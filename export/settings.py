@@ -39,6 +39,8 @@ class ExportSettings:
         num_layers: number of scoring layers; None leaves it to the spec.
         is_pruned: False exports the unpruned model.
         vision_precision: fp32, fp16, fp8 or int8.
+        vision_fallback: what the vision graph is written in where its check refuses vision_precision; None ends the
+            export there.
         calibration: for fp8: files of images; their activations set its scales.
         language_precision: of the decoder: fp32, int8, int4 or w8a8 for a CPU; fp16 or int4-fp16 for a GPU; "none"
             leaves it out, for those who run the language model of the checkpoint in transformers.
@@ -61,6 +63,7 @@ class ExportSettings:
     num_layers: int | None = None
     is_pruned: bool = True
     vision_precision: VisionPrecision = "fp32"
+    vision_fallback: VisionPrecision | None = None
     calibration: tuple[Path, ...] = ()
     language_precision: LanguagePrecision = "fp32"
     block_size: int | None = None
@@ -76,6 +79,7 @@ class ExportSettings:
     def __post_init__(self) -> None:
         choices = {
             "vision_precision": get_args(VisionPrecision),
+            "vision_fallback": (*get_args(VisionPrecision), None),
             "language_precision": get_args(LanguagePrecision),
             "prefill_precision": (*get_args(PrefillPrecision), None),
             "newline": get_args(NewlineRule),
@@ -88,6 +92,8 @@ class ExportSettings:
             raise SpecError(
                 f"calibration images are for vision_precision fp8, not {self.vision_precision}; leave them out"
             )
+        if "fp8" in (self.vision_fallback, self.vision_precision) and self.vision_fallback is not None:
+            raise SpecError("vision_fallback is for precisions that need no calibration images, and fp8 does; drop it")
         self._check_decoder()
         if not self.is_pruned and (self.first_layer, self.num_layers) != (None, None):
             raise SpecError("first_layer and num_layers say which layers score the patches; without pruning none does")

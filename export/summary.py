@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hivtp.engines.manifest import PROCESSOR_FOLDER
 from hivtp.export.decoder.build import ROUNDED_PRECISIONS
+from hivtp.export.target_sizes import target_lines
 from hivtp_ops.spec import PAPER_LAYERS, PruningSpec
 
 if TYPE_CHECKING:
@@ -16,14 +17,21 @@ if TYPE_CHECKING:
 
     from hivtp.engines.bundle import Bundle
     from hivtp.engines.manifest import Manifest, SourceManifest
+    from hivtp.export.targets import TargetName
 
 HEADER = ("part", "precision", "MB", "error", "allowed", "")
 # Those of the columns that hold numbers.
 RIGHT = (2, 3, 4)
 
 
-def summary(bundle: Bundle, checkpoint: str | Path) -> str:
-    """What was written from a checkpoint: each part with its size and its error, and how to run it."""
+def summary(bundle: Bundle, checkpoint: str | Path, target: TargetName | None = None) -> str:
+    """What was written from a checkpoint: each part with its size and its error, and how to run it.
+
+    Args:
+        bundle: what was written.
+        checkpoint: as it was named.
+        target: what picked the precisions; None where nothing did.
+    """
     manifest = bundle.manifest
     lines = [
         f"wrote {bundle.folder} from {_source(manifest.source)}",
@@ -31,6 +39,7 @@ def summary(bundle: Bundle, checkpoint: str | Path) -> str:
         *_table([HEADER, *_rows(manifest)]),
         "",
         f"tokens: {_tokens(manifest)}",
+        *([] if target is None else target_lines(manifest, target)),
     ]
     if manifest.pruning is not None and _has_scaled_layers(manifest.pruning, manifest.vision.num_layers):
         lines.append(
@@ -80,11 +89,13 @@ def _row(
 
 
 def _vision_notes(found: Mapping[str, Any]) -> list[str]:
-    notes = [f"median row {found['median_row_error']:.1e}"]
+    notes = [f"median token {found['median_row_error']:.1e}"]
     if found["importance_error"] is not None:
         notes.append(f"scores {found['importance_error']:.1e}")
     if found["kept_jaccard"] is not None:
         notes.append(f"kept tokens agree to {found['kept_jaccard']:.1%}")
+    if "refused" in found:
+        notes.append(f"instead of {found['refused'].partition(':')[0]}, which its check refused")
     if "calibration_images" in found:
         notes.append(f"calibrated on {_count(found['calibration_images'], 'image')}")
     return notes

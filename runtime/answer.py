@@ -33,6 +33,19 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class Ran:
+    """What computed an answer, for people: precisions of the weights, engines, and what they computed in.
+
+    Attributes:
+        vision: of the images; those that the cache held were computed by the same.
+        language: of the tokens.
+    """
+
+    vision: str
+    language: str
+
+
+@dataclass(frozen=True)
 class Answer:
     """The answer to one request.
 
@@ -48,6 +61,7 @@ class Answer:
         stop: the stop string that ended the answer; None where none did.
         logprobs: for each token its log probability and the most likely tokens; None where they were not asked for.
         timings: where the time went.
+        ran: what computed it.
     """
 
     text: str
@@ -60,6 +74,7 @@ class Answer:
     stop: str | None
     logprobs: list[TokenLogprobs] | None
     timings: Timings
+    ran: Ran
 
     def to_dict(self) -> dict[str, Any]:
         """The answer as plain values, ready for JSON."""

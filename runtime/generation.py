@@ -59,6 +59,7 @@ class Generation:
         self._pieces: list[str] = []
         self._num_given = 0
         self._step_ms: list[float] = []
+        self._ran = model.ran
         self._is_finished = False
 
     @property
@@ -167,6 +168,7 @@ class Generation:
                 ttft_ms=prompt.preprocess_ms + prompt.vision_ms + prefill_ms,
                 decode_ms_per_token=float(np.mean(decode_ms)) if decode_ms else None,
             ),
+            ran=self._ran,
         )
 
     def _release(self) -> None:

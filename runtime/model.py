@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from hivtp.engines import open_vision_engine
 from hivtp.engines.bundle import Bundle
+from hivtp.runtime.answer import Ran
 from hivtp.runtime.attempt import request_errors
 from hivtp.runtime.inputs.images import image_name, load_image
 from hivtp.runtime.inputs.messages import ImagePart
@@ -134,23 +136,32 @@ class Model:
     ) -> Model:
         """Load a bundle; see `Pipeline.load`."""
         bundle = Bundle.open(folder, check_hashes=check_hashes)
-        decoder = create_language(bundle, language)
-        try:
-            template = PromptTemplate.from_json(bundle.read_json("prompt.json"))
-            # Its process is up by the time that the vision graph is loaded.
-            template.start()
-            engine = vision_engine or _open_vision(bundle, vision, language, trust_plans=trust_plans)
-            tokenizer = Tokenizer.load(bundle.processor_folder)
-            return cls(bundle, create_image_encoder(bundle, engine, vision), template, tokenizer, decoder)
-        except BaseException:
-            decoder.close()
-            raise
+        with ThreadPoolExecutor(1) as executor:
+            # Each engine reads and arranges its weights in one thread, most of the time.
+            opened = executor.submit(
+                lambda: vision_engine or _open_vision(bundle, vision, language, trust_plans=trust_plans)
+            )
+            decoder = create_language(bundle, language)
+            try:
+                template = PromptTemplate.from_json(bundle.read_json("prompt.json"))
+                # Its process is up by the time that the vision graph is loaded.
+                template.start()
+                tokenizer = Tokenizer.load(bundle.processor_folder)
+                return cls(bundle, create_image_encoder(bundle, opened.result(), vision), template, tokenizer, decoder)
+            except BaseException:
+                decoder.close()
+                raise
 
     @property
     def manifest(self) -> LanguageManifest:
         """What the bundle says of its language model."""
         assert self.bundle.manifest.language is not None, "create_language refuses an encoder bundle"
         return self.bundle.manifest.language
+
+    @property
+    def ran(self) -> Ran:
+        """What computes the answers."""
+        return Ran(self.images.description, self.language.description)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

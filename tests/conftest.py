@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benchmarks.checkpoints import make_checkpoint
+from benchmarks.miniature.model import CHECKPOINT
+from benchmarks.miniature.scores import BUDGETS, chosen_layers, settings_of
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
 from hivtp_ops import PruningSpec
@@ -98,6 +100,13 @@ def fp8_bundle(make_bundle: Callable[..., Path], photo: Path) -> Path:
 def bare_bundle(make_bundle: Callable[..., Path]) -> Path:
     """As `pruned_bundle`, without a decoder."""
     return make_bundle(preset="paper", language_precision="none")
+
+
+@pytest.fixture(scope="session")
+def miniature_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained miniature as `make demo` exports it at half of its tokens: its answers are known."""
+    settings = settings_of(BUDGETS["50 %"], chosen_layers())
+    return export_bundle(CHECKPOINT, tmp_path_factory.mktemp("miniature") / "bundle", settings, is_quiet=True).folder
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,15 @@
-"""Builds the wheel from the sdist, installs it with the core dependencies alone, and imports all of it."""
+"""Builds the wheel from the sdist, installs it with the core dependencies alone, and imports and starts all of it."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
 import venv
 from pathlib import Path
+
+from hivtp.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,6 +27,8 @@ for part in ("hivtp.export.exporter", "hivtp.engines.bundle", "hivtp.runtime.pip
 for name in names:
     importlib.import_module(name)
 assert list((pathlib.Path(hivtp_ops.__file__).parent / "kernels").glob("*.cu")), "the CUDA kernel is not packed"
+playground = pathlib.Path(hivtp.__file__).parent / "runtime" / "serving" / "playground"
+assert {"index.html", "app.js", "style.css"} <= {file.name for file in playground.iterdir()}, "the page is not packed"
 for absent in ("torch", "transformers", "onnx", "onnxruntime"):
     assert importlib.util.find_spec(absent) is None, absent
 print(f"imported {len(names)} modules from the wheel with the core alone")
@@ -32,7 +37,8 @@ print(f"imported {len(names)} modules from the wheel with the core alone")
 
 def run(*command: str | Path) -> None:
     """Run a command away from the checkout; raises if it fails."""
-    subprocess.run([str(part) for part in command], check=True, cwd=tempfile.gettempdir())
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([str(part) for part in command], check=True, cwd=tempfile.gettempdir(), env=environment)
 
 
 def main() -> None:
@@ -45,8 +51,9 @@ def main() -> None:
         venv.create(environment, with_pip=True)
         run(environment / "bin" / "pip", "install", "--quiet", wheel)
         run(environment / "bin" / "python", "-c", CHECK)
-        for command in ("hivtp-export", "hivtp-run"):
-            subprocess.run([environment / "bin" / command, "--help"], check=True, stdout=subprocess.DEVNULL)
+        for command in ("hivtp", "hivtp-export", *(f"hivtp {name}" for name in COMMANDS)):
+            program, *arguments = command.split()
+            subprocess.run([environment / "bin" / program, *arguments, "--help"], check=True, stdout=subprocess.DEVNULL)
     print("the wheel is whole")
 
 

@@ -12,7 +12,10 @@ from benchmarks.accuracy.ablation import ablation_tables
 from benchmarks.accuracy.comparison import UNPRUNED, accuracy_table
 from benchmarks.accuracy.intervals import goal_table
 from benchmarks.accuracy.parity import table as parity_table
+from benchmarks.report.excerpts import write_excerpts
+from benchmarks.report.place import place_of
 from benchmarks.report.plots import TITLES, draw
+from benchmarks.report.serving import serving_parts
 from benchmarks.report.time_plots import draw_budgets, draw_stages, draw_throughput
 from benchmarks.timing.record import tables_of
 from benchmarks.timing.stages import staged
@@ -22,32 +25,36 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 RESULTS = Path(__file__).parents[1] / "results"
-PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "benchmarks.md"
+# Pages that hold some of the tables.
+EXCERPTED = (ROOT / "README.md", ROOT / "docs" / "speed.md")
 HEAD = """\
 # Benchmarks
 
 Written by `make report` from the raw samples in [benchmarks/results](../benchmarks/results); `make bench` measures
 again. All systems of a table ran in one session, in turns, round after round; a ratio is the median over the rounds of
-a time by the baseline's of the same round. Rounds in which other processes took more than 0.1 core were dropped where
-there were enough others. Weights are random at real shapes, except for the accuracy of the miniature. Peak memory is
-that of a system's own process, weights mapped from files included.
+a time divided by the baseline's time in the same round. Rounds in which other processes took more than 0.1 core were
+dropped where enough others were left. Weights are random at real shapes, except for the accuracy of the miniature. Peak
+memory is that of a system's own process, weights mapped from files included.
 """
 NO_GPU = "Nothing here ran on a GPU; `python -m benchmarks.gpu` measures there.\n"
 FLOOR_TEXT = """\
-A floor is the time that a stage cannot go below, however it is written: the larger of its matrix products by the rate
-of a large product of the same kind (float32, or uint8 by int8), and of its weights and KV cache by the rate of a large
-copy, all measured in the same run ([floor.py](../benchmarks/timing/floor.py)); that of a first token is the sum of
-vision and prefill. "Ratio at floor" is the ratio of a system that takes no more than that: where a goal is below it,
-the goal is out of reach of what computes the same at that rate. A floor has the noise of its run: what is at its floor
-may be found a few percent below it. A dash says that the run found none.
+A floor is the time that a stage takes at best: its matrix products at the rate of a large product of the same kind
+(float32, or uint8 by int8), or the reading of its weights and KV cache at the rate of a large copy, whichever takes
+longer. Both rates are measured in the same run ([floor.py](../benchmarks/timing/floor.py)). The floor of a first token
+is the sum of those of vision and prefill. "Ratio at floor" is the ratio of a system that takes exactly its floor: a
+goal below it is out of reach. A floor has the noise of its run, so a system may be found a few percent below it. A dash
+says that the run found no floor.
 """
 ACCURACY_TEXT = """\
 The trained [miniature](../benchmarks/miniature/README.md), 144 patches, whose language model saw dropped tokens in
 training. Each rival is written from its paper ([rivals.py](../benchmarks/accuracy/rivals.py));
 [accuracy.md](accuracy.md) says what the numbers mean. `python -m benchmarks.accuracy --ablation`"""
 PARITY_TEXT = """\
-The same miniature, at half of its tokens: bundles against PyTorch. Where one keeps other patches, the widest swap is
-the largest difference between their scores, by the mean score. `python -m benchmarks.accuracy.parity`"""
+The same miniature, at half of its tokens: bundles against PyTorch. Where a bundle keeps other patches, the widest swap
+is the largest difference between the scores of patches that only one of the two keeps, over the mean score. `python -m
+benchmarks.accuracy.parity`"""
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,13 @@ SECTIONS = (
         "A whole answer on a CPU",
         "CLIP ViT-L/14 at 336 px with a Llama of 0.3 B; bundles by the precision of vision / language. Their vision "
         "stage is divided as ONNX Runtime's profiler found it. `python -m benchmarks.speed.ttft`",
+    ),
+    Section(
+        "peers-cpu",
+        "Beside OpenVINO GenAI on a CPU",
+        "The same models. OpenVINO GenAI does not prune LLaVA; each of our systems stands beside its configuration of "
+        "the same class, and its ratio is to that. The machine did other work meanwhile, so compare ratios, which are "
+        "those within a round. [How](../benchmarks/peers/README.md): `python -m benchmarks.peers`",
     ),
     Section(
         "vision-cpu-avx2",
@@ -176,6 +190,7 @@ def write_page(results: Path, page: Path) -> None:
             by_size = [result["samples"] for result in measured["results"].values()]
             draw_throughput(by_size, section.title, page.parent / f"{section.name}.png")
             parts.append(f"![Answers per second over the batch size]({section.name}.png)\n")
+    parts += serving_parts(_load(results / "serve-cpu.json"), _load(results / "serve-memory-cpu.json"))
     if answers:
         draw_stages(answers, page.parent / "where-the-time-goes.png")
         parts.append("## Where the time goes\n\n![Stages of an answer](where-the-time-goes.png)\n")
@@ -188,12 +203,7 @@ def write_page(results: Path, page: Path) -> None:
 
 def text_of(measured: Any) -> str:
     """Where one file of results was measured, the lengths of prompt and answers where it says both, and its tables."""
-    found = measured["environment"]
-    packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
-    sets = found.get("instruction_sets", [])
-    cpu = found["cpu"] + (f" ({', '.join(sets)})" if sets else "")
-    machine = ", ".join([cpu, *([found["gpu"]] if "gpu" in found else [])])
-    parts = [f"{machine}, {found['num_threads']} threads, {found['date'][:10]}; {packages}."]
+    parts = [place_of(measured["environment"])]
     by_system = [result["samples"] for result in measured["results"].values()]
     samples = [sample for systems in by_system for passes in systems.values() for sample in passes]
     known = [sample for sample in samples if {"num_text_tokens", "num_image_tokens"} <= sample.keys()]
@@ -248,3 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     write_page(options.results, options.page)
     print(options.page)
+    # Results of elsewhere leave the repository's own pages alone.
+    if options.results == RESULTS:
+        for page in EXCERPTED:
+            write_excerpts(options.results, page)
+            print(page)

@@ -43,6 +43,7 @@ class TensorRtEngine:
         except ImportError as error:
             raise MissingExtraError("cuda.core", library.name) from error
         self._library = library
+        self.description = library.name
         self.record = record
         self._profiles = record.tile_profiles
         self._uses_cuda_graph = settings.uses_cuda_graph

@@ -19,6 +19,7 @@ from hivtp.export.layers.ranking import ChoiceSettings
 from hivtp.export.plan import Builder, PlanSettings, export_plan
 from hivtp.export.settings import ExportSettings, NewlineRule
 from hivtp.export.summary import summary
+from hivtp.export.targets import TARGETS, settings_for
 from hivtp_ops.errors import EngineError, HivtpError, SpecError
 from hivtp_ops.spec import PRESETS, PruningSpec
 
@@ -31,8 +32,7 @@ EXAMPLES = """\
 examples:
   hivtp-export llava-1.5-7b-hf bundle                            the paper's pruning, float32
   hivtp-export llava-hf/llava-1.5-7b-hf bundle                   the same, downloaded from the Hugging Face hub
-  hivtp-export llava-1.5-7b-hf bundle --preset 192 \\
-      --vision-precision int8 --language-precision int4          small and fast on a CPU
+  hivtp-export llava-1.5-7b-hf bundle --preset 192 --target cpu  fastest on a CPU
   hivtp-export llava-1.5-7b-hf bundle --no-pruning               all 576 tokens, to compare with
   hivtp-export llava-1.5-7b-hf bundle --window 3 --keep 150      a rule of your own
   hivtp-export llava-1.5-7b-hf bundle --vision-precision fp16 \\
@@ -81,12 +81,17 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     )
 
     precision = parser.add_argument_group("precision and graph")
+    purposes = "; ".join(f"{name}: {target.purpose}" for name, target in TARGETS.items())
+    precision.add_argument(
+        "--target",
+        choices=TARGETS,
+        help=f"where the bundle will run, which picks the precisions that are not given: {purposes} (default: none)",
+    )
     precision.add_argument(
         "--vision-precision",
         choices=get_args(VisionPrecision),
-        default=defaults.vision_precision,
         help="int8 is fastest on a CPU; fp16 and fp8 are for a GPU, fp8 for TensorRT on Ada, Hopper and later "
-        "(default: %(default)s)",
+        f"(default: the target's, or {defaults.vision_precision})",
     )
     precision.add_argument(
         "--calibration-images",
@@ -98,22 +103,22 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     precision.add_argument(
         "--language-precision",
         choices=get_args(LanguagePrecision),
-        default=defaults.language_precision,
         help="of the decoder: fp32, int8, int4 and w8a8 are for a CPU, fp16 and int4-fp16 for a GPU; none writes no "
-        "decoder, for hivtp run --language-backend transformers (default: %(default)s)",
+        "decoder, for hivtp run --language-backend transformers (default: the target's, or "
+        f"{defaults.language_precision})",
     )
     precision.add_argument(
         "--block-size",
         type=int,
         choices=BLOCK_SIZES,
         help="weights of an int8 or int4 decoder that share a scale; 128 is faster than the default and rounds more "
-        f"coarsely; the summary says by how much (default: {DEFAULT_BLOCK_SIZE})",
+        f"coarsely; the summary says by how much (default: the target's, or {DEFAULT_BLOCK_SIZE})",
     )
     precision.add_argument(
         "--prefill-precision",
         choices=get_args(PrefillPrecision),
         help="write a prefill decoder, a second one that runs the prompts: w8a8 halves the time of an int4 prefill on "
-        "a CPU, for one byte more per weight (default: one decoder runs both)",
+        "a CPU, for one byte more per weight (default: the target's, or one decoder runs both)",
     )
     precision.add_argument(
         "--decoder-from",
@@ -223,21 +228,25 @@ def settings_from(options: argparse.Namespace) -> ExportSettings:
     Raises:
         SpecError: options that exclude each other, or a spec that cannot work.
     """
-    return ExportSettings(
+    given: dict[str, Any] = {
+        "vision_precision": options.vision_precision,
+        "language_precision": options.language_precision,
+        "block_size": options.block_size,
+        "prefill_precision": options.prefill_precision,
+    }
+    settings: dict[str, Any] = {
         **pruning_from(options),
-        vision_precision=options.vision_precision,
-        calibration=tuple(options.calibration_images or ()),
-        language_precision=options.language_precision,
-        block_size=options.block_size,
-        prefill_precision=options.prefill_precision,
-        newline=options.newline,
-        keep_total=options.keep_total,
-        graph=options.graph,
-        decoder_from=options.decoder_from,
-        chat_template=options.chat_template,
-        revision=options.revision,
-        overwrite=options.overwrite,
-    )
+        **{name: value for name, value in given.items() if value is not None},
+        "calibration": tuple(options.calibration_images or ()),
+        "newline": options.newline,
+        "keep_total": options.keep_total,
+        "graph": options.graph,
+        "decoder_from": options.decoder_from,
+        "chat_template": options.chat_template,
+        "revision": options.revision,
+        "overwrite": options.overwrite,
+    }
+    return ExportSettings(**settings) if options.target is None else settings_for(options.target, **settings)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -248,14 +257,16 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.bundle is None:
         raise SpecError("no bundle was named; give the folder to write after the checkpoint")
-    plan = None if options.engine is None else PlanSettings(options.engine)
+    target = options.target
+    library = options.engine or (None if target is None else TARGETS[target].plan_library)
+    plan = None if library is None else PlanSettings(library)
     if plan is not None:
         # An export takes minutes; a plan that cannot be built is refused before.
         Builder.find(plan, settings.vision_precision)
     bundle = export_bundle(options.checkpoint, options.bundle, settings, is_quiet=options.quiet)
     # The bundle is whole, whether or not anybody reads the summary.
     with contextlib.suppress(BrokenPipeError):
-        print(summary(bundle, options.checkpoint), flush=True)
+        print(summary(bundle, options.checkpoint, target), flush=True)
     if plan is None:
         return
     try:

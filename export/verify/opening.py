@@ -105,7 +105,7 @@ def _run_encoder(bundle: Bundle) -> None:
 
 def _check_embeddings(model: Model, checkpoint: Checkpoint, token_ids: list[int]) -> None:
     expected = checkpoint.language_tensor("model.embed_tokens.weight")[np.array(token_ids)].float().numpy()
-    assert not isinstance(model.language, RemoteBackend), "a bundle is opened with its own decoder"
+    assert not isinstance(model.language, RemoteBackend), "the bundle's own decoder was opened"
     found = model.language.embed(token_ids)
     error = np.abs(found - expected).max() / np.abs(expected).max()
     if not error <= MAX_EMBEDDING_ERROR:
@@ -118,6 +118,7 @@ def _check_embeddings(model: Model, checkpoint: Checkpoint, token_ids: list[int]
 class _NoLanguage:
     """A language backend of which only the size of the context is asked."""
 
+    description = "nothing"
     kv_bytes_per_position = 0
 
     def __init__(self, bundle: Bundle) -> None:

@@ -105,7 +105,7 @@ def verify_vision(
         subject,
         [
             ("relative error", report.relative_error, "at most", tolerance.relative_error),
-            ("median row error", report.median_row_error, "at most", tolerance.relative_error),
+            ("median token error", report.median_row_error, "at most", tolerance.relative_error),
             ("importance error", report.importance_error, "at most", tolerance.importance_error),
             ("kept-token agreement", report.kept_jaccard, "at least", tolerance.min_jaccard),
         ],
@@ -157,5 +157,5 @@ def _check_rule(outputs: Mapping[str, NDArray[Any]], shape: VisionShape, spec: P
 
 
 def _errors(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float, float]:
-    """The relative error of all, and of the median row: few large rows can hide the others in a norm."""
+    """The relative error of all, and of the median token: few large tokens can hide the others in a norm."""
     return relative_error(found, expected), float(np.median(row_errors(found, expected)))

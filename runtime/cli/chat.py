@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from hivtp.runtime.pipeline import Pipeline
 
 DESCRIPTION = """\
-Talk with a bundle about images. Each answer streams as it comes, and a further question costs its own tokens only.
+Talk with a bundle about images. Answers stream, and from the second question on only new tokens are computed.
 """
 COMMANDS = """\
 commands in the conversation:
-  /image FILE   give an image with the next question; may be repeated
+  /image FILE   add an image to the next question; may be repeated
   /reset        begin a new conversation
   /help         show these
   /quit         leave (also Ctrl-D); Ctrl-C stops an answer
@@ -52,7 +52,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     """The command line."""
     parser = make_bundle_parser(program, DESCRIPTION, EXAMPLES)
     parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="given with the first question; repeatable"
+        "--image", action="append", default=[], metavar="FILE", help="image for the first question; repeatable"
     )
     add_sampling_options(parser)
     add_model_options(parser)

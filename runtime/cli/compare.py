@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from hivtp.runtime.integrations.polygraphy.comparison import Comparison, System
 
 DESCRIPTION = """\
-Run the vision graph of a bundle in every engine that works here, on images of yours, and compare them: the patches
-that they keep, how far embeddings and scores are apart, and how fast they are. Bundles of one checkpoint are compared
-in the same way. The first engine that runs the first bundle is the reference. Needs hivtp[compare].
+Run the vision graph of a bundle in every engine that works here, on images of yours, and compare the engines: which
+patches they keep, how far their embeddings and scores are apart, and how fast they are. Bundles of one checkpoint are
+compared in the same way. The first engine that runs the first bundle is the reference. Needs hivtp[compare].
 
 The exit code is 1 where a comparison is beyond its tolerance, or an engine named with --engines cannot run.
 """
@@ -33,7 +33,7 @@ examples:
 """
 HEADER = (
     *("bundle", "graph", "engine", "tokens", "kept sets", "worst tile"),
-    *("embeddings", "median row", "scores", "ms", "min ms", "peak MB"),
+    *("embeddings", "median token", "scores", "ms", "min ms", "peak MB"),
 )
 # The columns of words; the others hold numbers.
 NUM_NAMES = 3
@@ -42,7 +42,7 @@ tokens      visual tokens kept of an image, over all its tiles
 kept sets   patches that both keep over patches that either keeps: the mean over tiles, and the worst tile
 embeddings  relative error where both keep a patch, of the worst image; and of the median token
 scores      error of the scores over how much they differ between the patches of a tile, of the worst tile
-ms          of the vision graph for an image: the median of the rounds, and the least
+ms          of the vision graph for an image: the median of the rounds, and the minimum
 peak MB     host memory that opening the engine and its first runs took; the first of a library pays for loading it"""
 
 
@@ -72,7 +72,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         metavar="N",
         help="how often each image is timed in each engine, in turns (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, every sample in it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with every sample")
     group = parser.add_argument_group("tolerance", "by default what the bundles were checked with at export")
     group.add_argument(
         "--min-kept-agreement",

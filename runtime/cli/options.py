@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from hivtp.engines import EngineName
+from hivtp.engines.base import Precision
 from hivtp.runtime.cli.interrupts import INTERRUPTS
 from hivtp.runtime.language.options import BackendName, LanguageDtype, LanguageOptions
 from hivtp.runtime.language.sampling import SamplingParams
@@ -38,20 +39,42 @@ def make_bundle_parser(program: str, description: str, examples: str) -> argpars
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add how tokens are chosen."""
     defaults = SamplingParams()
-    of_bundle = "default: what the checkpoint's generation config says"
+    of_bundle = "default: the checkpoint's generation config"
     group = parser.add_argument_group("answer")
     group.add_argument(
-        "--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="default: %(default)s"
+        "--max-new-tokens",
+        type=int,
+        default=defaults.max_new_tokens,
+        metavar="N",
+        help="tokens of the answer at most (default: %(default)s)",
     )
     group.add_argument(
-        "--temperature", type=float, metavar="T", help=f"0 takes the best token always ({of_bundle}, mostly 0)"
+        "--temperature",
+        type=float,
+        metavar="T",
+        help=f"0 always takes the most likely token ({of_bundle}, usually 0)",
     )
-    group.add_argument("--top-p", type=float, metavar="P", help=of_bundle)
-    group.add_argument("--top-k", type=int, metavar="K", help=f"0 is no limit ({of_bundle})")
-    group.add_argument("--repetition-penalty", type=float, metavar="R", help=f"1 is none ({of_bundle})")
+    group.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help=f"draw from the most likely tokens that together reach this probability ({of_bundle})",
+    )
+    group.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help=f"draw from this many most likely tokens; 0 is no limit ({of_bundle})",
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        help=f"above 1, tokens that occurred become less likely; 1 is none ({of_bundle})",
+    )
     group.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
-    group.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    group.add_argument("--system", metavar="TEXT", help="system prompt")
 
 
 def sampling_from(options: argparse.Namespace) -> SamplingParams:
@@ -83,6 +106,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="load TensorRT plans that another machine built; a plan is code, so trust who made it",
     )
     group.add_argument("--threads", type=int, metavar="N", help="threads of each engine (default: physical cores)")
+    group.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default=vision.precision,
+        help="for openvino: auto computes in bfloat16 where the processor is made for it, and what decides about "
+        "patches in float32; bfloat16 computes all in it (default: %(default)s)",
+    )
     group = parser.add_argument_group("vision")
     group.add_argument(
         "--vision-engine",
@@ -109,8 +139,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--language-backend",
         choices=get_args(BackendName),
         default=language.backend,
-        help="what decodes the answer: onnxruntime the bundle's decoder, transformers the language model of the "
-        "checkpoint, vllm a server of vLLM (default: %(default)s)",
+        help="what decodes the answer: onnxruntime and openvino the bundle's decoder, transformers the language "
+        "model of the checkpoint, vllm a server of vLLM (default: %(default)s)",
     )
     group.add_argument(
         "--language-device",
@@ -145,6 +175,8 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
     """Load what `add_model_options` asked for; see `Pipeline.load` for the errors."""
     from hivtp.runtime.pipeline import Pipeline
 
+    # Where neither is openvino, the vision options say that precision is of no use.
+    is_for_language_alone = options.language_backend == "openvino" != options.vision_engine
     pipeline = Pipeline.load(
         options.bundle,
         vision=VisionOptions(
@@ -152,6 +184,7 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
             num_threads=options.threads,
             max_tiles=options.max_tiles,
             max_tiles_per_run=options.max_tiles_per_run,
+            precision=VisionOptions.precision if is_for_language_alone else options.precision,
         ),
         language=LanguageOptions(
             backend=options.language_backend,
@@ -162,6 +195,7 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
             url=options.language_url,
             api_key=os.environ.get(LANGUAGE_KEY_VARIABLE) or None if options.language_backend == "vllm" else None,
             model_name=options.language_model_name,
+            precision=options.precision if options.language_backend == "openvino" else LanguageOptions.precision,
         ),
         revision=options.revision,
         check_hashes=options.check_hashes,

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
     from hivtp.runtime.answer import Answer
 
-DESCRIPTION = "Ask a bundle, written by hivtp export, about one or several images. The answer streams as it comes."
+DESCRIPTION = "Ask a bundle that hivtp export wrote about one or several images. The answer streams."
 EXAMPLES = """\
 examples:
-  hivtp run bundle --image photo.jpg "What is in the picture?"
-  hivtp run bundle --image photo.jpg "What is in the picture?" --overlay kept.png
+  hivtp run bundle --image photo.jpg "What is in the image?"
+  hivtp run bundle --image photo.jpg "What is in the image?" --overlay kept.png
   hivtp run bundle --image a.jpg --image b.jpg "Is <image> brighter than <image>?" --json
-  curl -s https://example.org/photo.jpg | hivtp run bundle --image - "What is in the picture?"
+  curl -s https://example.org/photo.jpg | hivtp run bundle --image - "What is in the image?"
 """
 
 
@@ -42,7 +42,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         metavar="FILE",
         help="an image file, or - for standard input; repeatable",
     )
-    parser.add_argument("--overlay", type=Path, metavar="PNG", help="write an image of the kept tokens")
+    parser.add_argument("--overlay", type=Path, metavar="PNG", help="write the image with its kept patches marked")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     add_sampling_options(parser)
     add_model_options(parser)
@@ -84,5 +84,6 @@ def report(answer: Answer) -> str:
         f"first token    {timings.ttft_ms:8.1f} ms",
         f"decode         {decode:8.1f} ms per token" if decode is not None else "decode                - (one token)",
         f"{len(answer.token_ids)} tokens, finished by {answer.finish_reason}",
+        f"ran by         {answer.ran.vision}; {answer.ran.language}",
     ]
     return "\n".join(lines)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from hivtp.engines.base import Device
     from hivtp.engines.bundle import Bundle
+    from hivtp.engines.manifest import DecoderManifest, LanguageManifest
     from hivtp.runtime.language.base import LanguageBackend
     from hivtp.runtime.language.options import BackendName
     from hivtp.runtime.language.remote import RequestScheduler
@@ -67,6 +68,35 @@ def _create_onnxruntime(bundle: Bundle, options: LanguageOptions) -> LanguageBac
     from hivtp.engines.onnxruntime_cuda import has_cuda_provider
     from hivtp.runtime.language.onnxruntime import OnnxRuntimeLanguage
 
+    manifest, decoder = _with_decoder(bundle)
+
+    def create(device: Device) -> LanguageBackend:
+        return OnnxRuntimeLanguage(bundle.folder, manifest, options.engine_settings, device)
+
+    if options.device == "cuda":
+        return create("cuda")
+    if options.device == "auto" and decoder.dtype == "float16" and has_cuda_provider():
+        try:
+            return create("cuda")
+        except HivtpError as error:
+            message = f"the decoder of {bundle.folder} cannot run on a GPU, taking the CPU: {error}"
+            warnings.warn(message, EngineWarning, stacklevel=2)
+    return create("cpu")
+
+
+def _create_openvino(bundle: Bundle, options: LanguageOptions) -> LanguageBackend:
+    from hivtp.runtime.language.openvino import OpenVinoLanguage
+
+    _ = _with_decoder(bundle)
+    return OpenVinoLanguage(bundle, options.engine_settings)
+
+
+def _with_decoder(bundle: Bundle) -> tuple[LanguageManifest, DecoderManifest]:
+    """The language model of a bundle, and its decoder.
+
+    Raises:
+        BundleError: the bundle holds no decoder.
+    """
     manifest = bundle.manifest.language
     if manifest is None or manifest.decoder is None:
         raise BundleError(
@@ -75,19 +105,7 @@ def _create_onnxruntime(bundle: Bundle, options: LanguageOptions) -> LanguageBac
             "(hivtp run: --language-backend transformers --language-checkpoint DIR), or export it again with another "
             "--language-precision"
         )
-
-    def create(device: Device) -> LanguageBackend:
-        return OnnxRuntimeLanguage(bundle.folder, manifest, options.engine_settings, device)
-
-    if options.device == "cuda":
-        return create("cuda")
-    if options.device == "auto" and manifest.decoder.dtype == "float16" and has_cuda_provider():
-        try:
-            return create("cuda")
-        except HivtpError as error:
-            message = f"the decoder of {bundle.folder} cannot run on a GPU, taking the CPU: {error}"
-            warnings.warn(message, EngineWarning, stacklevel=2)
-    return create("cpu")
+    return manifest, manifest.decoder
 
 
 def _create_transformers(bundle: Bundle, options: LanguageOptions) -> LanguageBackend:
@@ -106,6 +124,7 @@ def _create_vllm(bundle: Bundle, options: LanguageOptions) -> RemoteBackend:
 # What a creator needs is imported when it is called.
 _CREATORS: Mapping[BackendName, Callable[[Bundle, LanguageOptions], LanguageBackend | RemoteBackend]] = {
     "onnxruntime": _create_onnxruntime,
+    "openvino": _create_openvino,
     "transformers": _create_transformers,
     "vllm": _create_vllm,
 }

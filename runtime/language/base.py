@@ -69,7 +69,10 @@ class Slots(Protocol):
         """
 
     def truncate(self, slot: int, length: int) -> None:
-        """Forget all but the first positions of a slot; `length` is at most what it holds."""
+        """Forget all but the first positions of a slot; `length` is at most what it holds.
+
+        On the CPU the memory of the others goes back to the system, so that all slots together take what they hold.
+        """
 
     def reserve(self, capacity: int) -> None:
         """Make room for this many positions in each slot; what the slots hold stays.
@@ -117,6 +120,10 @@ class DecodeRequest(Protocol):
 
 class LanguageBackend(Protocol):
     """A decoder and its token embeddings. It knows nothing of images. Several threads may use it at once."""
+
+    @property
+    def description(self) -> str:
+        """What decodes, for people: the precision of the weights, what runs them, and in which type it computes."""
 
     @property
     def context_length(self) -> int:

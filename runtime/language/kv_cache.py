@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hivtp.engines.onnxruntime import run_errors
+from hivtp.runtime.language.pages import Pages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +47,9 @@ class KvCache:
         self.names = cache_names(manifest)
         with run_errors("allocating the KV cache"):
             self._memories = [self._allocate() for _ in self.names]
-        self._addresses = [memory.ctypes.data if device == "cpu" else memory.data_ptr() for memory in self._memories]
+        self._addresses = [
+            memory.array.ctypes.data if isinstance(memory, Pages) else memory.data_ptr() for memory in self._memories
+        ]
 
     def bind(self, binding: Any, start: int, stop: int) -> None:
         """Bind a range of slots to a session's past and present.
@@ -71,18 +74,34 @@ class KvCache:
         grown = KvCache(self.manifest, self.num_slots, capacity, self.dtype, self.device)
         for old, new in zip(self._memories, grown._memories, strict=True):
             # On a GPU through the host: a conversation rarely grows.
-            source, target = (old, new) if self.device == "cpu" else (old.numpy(), new.numpy())
+            source, target = (one.array if isinstance(one, Pages) else one.numpy() for one in (old, new))
             for slot, length in enumerate(lengths):
                 target[slot, :, :length] = source[slot, :, :length]
-            if self.device != "cpu":
+            if not isinstance(new, Pages):
                 new.update_inplace(target)
         return grown
+
+    def release(self, slot: int, start: int) -> None:
+        """Give back the memory of a slot's positions from `start` on. A GPU keeps it.
+
+        Positions share pages with those before them, so a little more than the first `start` positions may stay.
+        """
+        position_bytes = self.manifest.head_size * self.dtype.itemsize
+        head_bytes = self.capacity * position_bytes
+        first_head = slot * self.manifest.num_kv_heads
+        # A slot that is emptied is one piece in each memory.
+        heads = range(first_head, first_head + (self.manifest.num_kv_heads if start else 1))
+        size = head_bytes if start else head_bytes * self.manifest.num_kv_heads
+        for memory in self._memories:
+            if isinstance(memory, Pages):
+                for head in heads:
+                    memory.release(head * head_bytes + start * position_bytes, head * head_bytes + size)
 
     def _allocate(self) -> Any:
         shape = self._shape(self.num_slots)
         if self.device == "cpu":
-            # The operating system gives pages as they are written, so positions never reached cost nothing.
-            return np.zeros(shape, self.dtype)
+            # Positions never reached cost nothing.
+            return Pages(shape, self.dtype)
         from onnxruntime import OrtValue
 
         return OrtValue.ortvalue_from_shape_and_type(shape, self.dtype.type, self.device, 0)

@@ -70,6 +70,9 @@ class OnnxRuntimeLanguage:
         self.context_length = manifest.context_length
         self.manifest = manifest
         self.device = device
+        prefill_note = "" if decoder.prefill_precision is None else f", prompts in {decoder.prefill_precision}"
+        where = " on a GPU" if device == "cuda" else ""
+        self.description = f"{decoder.precision} decoder in onnxruntime{where}{prefill_note}"
         self.dtype: np.dtype[Any] = np.dtype(decoder.dtype)
         embeddings = embedding_table(folder / decoder.embeddings, (manifest.vocab_size, manifest.hidden_size))
         decode = prefill = self._open(folder / decoder.file, settings, stops_spinning=False)
@@ -169,6 +172,8 @@ class OnnxRuntimeSlots:
     def truncate(self, slot: int, length: int) -> None:
         """See Slots.truncate."""
         assert length <= self._lengths[slot], "a slot cannot be truncated to more than it holds"
+        if length < self._lengths[slot]:
+            self._cache.release(slot, length)
         self._lengths[slot] = length
 
     def reserve(self, capacity: int) -> None:

@@ -6,18 +6,20 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from hivtp.engines.base import EngineSettings
+from hivtp.engines.base import EngineSettings, Precision
 from hivtp_ops.errors import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-BackendName = Literal["onnxruntime", "transformers", "vllm"]
+BackendName = Literal["onnxruntime", "openvino", "transformers", "vllm"]
 LanguageDtype = Literal["float32", "bfloat16", "float16"]
-ONNXRUNTIME_DEVICES = ("auto", "cpu", "cuda")
+# Of the backends that run the bundle's decoder.
+DEVICES: Mapping[BackendName, tuple[str, ...]] = {"onnxruntime": ("auto", "cpu", "cuda"), "openvino": ("auto", "cpu")}
 # The options that some backends alone know.
 OWNERS: Mapping[str, tuple[BackendName, ...]] = {
-    "device": ("onnxruntime", "transformers"),
+    "device": ("onnxruntime", "openvino", "transformers"),
+    "precision": ("openvino",),
     "checkpoint": ("transformers",),
     "dtype": ("transformers", "vllm"),
     "url": ("vllm",),
@@ -33,14 +35,16 @@ class LanguageOptions:
     """How answers are decoded.
 
     Args:
-        backend: "onnxruntime" runs the bundle's decoder; "transformers" the language model of a checkpoint; "vllm"
-            asks a server of vLLM, which has the checkpoint that the bundle was exported from.
+        backend: "onnxruntime" and "openvino" run the bundle's decoder; "transformers" the language model of a
+            checkpoint; "vllm" asks a server of vLLM, which has the checkpoint that the bundle was exported from.
         device: where the model runs. Of onnxruntime "cpu" or "cuda"; "auto" takes a GPU where the decoder is float16
-            and CUDA works. Of transformers as torch names it: "cpu", "cuda", "cuda:1"; "auto" is the CPU.
-        num_threads: of onnxruntime: threads of one run on the CPU; None takes the physical cores.
+            and CUDA works. Of openvino "cpu" or "auto", which is the same. Of transformers as torch names it: "cpu",
+            "cuda", "cuda:1"; "auto" is the CPU.
+        num_threads: of onnxruntime and openvino: threads of one run on the CPU; None takes the physical cores.
         checkpoint: of transformers: the Hugging Face folder that the bundle was exported from.
         dtype: of transformers: of weights, activations and KV cache. Of vllm: in which images are sent, float32 or
             float16, which is half as much.
+        precision: of openvino: of activations and KV cache; see EngineSettings.
         url: of vllm: of the server, "http://host:8000".
         api_key: of vllm: what the server wants to be told; None tells it nothing.
         model_name: of vllm: what the server calls the model; None takes the one that it has.
@@ -57,6 +61,7 @@ class LanguageOptions:
     num_threads: int | None = None
     checkpoint: str | Path | None = None
     dtype: LanguageDtype = "float32"
+    precision: Precision = "auto"
     url: str | None = None
     api_key: str | None = field(default=None, repr=False)
     model_name: str | None = None
@@ -73,7 +78,7 @@ class LanguageOptions:
         _ = self.engine_settings
         self._check_owners()
         match self.backend:
-            case "onnxruntime":
+            case "onnxruntime" | "openvino":
                 self._check_device()
             case "transformers":
                 self._check_checkpoint()
@@ -83,7 +88,7 @@ class LanguageOptions:
     @property
     def engine_settings(self) -> EngineSettings:
         """How the bundle's decoder runs."""
-        return EngineSettings(num_threads=self.num_threads)
+        return EngineSettings(num_threads=self.num_threads, precision=self.precision)
 
     def _check_owners(self) -> None:
         for option in fields(self):
@@ -96,9 +101,9 @@ class LanguageOptions:
                 )
 
     def _check_device(self) -> None:
-        if self.device not in ONNXRUNTIME_DEVICES:
-            known = ", ".join(ONNXRUNTIME_DEVICES)
-            raise SettingsError(f"the bundle's decoder runs on one of {known}, not on {self.device!r}")
+        if self.device not in DEVICES[self.backend]:
+            known = ", ".join(DEVICES[self.backend])
+            raise SettingsError(f"{self.backend} runs the bundle's decoder on one of {known}, not on {self.device!r}")
 
     def _check_checkpoint(self) -> None:
         if self.checkpoint is None:

@@ -86,11 +86,19 @@ class RequestScheduler(Protocol):
     def run(self) -> None:
         """Decode all sequences to their ends."""
 
+    def forget(self) -> None:
+        """Give back what is kept of sequences that have ended."""
+
 
 class RemoteBackend(ABC):
     """A language model that runs in another server, which writes prompts, holds the KV cache and samples."""
 
     context_length: int
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """What computes the answers, for people."""
 
     @abstractmethod
     def open_scheduler(self, num_slots: int) -> RequestScheduler:

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from hivtp.runtime.language.base import DecodeRequest, LanguageBackend
 
 
+# While nobody decodes, a chunk of a prompt is this many times as long: nobody waits for its end but those who would
+# cancel it, and longer ones cost less.
+LONG_CHUNK = 8
+
+
 @dataclass(frozen=True)
 class SchedulerOptions:
     """How a scheduler shares the decoder among sequences.
@@ -28,7 +33,8 @@ class SchedulerOptions:
         num_slots: sequences that run together.
         capacity: positions that each slot has room for at first.
         grows: more room is made where a sequence needs it; otherwise such a sequence is refused by `add`.
-        chunk_size: while others decode, a prompt runs in chunks of this many positions; None runs it whole.
+        chunk_size: while others decode, a prompt runs in chunks of this many positions, and otherwise in longer ones;
+            None runs it whole.
         steps_per_chunk: joint decode steps between two chunks; 0 runs prompts first.
         max_kv_bytes: a sequence waits until the KV cache of its prompt and longest answer fits; None is no bound.
         max_passed: sequences that fit may overtake one that does not this often; then it is first.
@@ -128,7 +134,7 @@ class Scheduler:
 
         Raises:
             PromptError: the prompt does not fit the context.
-        SettingsError: it can never fit into a slot or the KV budget.
+            SettingsError: it can never fit into a slot or the KV budget.
         """
         length, keys = len(request.embeds), request.keys
         context_length = self._language.context_length
@@ -156,6 +162,10 @@ class Scheduler:
         for sequence in [*self._prefilling, *self._decoding]:
             if sequence.request is request:
                 self._leave(sequence)
+
+    def forget(self) -> None:
+        """Empty the slots that are kept for sequences to come; on the CPU their memory goes back to the system."""
+        self._pool.forget_all()
 
     def step(self) -> bool:
         """Schedule one run of the decoder, run it, and hand out its tokens; whether there is more to do.
@@ -230,9 +240,11 @@ class Scheduler:
             self._hand_out(sequence, logits, sequence.prefill_ms)
 
     def _prefill(self, sequence: _Sequence) -> NDArray[np.float32]:
-        """Compute what is left of a prompt, or a chunk of it where others wait for their next tokens."""
+        """Compute a chunk of what is left of a prompt."""
         start = self._slots.length(sequence.slot)
-        size = self._options.chunk_size if self._decoding else None
+        size = self._options.chunk_size
+        if size is not None and not self._decoding:
+            size *= LONG_CHUNK
         chunk = sequence.request.embeds[start : sequence.length if size is None else start + size]
         return self._slots.prefill(sequence.slot, chunk, sequence.num_computed)
 

@@ -75,6 +75,11 @@ class SlotPool:
         del self._kept[slot]
         self._forget(slot)
 
+    def forget_all(self) -> None:
+        """Empty all free slots."""
+        while self._kept:
+            self.forget_oldest()
+
     def _forget(self, slot: int) -> None:
         self._slots.truncate(slot, 0)
         self._empty.add(slot)

@@ -48,6 +48,7 @@ class TransformersLanguage:
 
         self.context_length = manifest.language.context_length
         self.kv_bytes_per_position = kv_bytes_per_position(manifest.language, getattr(torch, options.dtype).itemsize)
+        self.description = f"{options.dtype} language model in transformers"
         self.device = torch_device(options.device, options.dtype)
         self._loaded: Any = _load(open_source(options.checkpoint, manifest), self.device, options.dtype)
 

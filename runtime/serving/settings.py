@@ -26,10 +26,12 @@ class ServerSettings:
         max_context: positions of a prompt and its answer; None takes the model's context.
         max_tokens: of an answer, and what a request gets that names no number; None takes what the context leaves.
         max_kv_bytes: KV cache of all requests together; None takes half of the memory that is free at the start.
-        chunk_size: while others decode, a prompt runs in chunks of this many positions; None runs it whole.
+        chunk_size: while others decode, a prompt runs in chunks of this many positions, and otherwise in longer ones;
+            None runs it whole.
         steps_per_chunk: decode steps between two chunks.
         reuses_prefix: a chat's next turn finds the KV cache of the last one. Never across API keys; and never with a
             prefill decoder, which would round it otherwise.
+        idle_seconds: after this time without a request the KV cache of finished ones is given up, and its memory.
         max_prepared: requests whose images are decoded or encoded, and that wait for a slot.
         num_image_threads: images that are decoded and resized at once.
         image_domains: hosts from which images are downloaded; `*.example.org` is every host below example.org, and
@@ -67,6 +69,7 @@ class ServerSettings:
     chunk_size: int | None = 64
     steps_per_chunk: int = 4
     reuses_prefix: bool = True
+    idle_seconds: float = 300.0
     max_prepared: int = 4
     num_image_threads: int = 2
     image_domains: tuple[str, ...] = ()

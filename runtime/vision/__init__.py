@@ -54,7 +54,8 @@ def create_image_encoder(bundle: Bundle, engine: Engine, options: VisionOptions)
         raise BundleError(
             f"the image preprocessing of {bundle.folder} is damaged or not supported: {error}; export it again"
         ) from error
-    return CachedEncoder(encoder, EmbeddingCache(options.cache_bytes))
+    description = f"{manifest.vision.precision} graph in {engine.description}"
+    return CachedEncoder(encoder, EmbeddingCache(options.cache_bytes), description)
 
 
 def _open_tiled(bundle: Bundle, tiling: TilingManifest, stage: VisionStage, max_tiles: int) -> TiledEncoder:

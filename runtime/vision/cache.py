@@ -72,10 +72,12 @@ class CachedEncoder:
     Args:
         encoder: encodes what the cache does not hold.
         cache: may be shared between threads.
+        description: of what encodes, for people.
     """
 
-    def __init__(self, encoder: ImageEncoder, cache: EmbeddingCache) -> None:
+    def __init__(self, encoder: ImageEncoder, cache: EmbeddingCache, description: str) -> None:
         self.cache = cache
+        self.description = description
         self._encoder = encoder
 
     def prepare(self, image: Image.Image) -> PreparedImage:
@@ -87,13 +89,17 @@ class CachedEncoder:
         digests = [image.digest for image in images]
         found = {digest: encoded for digest in set(digests) if (encoded := self.cache.get(digest)) is not None}
         missing = {image.digest: image for image in images if image.digest not in found}
-        for encoded in self._encoder.encode(list(missing.values())):
+        for encoded in self.encode_anew(list(missing.values())):
             found[encoded.digest] = encoded
             # Later answers come from the same arrays.
             for array in encoded.arrays:
                 array.flags.writeable = False
             self.cache.put(encoded)
         return [found[digest] for digest in digests]
+
+    def encode_anew(self, images: Sequence[PreparedImage]) -> list[EncodedImage]:
+        """The same without the cache."""
+        return self._encoder.encode(images)
 
     def frames(self, image: Image.Image) -> list[TileFrame]:
         """See ImageEncoder.frames."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from hivtp.engines import EngineName
-from hivtp.engines.base import EngineSettings
+from hivtp.engines.base import EngineSettings, Precision
 from hivtp_ops.errors import SettingsError
 
 VisionEngine = Literal[EngineName, "transformers"]
@@ -23,12 +23,14 @@ class VisionOptions:
     """How images are encoded.
 
     Args:
-        engine: what runs the vision graph: "onnxruntime", "onnxruntime-cuda", "tensorrt" or "tensorrt-rtx"; or
-            "transformers", the tower of the checkpoint that the language backend of that name has. "auto" takes the
-            first that works: a TensorRT plan that fits this machine, ONNX Runtime on a GPU, transformers where the
-            language model runs in it on a GPU, ONNX Runtime on the CPU; and warns of what it passed over.
+        engine: what runs the vision graph: "onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt" or
+            "tensorrt-rtx"; or "transformers", the tower of the checkpoint that the language backend of that name has.
+            "auto" takes the first that works: a TensorRT plan that fits this machine, ONNX Runtime on a GPU,
+            transformers where the language model runs in it on a GPU, ONNX Runtime on the CPU; and warns of what it
+            passed over.
         num_threads: threads of one run on the CPU; None takes the physical cores.
         uses_cuda_graph: see EngineSettings.
+        precision: of openvino; see EngineSettings.
         max_tiles: an image that becomes more tiles than this, its base tile included, is refused (LLaVA-NeXT).
         max_tiles_per_run: more tiles than this go through the graph in several runs: fewer take less memory.
         cache_bytes: memory for the embeddings of images seen before; 0 keeps none.
@@ -43,6 +45,7 @@ class VisionOptions:
     max_tiles: int = MAX_TILES
     max_tiles_per_run: int = MAX_TILES_PER_RUN
     cache_bytes: int = CACHE_BYTES
+    precision: Precision = "auto"
 
     def __post_init__(self) -> None:
         engines = [name for part in get_args(VisionEngine) for name in (get_args(part) or (part,))]
@@ -57,8 +60,13 @@ class VisionOptions:
         if not isinstance(self.uses_cuda_graph, bool):
             raise SettingsError(f"uses_cuda_graph must be True or False, not {self.uses_cuda_graph!r}")
         _ = self.engine_settings
+        if self.precision != VisionOptions.precision and self.engine != "openvino":
+            raise SettingsError(
+                f"precision {self.precision!r} belongs to the vision engine openvino; {self.engine} computes as the "
+                "graph says: leave it out, or choose openvino"
+            )
 
     @property
     def engine_settings(self) -> EngineSettings:
         """How an engine runs the vision graph."""
-        return EngineSettings(self.num_threads, self.uses_cuda_graph)
+        return EngineSettings(self.num_threads, self.uses_cuda_graph, self.precision)

@@ -152,6 +152,7 @@ class TransformersVision:
         embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
         self._tower, self._projector = tower.eval(), projector.eval()
         self._device, self._dtype = device, dtype
+        self.description = f"transformers in {options.dtype}"
         pruned = () if self._spec is None else ("kept_indices", "kept_counts", "importance")
         self.output_names = ("image_embeds", *pruned)
 

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 # Each command: the module that holds `make_parser` and `run`, and what it does.
 COMMANDS = {
     "export": ("hivtp.export.cli.export", "turn a checkpoint into a bundle"),
-    "plan": ("hivtp.export.cli.plan", "build a TensorRT plan for a bundle"),
+    "plan": ("hivtp.export.cli.plan", "build a TensorRT plan for a bundle, on the machine that runs it"),
     "layers": ("hivtp.export.cli.layers", "rank the layers that could score the patches, on your own images"),
     "run": ("hivtp.runtime.cli.run", "ask a bundle about images"),
     "chat": ("hivtp.runtime.cli.chat", "talk with a bundle about images, in the terminal"),
-    "serve": ("hivtp.runtime.cli.serve", "serve a bundle as OpenAI's chat completions"),
+    "serve": ("hivtp.runtime.cli.serve", "serve a bundle over OpenAI's chat completions API"),
     "compare": ("hivtp.runtime.cli.compare", "compare engines and bundles on your own images"),
 }
 # These write files or serve, and go on where nobody reads what they print.
@@ -115,7 +115,7 @@ def _usage() -> str:
             "commands:",
             *lines,
             "",
-            "hivtp COMMAND --help says more; hivtp --version names the version.",
+            "hivtp COMMAND --help shows the options of a command; hivtp --version prints the version.",
         ]
     )
 

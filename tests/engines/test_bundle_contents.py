@@ -226,10 +226,10 @@ def test_a_tokenizer_that_fails_on_a_text_costs_that_prompt(bundle, record_file,
     change_json(bundle, "processor/tokenizer.json", lambda tokenizer: tokenizer.update(changes))
     record_file("processor/tokenizer.json")
     pipeline = Pipeline.load(bundle)
-    with pytest.raises(BundleError, match="the tokenizer cannot encode this text"):
+    with pytest.raises(PromptError, match="the tokenizer cannot encode this text"):
         pipeline.generate("hello")
     # Literal special tokens are encoded in a way of their own.
-    with pytest.raises(BundleError, match="the tokenizer cannot encode this text"):
+    with pytest.raises(PromptError, match="the tokenizer cannot encode this text"):
         pipeline.generate("hello </s>")
 
 
@@ -246,7 +246,7 @@ def test_a_prompt_that_no_context_could_hold_is_refused_before_it_is_tokenised(b
 def test_special_tokens_of_any_length_are_refused(bundle, record_file, changes):
     change_json(bundle, "processor/prompt.json", lambda settings: settings.update(changes))
     record_file("processor/prompt.json")
-    with pytest.raises(BundleError, match="a token has more than 256 characters"):
+    with pytest.raises(BundleError, match="a token is empty, has more than 256 characters, or is not text"):
         Pipeline.load(bundle)
 
 
@@ -254,5 +254,5 @@ def test_pixels_of_another_size_are_refused_when_the_bundle_is_opened(bundle, re
     size = {"crop_size": {"height": 9_000, "width": 9_000}}
     change_json(bundle, "processor/image_processor.json", lambda settings: settings.update(size))
     record_file("processor/image_processor.json")
-    with pytest.raises(BundleError, match="9000 x 9000 pixels, and the graph takes 64 x 64"):
+    with pytest.raises(BundleError, match="9000 x 9000 pixels, and the vision graph takes 64 x 64"):
         Pipeline.load(bundle)

@@ -111,7 +111,7 @@ def test_cuda_that_does_not_work_is_passed_over_with_a_warning(bundle, monkeypat
 @pytest.mark.usefixtures("no_tensorrt")
 def test_an_engine_that_is_named_is_taken_or_refused(bundle):
     assert isinstance(open_vision_engine(bundle, "onnxruntime"), OnnxRuntimeEngine)
-    with pytest.raises(EngineError, match="'abacus'; there are auto, onnxruntime, onnxruntime-cuda, tensorrt, tensor"):
+    with pytest.raises(EngineError, match="'abacus'; there are auto, onnxruntime, openvino, onnxruntime-cuda"):
         open_vision_engine(bundle, "abacus")
     with pytest.raises(MissingExtraError, match="tensorrt_rtx is not installed"):
         open_vision_engine(bundle, "tensorrt-rtx")
@@ -223,7 +223,5 @@ def test_the_command_warns_in_one_line_and_answers(bundle, capsys):
     assert message.count("\n") == 1
     assert main([*arguments, "--vision-engine", "onnxruntime"]) == 0
     assert capsys.readouterr().err == ""
-    with pytest.raises(SystemExit) as stopped:
-        main([*arguments, "--vision-engine", "abacus"])
-    assert stopped.value.code == 2
+    assert main([*arguments, "--vision-engine", "abacus"]) == 2
     assert "abacus" in capsys.readouterr().err

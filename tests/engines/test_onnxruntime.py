@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -163,3 +165,18 @@ def test_memory_that_truly_runs_out_is_an_out_of_memory_error(tmp_path):
     engine = create_engine("onnxruntime", tmp_path / "huge.onnx")
     with pytest.raises(OutOfMemoryError):
         engine.run({"shape": np.array([2**50], np.int64)})
+
+
+def test_nobody_is_told_how_it_is_used(graph: Path, tmp_path: Path) -> None:
+    """onnxruntime keeps a database of reports in the user's home, which shows whether it makes any."""
+    script = f"""
+import sys, time
+from pathlib import Path
+from hivtp.engines import create_engine
+create_engine("onnxruntime", Path({str(graph)!r}))
+time.sleep(1)
+"""
+    variables = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    variables.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run([sys.executable, "-c", script], env=variables, check=True, timeout=120)
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == []

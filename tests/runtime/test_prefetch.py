@@ -255,7 +255,15 @@ def test_times_are_those_of_the_stages_and_waiting_is_in_the_first_token(pipelin
     images = pipeline.model.images
     prepare, encode = images.prepare, images.encode
     encoded = [threading.Event() for _ in requests]
-    numbers = count()
+    decoding = [threading.Event() for _ in requests]
+    numbers, places = count(), count()
+
+    def prepared(image: Any) -> Any:
+        # The stages of a request pass while the one before it decodes.
+        place = next(places)
+        assert place == 0 or decoding[place - 1].wait(TIMEOUT_S)
+        pass_time(3)
+        return prepare(image)
 
     def prefetched(*parts: Any) -> prefetch.Prefetched[Any]:
         # All of its times have been read by now.
@@ -264,12 +272,13 @@ def test_times_are_those_of_the_stages_and_waiting_is_in_the_first_token(pipelin
 
     def run_time(request: int, run: int) -> None:
         if run == 1 and request + 1 < len(requests):
+            decoding[request].set()
             assert encoded[request + 1].wait(TIMEOUT_S)
         pass_time(7 if run == 0 else 1)
 
     taken = prefetch.Prefetched
     monkeypatch.setattr(prefetch, "Prefetched", prefetched)
-    monkeypatch.setattr(images, "prepare", lambda image: (pass_time(3), prepare(image))[1])
+    monkeypatch.setattr(images, "prepare", prepared)
     monkeypatch.setattr(images, "encode", lambda several: (pass_time(5), encode(several))[1])
     before_run.append(run_time)
 

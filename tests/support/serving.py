@@ -80,14 +80,14 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(model: Model, **settings: Any) -> Iterator[Server]:
-    """Serve a model while the block runs."""
+def serving(model: Model, *, waits: bool = True, **settings: Any) -> Iterator[Server]:
+    """Serve a model while the block runs; it begins when the server is ready, or with `waits=False` when it listens."""
     chosen = ServerSettings(port=0, **settings)
     app = create_app(model, chosen)
     server = make_server(app, chosen)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    wait_for(lambda: server.started, 20)
+    wait_for(lambda: server.started and (not waits or app.service.state != "loading"), 60)
     found = Server(app.service, server.servers[0].sockets[0].getsockname()[1])
     try:
         yield found

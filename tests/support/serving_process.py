@@ -37,7 +37,8 @@ class Process:
             assert self.process.poll() is None, self.log.read_text()
             with contextlib.suppress(json.JSONDecodeError, StopIteration):
                 line = next(line for line in log_lines(self.log) if line["event"] == "listening")
-                return line["urls"][0]
+                if httpx.get(line["urls"][0] + "/ready", trust_env=False).status_code == 200:
+                    return line["urls"][0]
             time.sleep(0.05)
         raise AssertionError(self.log.read_text())
 
@@ -66,3 +67,8 @@ class Process:
         """Memory that it has now."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -29,6 +29,7 @@ class _NoEngine:
     """Takes the place of an engine where images are prepared and not encoded."""
 
     max_tiles: int | None = None
+    description = "nothing"
 
     def __init__(self, bundle: Bundle) -> None:
         self.output_names = () if bundle.manifest.pruning is None else ("kept_indices",)

@@ -39,7 +39,7 @@ class KeptSetsThreshold(Threshold):  # type: ignore[misc]  # Polygraphy ships no
         importance = "" if found.importance_error is None else f", scores {found.importance_error:.2e}"
         line = (
             f"kept patches agree to {found.kept_jaccard:.3f} (worst tile {found.worst_jaccard:.3f}); errors: "
-            f"embeddings {found.relative_error:.2e} (median row {found.median_row_error:.2e}){importance}"
+            f"embeddings {found.relative_error:.2e} (median token {found.median_row_error:.2e}){importance}"
         )
         return f"{line} | {'FAILED: ' + '; '.join(problems) if problems else 'PASSED'}", not problems
 

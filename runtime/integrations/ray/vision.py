@@ -35,7 +35,12 @@ class VisionReplica:
         vision = bundle.manifest.vision
         # One scale for the activations of a whole run: tiles of others would change these.
         self._runs_alone = vision.precision == "int8"
-        self.about = {"output_names": self._engine.output_names, "max_tiles": self._engine.max_tiles}
+        engine = self._engine
+        self.about = {
+            "description": engine.description,
+            "output_names": engine.output_names,
+            "max_tiles": engine.max_tiles,
+        }
 
     def run(self, requests: Sequence[dict[str, np.ndarray[Any, Any]]]) -> list[dict[str, np.ndarray[Any, Any]]]:
         """Run the graph on the tiles of several requests, each as if it were alone."""
@@ -63,6 +68,7 @@ class RemoteVision:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
         about = handle.describe.remote().result(timeout_s=MAX_SECONDS)
+        self.description: str = about["description"]
         self.output_names: tuple[str, ...] = tuple(about["output_names"])
         self.max_tiles: int | None = about["max_tiles"]
 

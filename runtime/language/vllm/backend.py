@@ -53,6 +53,11 @@ class VllmLanguage(RemoteBackend):
             manifest.context_length, length if isinstance(length, int) else manifest.context_length
         )
 
+    @property
+    def description(self) -> str:
+        """See RemoteBackend.description."""
+        return f"{self.model_name} in vLLM"
+
     def open_scheduler(self, num_slots: int) -> VllmScheduler:
         """See RemoteBackend.open_scheduler."""
         self._check_open()

@@ -101,6 +101,9 @@ class VllmScheduler:
         while self.step():
             pass
 
+    def forget(self) -> None:
+        """See RequestScheduler.forget: the server keeps what it keeps."""
+
     def _start(self, request: RemoteRequest) -> None:
         answering = attempt(self._answer, request, self._happened.put)
         if isinstance(answering, HivtpError):

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from hivtp.runtime.attempt import attempt
 from hivtp.runtime.language import open_scheduler
 from hivtp.runtime.language.scheduler import SchedulerOptions
-from hivtp.runtime.serving.flow.job import Failed, Job
+from hivtp.runtime.serving.flow.job import Begun, Failed, Job
 from hivtp.runtime.serving.flow.memory import KvMemory
+from hivtp.runtime.serving.flow.warm_up import warm_up_decoder
 from hivtp.runtime.serving.protocol.errors import ApiError
 from hivtp.runtime.serving.telemetry.logs import log, where
 from hivtp_ops.errors import HivtpError
@@ -89,19 +90,21 @@ class Engine:
             keeps_slots=settings.reuses_prefix and not has_prefill_decoder,
         )
         self._scheduler = open_scheduler(model.language, options)
+        self._language = model.language
+        self._idle_seconds = settings.idle_seconds
         self._deliver = deliver
         self._happened: list[tuple[Job, Event]] = []
         self._jobs: set[Job] = set()
         # None ends the thread.
         self._commands: SimpleQueue[_Command | None] = SimpleQueue()
         self._lock = Lock()
-        self._is_dead = False
+        self._is_warm = self._is_dead = False
         self._thread = Thread(target=self._run, name="hivtp-engine", daemon=True)
 
     @property
     def is_ready(self) -> bool:
-        """Whether it takes jobs."""
-        return self._thread.is_alive() and not self._is_dead
+        """Whether it has run once, and takes jobs."""
+        return self._is_warm and not self._is_dead
 
     @property
     def is_dead(self) -> bool:
@@ -120,7 +123,11 @@ class Engine:
 
     def emit(self, job: Job, event: Event) -> None:
         """Note what happened to a job; called in the engine's thread."""
-        self._happened.append((job, event))
+        if isinstance(event, Begun):
+            # At once: the run of its prompt may take long, and the job no longer waits for others.
+            self._deliver([(job, event)])
+        else:
+            self._happened.append((job, event))
 
     def submit(self, job: Job) -> None:
         """Take a job into the queue.
@@ -139,6 +146,8 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            warm_up_decoder(self._scheduler, self._language, self.max_positions)
+            self._is_warm = True
             is_busy = False
             while self._obey(is_busy):
                 is_busy = self._scheduler.step()
@@ -151,7 +160,7 @@ class Engine:
     def _obey(self, is_busy: bool) -> bool:
         """Carry out what was asked for, after waiting for it where there is nothing to do; whether to go on."""
         with contextlib.suppress(Empty):
-            command = self._commands.get(block=not is_busy)
+            command = self._commands.get_nowait() if is_busy else self._wait()
             while command is not None:
                 if command.is_new:
                     self._add(command.job)
@@ -160,6 +169,14 @@ class Engine:
                 command = self._commands.get_nowait()
             return False
         return True
+
+    def _wait(self) -> _Command | None:
+        """The next command; when it is long in coming, the memory of slots that are kept goes back to the system."""
+        try:
+            return self._commands.get(timeout=self._idle_seconds)
+        except Empty:
+            self._scheduler.forget()
+            return self._commands.get()
 
     def _add(self, job: Job) -> None:
         self._jobs.add(job)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Self
 
 from hivtp.runtime.language import RemoteBackend
 from hivtp_ops.errors import SettingsError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from hivtp.runtime.language.base import LanguageBackend
     from hivtp.runtime.serving.settings import ServerSettings
 
@@ -45,7 +47,8 @@ class KvMemory:
             return cls(context)
         position_bytes = language.kv_bytes_per_position
         most = settings.num_slots * context * position_bytes
-        max_bytes = min(settings.max_kv_bytes or kv_budget() or most, most)
+        budget = settings.max_kv_bytes or kv_budget()
+        max_bytes = most if budget is None else min(budget, most)
         max_positions = min(context, max_bytes // position_bytes)
         if max_positions < 2:
             raise SettingsError(
@@ -59,23 +62,32 @@ class KvMemory:
         return 0.0 if self.max_bytes is None else num_positions * self.position_bytes / self.max_bytes
 
 
-def kv_budget() -> int | None:
-    """Half of the memory that this process may still take, in bytes; None where the system does not tell."""
-    found = [size for size in (_free_bytes(), _container_bytes()) if size is not None]
-    return int(min(found) * KV_SHARE) if found else None
+def kv_budget(root: Path = Path("/")) -> int | None:
+    """Half of the memory that this process may still take, in bytes; None where the system does not tell.
+
+    Args:
+        root: of the file system, below which the kernel tells.
+    """
+    found = [*_free_bytes(root / "proc" / "meminfo"), *_group_bytes(root)]
+    return int(max(0, min(found)) * KV_SHARE) if found else None
 
 
-def _free_bytes() -> int | None:
+def _free_bytes(file: Path) -> Iterator[int]:
     """What the kernel could hand out without swapping."""
     with contextlib.suppress(OSError):
-        match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        return int(match[1]) * 1024 if match else None
-    return None
+        match = re.search(r"^MemAvailable:\s+(\d+) kB", file.read_text(), re.MULTILINE)
+        if match:
+            yield int(match[1]) * 1024
 
 
-def _container_bytes() -> int | None:
-    """What the container has left, under a limit of its own."""
-    folder = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
-    return None
+def _group_bytes(root: Path) -> Iterator[int]:
+    """What is left under the limits of the container or the service, and of all that these are part of."""
+    top = root / "sys" / "fs" / "cgroup"
+    path = PurePosixPath("/")
+    with contextlib.suppress(OSError):
+        match = re.search(r"^0::(/.*)$", (root / "proc" / "self" / "cgroup").read_text(), re.MULTILINE)
+        path = PurePosixPath(match[1]) if match else path
+    for group in (path, *path.parents):
+        folder = top / group.relative_to("/")
+        with contextlib.suppress(OSError, ValueError):
+            yield int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,11 @@ from hivtp.runtime.serving.flow.engine import Engine
 from hivtp.runtime.serving.flow.exchange import Exchange
 from hivtp.runtime.serving.flow.job import Begun, Failed, Finished, Job, NewToken
 from hivtp.runtime.serving.flow.stages import Stages
+from hivtp.runtime.serving.flow.warm_up import warm_up_model
 from hivtp.runtime.serving.protocol.chat_request import check_model
 from hivtp.runtime.serving.protocol.errors import ApiError, invalid
 from hivtp.runtime.serving.protocol.logprobs import LogprobsWriter
+from hivtp.runtime.serving.telemetry.logs import log, where
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Sequence
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
     from hivtp.runtime.serving.flow.job import Event
     from hivtp.runtime.serving.flow.stages import Work
     from hivtp.runtime.serving.settings import ServerSettings
+
+
+# Between two looks at how late the event loop is.
+LAG_SECONDS = 0.1
 
 
 class Service:
@@ -55,16 +62,21 @@ class Service:
         self._events: dict[Job, asyncio.Queue[Event]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._given_up: asyncio.Future[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._is_warm = self._has_failed = False
 
     async def start(self) -> None:
-        """Begin to work, in the running event loop."""
+        """Begin to work, in the running event loop; it is ready a little later."""
         self._loop = asyncio.get_running_loop()
         self._given_up = self._loop.create_future()
         self.engine.start()
+        self._tasks = [self._loop.create_task(self._warm_up()), self._loop.create_task(self._watch_loop())]
 
     async def stop(self) -> None:
         """Give up what is left, and end the threads."""
         self.give_up()
+        for task in self._tasks:
+            task.cancel()
         await asyncio.to_thread(self.engine.stop)
         await asyncio.to_thread(self.stages.close)
 
@@ -83,11 +95,11 @@ class Service:
     @property
     def state(self) -> str:
         """How it is: "ready", "loading", "draining" or "failed"."""
-        if self.engine.is_dead:
-            return "draining" if self.admission.is_closed else "failed"
         if self.admission.is_closed:
             return "draining"
-        return "ready" if self.engine.is_ready else "loading"
+        if self.engine.is_dead or self._has_failed:
+            return "failed"
+        return "ready" if self._is_warm and self.engine.is_ready else "loading"
 
     def exchange(self) -> Exchange:
         """A request that has just come."""
@@ -203,6 +215,22 @@ class Service:
             seconds = self.settings.request_seconds
             message = f"the answer took more than {seconds:g} seconds; ask for fewer tokens"
             raise ApiError(504, message, "request_timeout") from error
+
+    async def _warm_up(self) -> None:
+        """Do once what the first request would wait for. Whoever cannot even do this is not ready, ever."""
+        try:
+            await self.stages.in_vision_thread(warm_up_model, self.model)
+            self._is_warm = True
+        except Exception as error:  # noqa: BLE001  whatever a model raises
+            self._has_failed = True
+            log(logging.CRITICAL, "warm_up_failed", error=where(error))
+
+    async def _watch_loop(self) -> None:
+        """Measure how late the event loop is: by that much everything is that clients wait for."""
+        while True:
+            started = time.perf_counter()
+            await asyncio.sleep(LAG_SECONDS)
+            self.metrics.loop_lag.observe(max(0.0, time.perf_counter() - started - LAG_SECONDS))
 
     def _leave(self, job: Job) -> None:
         del self._events[job]

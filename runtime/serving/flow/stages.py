@@ -6,8 +6,10 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from hivtp.runtime.attempt import request_errors
 from hivtp.runtime.inputs.messages import ImagePart, Message
 from hivtp.runtime.language.sampling import SamplingParams
 from hivtp.runtime.model import milliseconds_since
@@ -16,7 +18,7 @@ from hivtp.runtime.serving.images.data_uri import EXAMPLE, decode_data_uri
 from hivtp.runtime.serving.images.decode import decode_image
 from hivtp.runtime.serving.images.fetch import fetch
 from hivtp.runtime.serving.protocol.chat_request import parse_chat
-from hivtp.runtime.serving.protocol.errors import invalid
+from hivtp.runtime.serving.protocol.errors import ApiError, invalid
 from hivtp.runtime.serving.protocol.fields import parse_object
 from hivtp.runtime.serving.protocol.messages import ImageReference
 from hivtp_ops.errors import ImageError
@@ -84,8 +86,12 @@ class Stages:
             threads.shutdown(wait=True, cancel_futures=True)
 
     async def in_text_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run something short."""
-        return await asyncio.get_running_loop().run_in_executor(self._text, lambda: function(*args, **kwargs))
+        """Run something short; what it raises is an ApiError or a HivtpError, here and in the other threads."""
+        return await _run_in(self._text, partial(function, *args, **kwargs))
+
+    async def in_vision_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run something that uses the vision engine."""
+        return await _run_in(self._vision, partial(function, *args, **kwargs))
 
     async def parse(self, body: bytes) -> Work:
         """Read a request, and the images that stand in it.
@@ -118,11 +124,10 @@ class Stages:
             ApiError: an image cannot be used, and which.
             OutOfMemoryError: memory ran out.
         """
-        loop = asyncio.get_running_loop()
         for image in work.references:
             content = work.contents.pop(image.param)
             started = time.perf_counter()
-            size, prepared = await loop.run_in_executor(self._images, self._prepare, content, image.param)
+            size, prepared = await _run_in(self._images, partial(self._prepare, content, image.param))
             work.sizes.append(size)
             work.prepared[image.param] = prepared
             work.preprocess_ms += milliseconds_since(started)
@@ -136,8 +141,7 @@ class Stages:
         work.prepared = {}
         if not prompt.pixels:
             return self._model.encode(prompt)
-        loop = asyncio.get_running_loop()
-        images, vision_ms = await loop.run_in_executor(self._vision, self._encode, work, prompt.pixels)
+        images, vision_ms = await self.in_vision_thread(self._encode, work, prompt.pixels)
         return prompt.encoded(images, vision_ms)
 
     def _parse(self, body: bytes) -> Work:
@@ -162,6 +166,20 @@ class Stages:
                 break
             encoded += self._model.encode_images([image])
         return encoded, milliseconds_since(started)
+
+
+async def _run_in(threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(threads, _guarded, function)
+
+
+def _guarded(function: Callable[[], T]) -> T:
+    """Call a function. Memory that runs out and panics of a library are errors of the request that they hit."""
+    with request_errors():
+        try:
+            return function()
+        except ApiError as error:
+            refusal = error
+    raise refusal
 
 
 def read_images(images: Sequence[ImageReference], settings: ServerSettings) -> dict[str, bytes]:

@@ -73,7 +73,7 @@ def api_error(error: Exception) -> ApiError:
             return invalid(str(error), "messages", "invalid_prompt")
         case SettingsError():
             return invalid(str(error))
-        case OutOfMemoryError():
+        case OutOfMemoryError() | MemoryError():
             return ApiError(503, "memory ran out for this request; ask again later", "out_of_memory", retry_after=5)
         case BackendUnavailableError():
             # Its address is none of the client's business.

@@ -60,6 +60,7 @@ class Metrics:
         self.vision = self._histogram("request_vision_time_seconds", "in the vision stage", SECONDS)
         self.prefill = self._histogram("request_prefill_time_seconds", "from the slot to the first token", SECONDS)
         self.decode = self._histogram("request_decode_time_seconds", "from the first token to the last", SECONDS)
+        self.loop_lag = self._histogram("event_loop_lag_seconds", "of the loop that answers clients", STEP_SECONDS)
         self.prompt_size = self._histogram("request_prompt_tokens", "positions of a prompt", TOKENS)
         self.answer_size = self._histogram("request_generation_tokens", "tokens of an answer", TOKENS)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from benchmarks.accuracy.ablation import ablation_tables
-from benchmarks.report.page import RESULTS, text_of, write_page
+from benchmarks.report.page import PAGE, RESULTS, text_of, write_page
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -156,3 +156,4 @@ def test_the_page_shows_what_the_repository_holds(tmp_path: Path) -> None:
     assert len(pictures) == len(set(pictures)) >= 4
     assert {file.name for file in tmp_path.glob("*.png")} == set(pictures)
     assert "Bundles and PyTorch" in text
+    assert text == PAGE.read_text(encoding="utf-8"), "run make report"

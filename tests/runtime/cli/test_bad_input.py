@@ -269,7 +269,7 @@ def test_paths_that_are_too_long_are_one_line_and_exit_code_1(photo, tmp_path, k
 def test_paths_that_hold_nul_are_one_line_and_exit_code_1(photo, tmp_path):
     """No command line can hold one, and a caller of the command can."""
     assert "cannot open the bundle a b" in refused("a\0b", PROMPT)
-    assert "null byte" in refused(tmp_path, PROMPT, "--image", "a\0b")
+    assert "embedded null" in refused(tmp_path, PROMPT, "--image", "a\0b")
     assert "cannot write " in refused(tmp_path, PROMPT, "--image", photo, "--overlay", tmp_path / "a\0b.png")
 
 

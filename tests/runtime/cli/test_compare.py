@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CPU = ("--engines", "onnxruntime,polygraphy-onnxrt", "--rounds", "1")
-HEADER = ["bundle", "graph", "engine", "tokens", "kept", "sets", "worst", "tile", "embeddings", "median", "row"]
+HEADER = ["bundle", "graph", "engine", "tokens", "kept", "sets", "worst", "tile", "embeddings", "median", "token"]
 
 
 def compare(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

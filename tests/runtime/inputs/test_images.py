@@ -315,7 +315,7 @@ def test_a_missing_file_is_named(tmp_path):
     [
         ("", "there is no image file ''"),
         ("images.py/a.png", "there is no image file 'images.py/a.png'"),
-        ("a\0b", r"the image file 'a\\x00b' cannot be opened: embedded null byte"),
+        ("a\0b", r"the image file 'a\\x00b' cannot be opened: .*embedded null"),
         ("a\ud800b", r"the image file 'a\\ud800b' cannot be opened: .*surrogates not allowed"),
         ("a" * 5_000, "the image file 'a*\\.\\.\\.' cannot be opened: File name too long"),
         ("loop", "the image file 'loop' cannot be opened: Too many levels of symbolic links"),

@@ -93,7 +93,7 @@ def test_a_half_precision_table_gives_float32(half):
 def test_keys_and_values_are_written_in_place_and_nothing_else_is(either):
     _, language = either
     slots = language.open_slots(2, 64)
-    memories = slots._cache._memories
+    memories = [memory.array for memory in slots._cache._memories]
     assert {memory.dtype for memory in memories} == {language.dtype}
     assert len({memory.ctypes.data for memory in memories}) == len(memories) == 4
     for memory in memories:
@@ -128,8 +128,13 @@ def test_what_lies_beyond_the_filled_part_of_the_cache_is_never_read(either, mon
         decode_all(language, sequences)
         return [sequence.tokens for sequence in sequences]
 
-    clean = answers()
-    monkeypatch.setattr(KvCache, "_allocate", lambda self: np.full(self._shape(self.num_slots), np.nan, self.dtype))
+    def filled(cache: KvCache) -> Any:
+        memory = allocate(cache)
+        memory.array.fill(np.nan)
+        return memory
+
+    clean, allocate = answers(), KvCache._allocate
+    monkeypatch.setattr(KvCache, "_allocate", filled)
     assert answers() == clean
 
 
@@ -216,7 +221,7 @@ def test_many_ranges_of_slots_are_bound_one_after_the_other(language):
 def test_the_memory_of_a_position_is_that_of_the_cache(either):
     _, language = either
     memories = language.open_slots(3, 50)._cache._memories
-    assert sum(memory.nbytes for memory in memories) == 3 * 50 * language.kv_bytes_per_position
+    assert sum(memory.array.nbytes for memory in memories) == 3 * 50 * language.kv_bytes_per_position
 
 
 @pytest.mark.parametrize("table", [np.zeros((512, 63), np.float32), np.zeros((512, 64), np.int64), np.zeros(3)])
@@ -274,7 +279,7 @@ def test_a_float32_decoder_runs_on_the_cpu_and_is_refused_on_a_gpu(bundle, monke
 
 
 def test_a_device_that_the_decoder_cannot_run_on_is_refused():
-    with pytest.raises(SettingsError, match="runs on one of auto, cpu, cuda, not on 'cuda:1'"):
+    with pytest.raises(SettingsError, match="decoder on one of auto, cpu, cuda, not on 'cuda:1'"):
         LanguageOptions(device="cuda:1")
 
 

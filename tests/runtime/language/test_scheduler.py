@@ -13,7 +13,7 @@ from hivtp.engines.manifest import SamplingDefaults
 from hivtp.runtime.language import LanguageOptions, create_language
 from hivtp.runtime.language.sampler import Sampler
 from hivtp.runtime.language.sampling import SamplingParams
-from hivtp.runtime.language.scheduler import Scheduler, SchedulerOptions
+from hivtp.runtime.language.scheduler import LONG_CHUNK, Scheduler, SchedulerOptions
 from hivtp_ops.errors import EngineError, HivtpError, OutOfMemoryError, PromptError, RequestError, SettingsError
 from tests.support.decoding import Decoded, decode, decode_all, embeddings, greedy, make_scheduler
 
@@ -411,6 +411,60 @@ def test_a_kept_slot_survives_what_its_sequence_raised(language, monkeypatch) ->
     scheduler.run()
     assert runs[:2] == [(0, 20), (0, 1)]
     assert again.tokens == decode(language, again.embeds, 3)
+
+
+@pytest.mark.parametrize("name", ["fp32", "transformers"])
+def test_kept_slots_can_be_forgotten_while_others_run(languages, name) -> None:
+    language = languages(name)
+    scheduler = make_scheduler(language, 2, keeps_slots=True)
+    kept, running = turn(language, list(range(20))), Decoded(embeddings(9), 12)
+    scheduler.add(kept)
+    scheduler.run()
+    scheduler.add(running)
+    scheduler.step()
+    assert scheduler._pool.num_kept_positions > 20
+    scheduler.forget()
+    assert scheduler._pool.num_kept_positions == 0
+    scheduler.run()
+    assert running.tokens == decode(language, running.embeds, 12)
+    again = turn(language, [*range(20), 30])
+    scheduler.add(again)
+    scheduler.run()
+    assert again.num_cached == 0
+    assert again.tokens == decode(language, again.embeds, 3)
+
+
+def test_slots_together_take_the_memory_of_what_they_hold(language) -> None:
+    """However long the sequences were that ran in them before."""
+    scheduler = make_scheduler(language, 4, keeps_slots=True)
+    for _ in range(3):
+        for seed in range(4):
+            scheduler.add(Decoded(embeddings(400, seed), 30, keys=range(400)))
+        scheduler.run()
+        scheduler.add(Decoded(embeddings(4), 2))
+        scheduler.run()
+    scheduler.forget()
+    for memory in scheduler._slots._cache._memories:
+        written = np.count_nonzero(memory.array.any(axis=(1, 3)), axis=1)
+        # A page holds positions of two slots at their border.
+        page = 4096 // (4 * memory.array.shape[-1])
+        assert (written <= 2 * page).all()
+
+
+def test_a_long_prompt_can_be_given_up_though_nobody_else_is_there(language, monkeypatch) -> None:
+    scheduler = make_scheduler(language, 2, chunk_size=10)
+    runs = runs_of(scheduler, monkeypatch)
+    whole, given_up = Decoded(embeddings(200), 3), Decoded(embeddings(200), 3)
+    scheduler.add(whole)
+    scheduler.run()
+    assert runs[:3] == [(0, 10 * LONG_CHUNK), (0, 10 * LONG_CHUNK), (0, 200 - 20 * LONG_CHUNK)]
+    assert whole.tokens == decode(language, whole.embeds, 3)
+    runs.clear()
+    scheduler.add(given_up)
+    scheduler.step()
+    scheduler.cancel(given_up)
+    assert not scheduler.step()
+    assert runs == [(0, 10 * LONG_CHUNK)]
 
 
 def test_a_prompt_that_was_given_up_half_way_is_continued(language, monkeypatch) -> None:

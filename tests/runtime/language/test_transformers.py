@@ -258,7 +258,7 @@ def test_a_tied_head_is_one_weight(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "abacus"}, "no language backend is named 'abacus'; there are onnxruntime, transformers, vllm"),
+        ({"backend": "abacus"}, "no language backend is named 'abacus'; there are onnxruntime, openvino"),
         ({"backend": "transformers"}, "needs a checkpoint: the Hugging Face folder"),
         ({"backend": "transformers", "checkpoint": 3}, "checkpoint must be the path of a folder, not a int"),
         (
@@ -266,7 +266,7 @@ def test_a_tied_head_is_one_weight(tmp_path: Path) -> None:
             "must be one of float32, bfloat16, float16, not 'int4'",
         ),
         ({"checkpoint": "folder"}, "checkpoint 'folder' belongs to the language backend transformers"),
-        ({"device": "meta"}, "the bundle.s decoder runs on one of auto, cpu, cuda, not on .meta."),
+        ({"device": "meta"}, "onnxruntime runs the bundle.s decoder on one of auto, cpu, cuda, not on .meta."),
         ({"dtype": "float16"}, "dtype 'float16' belongs to the language backend transformers"),
         ({"num_threads": 0}, "num_threads must be a whole number from 1"),
     ],

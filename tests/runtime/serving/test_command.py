@@ -161,26 +161,3 @@ def test_a_second_signal_ends_it_at_once(start: Any):
     thread.join(10)
     assert not thread.is_alive()
     assert "[DONE]" not in "".join(parts)
-
-
-def test_a_server_that_is_killed_comes_back(start: Any):
-    """Only what was in flight is lost, and its client sees that."""
-    server = start()
-    errors: list[Exception] = []
-
-    def ask() -> None:
-        try:
-            httpx.post(
-                server.url + CHAT, json=body("how", max_tokens=400, ignore_eos=True), timeout=60, trust_env=False
-            )
-        except httpx.HTTPError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    time.sleep(0.5)
-    server.process.kill()
-    thread.join(20)
-    assert len(errors) == 1
-    again = start("--port", server.url.rpartition(":")[2])
-    assert httpx.post(again.url + CHAT, json=body("what"), timeout=60, trust_env=False).status_code == 200

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hivtp.runtime.generation import Generation
+from hivtp.runtime.language.onnxruntime import OnnxRuntimeSlots
 from hivtp.runtime.language.scheduler import Scheduler
 from hivtp_ops.errors import EngineError, OutOfMemoryError
 from tests.support.serving import asking, random_image, serving, wait_for
@@ -166,6 +167,14 @@ def test_a_request_waits_no_longer_than_it_may(pruned: Pipeline):
                 assert time.monotonic() - started < 0.6
                 assert int(response.headers["retry-after"]) >= 1
             assert long.result().status_code == 200
+
+
+def test_a_prompt_that_runs_for_long_waits_for_nobody(pruned: Pipeline, monkeypatch: pytest.MonkeyPatch):
+    prefill = OnnxRuntimeSlots.prefill
+    with serving(pruned.model, queue_seconds=1) as server:
+        monkeypatch.setattr(OnnxRuntimeSlots, "prefill", lambda *arguments: time.sleep(2) or prefill(*arguments))
+        assert server.chat("what is it", max_tokens=2).status_code == 200
+        assert server.metric("request_queue_time_seconds_sum") < 1
 
 
 @pytest.mark.parametrize("streams", [True, False])

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.miniature.pictures import HELD_OUT, draw
 from hivtp import ImagePart, Message, Request, SamplingParams
-from hivtp.runtime.answer import Answer, Timings
+from hivtp.runtime.answer import Answer, Ran, Timings
 from hivtp.runtime.language.sampling import TokenLogprobs
 from hivtp.runtime.serving.protocol.chat_request import ChatRequest
 from hivtp.runtime.serving.protocol.logprobs import LogprobsWriter
@@ -42,6 +42,7 @@ def make_answer(**changed: Any) -> Answer:
         "stop": None,
         "logprobs": None,
         "timings": Timings(1, 1, 1, 3, None),
+        "ran": Ran("fp32 graph", "fp32 decoder"),
     }
     return Answer(**{**values, **changed})
 

@@ -94,7 +94,7 @@ def prepared(value: float, layout: TileLayout | None = None) -> PreparedImage:
 
 def test_an_image_is_encoded_once_in_one_call_and_over_calls() -> None:
     encoder = FakeEncoder()
-    cached = CachedEncoder(encoder, EmbeddingCache(10_000))
+    cached = CachedEncoder(encoder, EmbeddingCache(10_000), "fp32 graph")
     first, second = prepared(1), prepared(2)
     found = cached.encode([first, second, first, prepared(1)])
     assert [len(images) for images in encoder.asked] == [2]
@@ -108,7 +108,7 @@ def test_an_image_is_encoded_once_in_one_call_and_over_calls() -> None:
 def test_the_same_pixels_on_other_tiles_are_another_image() -> None:
     """Layouts with the same pixels unpad differently."""
     encoder = FakeEncoder()
-    cached = CachedEncoder(encoder, EmbeddingCache(10_000))
+    cached = CachedEncoder(encoder, EmbeddingCache(10_000), "fp32 graph")
     layouts = [TileLayout(1, 2, (2, 4)), TileLayout(2, 1, (4, 2)), TileLayout(1, 2, (2, 3)), None]
     found = cached.encode([prepared(1, layout) for layout in layouts])
     assert len({id(image) for image in found}) == 4
@@ -119,21 +119,21 @@ def test_the_same_pixels_on_other_tiles_are_another_image() -> None:
 
 def test_without_a_cache_every_call_encodes() -> None:
     encoder = FakeEncoder()
-    cached = CachedEncoder(encoder, EmbeddingCache(0))
+    cached = CachedEncoder(encoder, EmbeddingCache(0), "fp32 graph")
     for _ in range(2):
         cached.encode([prepared(1), prepared(1)])
     assert [len(images) for images in encoder.asked] == [1, 1]
 
 
 def test_what_the_cache_holds_cannot_be_changed() -> None:
-    [image] = CachedEncoder(FakeEncoder(), EmbeddingCache(10_000)).encode([prepared(1)])
+    [image] = CachedEncoder(FakeEncoder(), EmbeddingCache(10_000), "fp32 graph").encode([prepared(1)])
     with pytest.raises(ValueError, match="read-only"):
         image.embeds[...] = 0
 
 
 def test_closing_releases_encoder_and_entries() -> None:
     encoder = FakeEncoder()
-    cached = CachedEncoder(encoder, EmbeddingCache(10_000))
+    cached = CachedEncoder(encoder, EmbeddingCache(10_000), "fp32 graph")
     cached.encode([prepared(1)])
     released = weakref.ref(encoder)
     del encoder

@@ -1,0 +1,1 @@
+"""OpenVINO: runs the graphs of a bundle on the CPU, where it can in bfloat16."""

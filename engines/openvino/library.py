@@ -1,0 +1,105 @@
+"""OpenVINO as it is installed: what it can compute in here, how graphs are compiled, and its errors as ours."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, Literal
+
+from hivtp_ops.errors import EngineError, HivtpError, MissingExtraError, OutOfMemoryError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hivtp.engines.base import EngineSettings, Precision
+
+DEVICE = "CPU"
+# What openvino says where memory ran out.
+_MEMORY_RAN_OUT = ("bad_alloc", "out of memory", "could not allocate", "failed to allocate")
+_HINTS = {"float32": "f32", "bfloat16": "bf16"}
+FloatType = Literal["float32", "bfloat16"]
+
+
+def load_openvino() -> Any:
+    """The package.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError("openvino", "openvino") from error
+    return openvino
+
+
+def resolve_precision(core: Any, precision: Precision) -> FloatType:
+    """In which type products are computed.
+
+    Args:
+        core: an `openvino.Core`.
+        precision: "auto" takes bfloat16 where OpenVINO does by itself: on processors with AVX512_BF16 or AMX.
+
+    Raises:
+        EngineError: bfloat16 is asked for, and this processor cannot.
+    """
+    if precision == "auto":
+        hint = core.get_property(DEVICE, "INFERENCE_PRECISION_HINT")
+        return "bfloat16" if hint.get_type_name() == "bf16" else "float32"
+    if precision == "bfloat16" and "BF16" not in core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES"):
+        raise EngineError("openvino cannot compute in bfloat16 on this processor; choose the precision auto or float32")
+    return precision
+
+
+def compile_graph(core: Any, model: Any, settings: EngineSettings, precision: FloatType) -> Any:
+    """Compile a graph for the CPU.
+
+    Args:
+        core: an `openvino.Core`.
+        model: an `openvino.Model`.
+        settings: how to run it.
+        precision: in which products are computed, and a paged KV cache is kept.
+
+    Raises:
+        EngineError: openvino cannot.
+        OutOfMemoryError: memory ran out.
+    """
+    options: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": _HINTS[precision],
+        "KV_CACHE_PRECISION": _HINTS[precision],
+    }
+    if settings.num_threads is not None:
+        options["INFERENCE_NUM_THREADS"] = settings.num_threads
+    with run_errors("compiling a graph"):
+        return core.compile_model(model, DEVICE, options)
+
+
+@contextlib.contextmanager
+def run_errors(doing: str) -> Iterator[None]:
+    """Turn what openvino raises into errors that say what to do.
+
+    Args:
+        doing: what failed, for the message.
+
+    Raises:
+        OutOfMemoryError: memory ran out.
+        EngineError: any other failure.
+    """
+    try:
+        yield
+    except HivtpError:
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _MEMORY_RAN_OUT):
+            raise OutOfMemoryError(
+                f"memory ran out while {doing} ({_reason(error)}); give fewer or smaller images, or ask for fewer "
+                "requests or tokens at once"
+            ) from error
+        raise EngineError(f"openvino failed while {doing}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What it says, without the places in its source where it passed."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    reasons = [line for line in lines if line and not line.startswith("Exception from ")]
+    return "; ".join(reasons) or type(error).__name__
