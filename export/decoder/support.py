@@ -42,8 +42,8 @@ def check_decoder(checkpoint: Checkpoint) -> None:
         found = f"rotary position embeddings (RoPE) of type {rope_type!r} for a part of each head"
         works = "a decoder can be written where they turn the whole head"
     elif config.model_type == "qwen2" and "sliding_attention" in config.layer_types:
-        found = "a sliding window in some of its layers"
-        works = "a decoder can be written for one that holds in all of them or in none"
+        found = "layers with a sliding window (use_sliding_window)"
+        works = "a decoder can be written for a Qwen2 without one"
     elif config.max_position_embeddings > MAX_CONTEXT_LENGTH:
         found = f"a context of {config.max_position_embeddings} positions"
         works = f"a decoder can be written for up to {MAX_CONTEXT_LENGTH}; lower max_position_embeddings in config.json"

@@ -149,6 +149,8 @@ CASES: list[tuple[tuple[int, int], PruningSpec]] = [
     ((9, 1), PruningSpec(regions=1, window=1, global_ratio=0.5)),
     ((1, 1), PruningSpec(regions=1, window=1, global_ratio=1.0, keep=1)),
     ((20, 20), PruningSpec(global_ratio=0.7, window=3)),
+    # SigLIP at 384 px, with its preset 192.
+    ((27, 27), PruningSpec(window=3, global_ratio=32 / 144, keep=243)),
 ]
 
 

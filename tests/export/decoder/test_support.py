@@ -14,7 +14,7 @@ from hivtp.engines.onnxruntime import open_session
 from hivtp.export import exporter
 from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.decoder.build import load_language_model, write_decoder
-from hivtp.export.decoder.model_builder import rotations
+from hivtp.export.decoder.model_builder import builder_config, rotations
 from hivtp.export.decoder.support import ROPE_TYPES, check_decoder
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
@@ -133,6 +133,16 @@ def test_a_rope_that_nobody_knows_is_refused(tmp_path: Path) -> None:
     edit_json(folder / "config.json", lambda config: config["text_config"].update(rope_parameters=rope))
     with pytest.raises(CheckpointError, match="spiral"):
         check_decoder(Checkpoint.open(folder))
+
+
+def test_a_window_in_the_layers_of_a_qwen_is_refused_and_one_that_is_switched_off_is_none(tmp_path: Path) -> None:
+    text = {"sliding_window": 20, "max_window_layers": 1}
+    off = Checkpoint.open(make_checkpoint(tmp_path / "off", language="qwen2", text=text))
+    check_decoder(off)
+    assert builder_config(off).sliding_window is None
+    on = make_checkpoint(tmp_path / "on", language="qwen2", text={**text, "use_sliding_window": True})
+    with pytest.raises(CheckpointError, match=r"use_sliding_window.*--language-precision none"):
+        check_decoder(Checkpoint.open(on))
 
 
 # 8 passes one of the kernel's two checks and not the other.
