@@ -315,7 +315,7 @@ def test_the_command_exports_and_builds_and_builds_again(
     assert export([str(tiny_checkpoint), str(folder), "--vision-precision", "fp16", "--quiet", *options[:2]]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert "ask it: hivtp" in printed.out
+    assert "next: hivtp run" in printed.out
     assert "fp16" in printed.out
     assert "tiles     1:1:8" in printed.out
     assert main(["plan", str(folder), "--quiet", *options]) == 0
@@ -420,7 +420,7 @@ def test_a_bundle_is_whole_where_its_plan_fails(
     folder = tmp_path / "bundle"
     arguments = [str(tiny_checkpoint), str(folder), "--vision-precision", "fp16", "--engine", "tensorrt-rtx", "--quiet"]
     assert export(arguments) == 1
-    assert capsys.readouterr().err == "hivtp-export: the bundle is whole, and without a plan: out of memory\n"
+    assert capsys.readouterr().err == "hivtp-export: the bundle is whole, but has no plan: out of memory\n"
     assert not has_plans(Bundle.open(folder, check_hashes=True), "tensorrt-rtx")
 
 
@@ -452,6 +452,16 @@ def test_every_preset_of_both_families_is_built_for_any_number_of_tiles(
     spec = None if preset == "none" else PruningSpec.preset(preset, (8, 8))
     built = build(write_graph(folder, tmp_path / "model.onnx", spec, precision))
     assert built.pruning == (None if spec is None else "function")
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("preset", ["paper", "192"])
+def test_a_siglip_tower_of_27_x_27_patches_is_built(tmp_path: Path, preset: str, precision: str) -> None:
+    vision = {"image_size": 384, "patch_size": 14}
+    folder = make_checkpoint(tmp_path / "checkpoint", tower="siglip", vision=vision)
+    spec = PruningSpec.preset(preset, (27, 27))
+    assert build(write_graph(folder, tmp_path / "model.onnx", spec, precision)).pruning == "function"
 
 
 @pytest.mark.tensorrt
