@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report.place import place_of
+from benchmarks.serving.client import PATIENCE_SECONDS
 from benchmarks.serving.figures import Figures, table
 from benchmarks.timing.table import markdown, number
 
@@ -14,12 +15,13 @@ if TYPE_CHECKING:
     Measured = Mapping[str, Any]
 
 LOAD_TEXT = """\
-CLIP ViT-L/14 at 336 px with a Llama of 0.3 B. Of ten requests seven are about an image, two of them about one that
-was sent before; answers take 8 to 48 tokens. Requests come by a Poisson clock at multiples of the capacity of
-hivtp, the same ones at the same times to each system, one system after the other. A refused request got 429; a lost
-one would have got nothing. A good answer has its first token within {ttft_s:g} s and no more than {gap_s:g} s
-between tokens in the mean. The lag of the event loop is the bound of the histogram's bucket. "Load" is the load
-average of the machine. `python -m benchmarks.serve`"""
+The model is {shape} (benchmarks/checkpoints.py), int8 vision, int4 language, preset 192. Of ten requests seven are
+about an image, two of them about one that was sent before; answers take 8 to 48 tokens. Requests come by a Poisson
+clock at multiples of the capacity of hivtp, the same ones at the same times to each system, one system after the
+other. A refused request got 429; a lost one got neither an answer nor a refusal within {patience:g} s, after which
+its client went away. A good answer has its first token within {ttft_s:g} s and no more than {gap_s:g} s between
+tokens in the mean. The lag of the event loop is the bound of the histogram's bucket. "Load" is the load average of
+the machine. `python -m benchmarks.serve`"""
 MEMORY_TEXT = """\
 ### Memory over {num_images} distinct images
 
@@ -38,7 +40,11 @@ def serving_parts(loads: Measured | None, memory: Measured | None) -> list[str]:
     if loads is None:
         return []
     capacity = ", ".join(f"{name}: {number(one['answers_per_s'])}" for name, one in loads["capacity"].items())
-    parts = ["## Under load on a CPU", LOAD_TEXT.format(**loads["goals"]), place_of(loads["environment"])]
+    parts = [
+        "## Under load on a CPU",
+        LOAD_TEXT.format(shape=loads["settings"]["shape"], patience=PATIENCE_SECONDS, **loads["goals"]),
+        place_of(loads["environment"]),
+    ]
     parts.append(f"Answers per second of clients that ask as fast as they are answered: {capacity}.")
     for load in loads["loads"]:
         figures = {name: Figures.from_dict(one) for name, one in load["systems"].items()}

@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 import h11
 
 PATH = "/v1/chat/completions"
+# A client that has not got its whole answer by then goes away without it.
+PATIENCE_SECONDS = 60.0
 
 
 @dataclass
@@ -66,8 +68,10 @@ async def ask(url: str, content: bytes) -> Exchange:
     found = Exchange(streams=fields["stream"], num_tokens=fields["max_tokens"])
     started = time.perf_counter()
     try:
-        await _exchange(url, content, found, started)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await _exchange(url, content, found, started)
     except (OSError, h11.ProtocolError, EOFError) as error:
+        # A TimeoutError is an OSError.
         found.code = type(error).__name__
     found.end_s = time.perf_counter() - started
     return found

@@ -43,7 +43,7 @@ class Figures:
         num_offered: requests.
         num_answered: of these, that got a whole answer.
         num_refused: of these, that were told to come again (429 or 503).
-        num_lost: of these, that got neither.
+        num_lost: of these, that got neither, or not before the client went away.
         answers_per_s: whole answers.
         good_per_s: answers that met the goals; of those that were not streamed the whole is judged by its end.
         tokens_per_s: of whole answers.

@@ -105,6 +105,20 @@ def test_a_server_that_breaks_off_is_noted(answer: bytes):
     assert not found.is_refused
 
 
+def test_a_client_goes_away_when_it_has_waited_for_long(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("benchmarks.serving.client.PATIENCE_SECONDS", 0.2)
+
+    async def run() -> Exchange:
+        server = await asyncio.start_server(lambda reader, _: reader.read(), "127.0.0.1", 0)
+        found = await ask(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", body("what", 4, streams=True))
+        server.close()
+        return found
+
+    found = asyncio.run(run())
+    assert (found.status, found.code) == (0, "TimeoutError")
+    assert 0.2 <= found.end_s < 5
+
+
 def test_the_script_loads_servers_and_writes_what_it_found(
     pruned_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
