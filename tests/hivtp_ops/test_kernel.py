@@ -278,7 +278,9 @@ def test_spec_that_does_not_fit_is_an_error():
         hierarchical_prune_kernel((5, 7), PruningSpec(window=8))
 
 
-@pytest.mark.parametrize(("grid", "num_threads"), [((1, 1), 32), ((5, 7), 64), ((24, 24), 576), ((27, 27), 736), ((64, 64), 1024)])
+@pytest.mark.parametrize(
+    ("grid", "num_threads"), [((1, 1), 32), ((5, 7), 64), ((24, 24), 576), ((27, 27), 736), ((64, 64), 1024)]
+)
 def test_a_block_has_whole_warps_and_a_thread_per_patch_where_it_can(grid, num_threads):
     spec = PruningSpec(regions=1, window=1)
     assert hierarchical_prune_kernel(grid, spec).num_threads == num_threads
