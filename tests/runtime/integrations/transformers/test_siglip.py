@@ -43,6 +43,12 @@ def test_the_tokens_are_those_of_the_bundle(siglip, tmp_path):
     text = bundle.model.template.render(request.messages, bundle.model.tokenizer)
     with prune(model := siglip.load(), EXACT):
         tokens = greedy(model, siglip.inputs(text, [picture(50)]))
+    if bundle.model.bundle.manifest.tiling is None:
+        # Of 68 px the patches cover 64, and people are shown these.
+        [frame] = bundle.model.images.frames(picture(50))
+        [view] = bundle.model.images.views((120, 120))
+        assert frame.image.size == (64, 64)
+        assert view.region == pytest.approx((0, 0, 120 * 64 / 68, 120 * 64 / 68))
     # This answer ends at no eos token, as the model's generation config in these tests has none.
     length = len(bundle.generate(request).token_ids)
     assert tokens[0][:length] == bundle.generate(request).token_ids
