@@ -11,7 +11,6 @@ from hivtp.export.settings import ExportSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -65,8 +64,8 @@ def read(language: LanguageBackend, pieces: NDArray[np.int64]) -> NDArray[np.flo
     ]
     logits = [np.stack(prefilled)]
     # The last token has none after it.
-    for tokens in pieces[:, NUM_PREFILL_TOKENS:-1].T:
-        logits.append(slots.step(every, language.embed(tokens.tolist())).copy())
+    steps = pieces[:, NUM_PREFILL_TOKENS:-1].T
+    logits += [slots.step(every, language.embed(tokens.tolist())).copy() for tokens in steps]
     return np.stack(logits, axis=1)
 
 

