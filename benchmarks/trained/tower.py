@@ -53,8 +53,7 @@ def clip_weights(file: Path, image_size: int) -> dict[str, torch.Tensor]:
     tensors: dict[str, NDArray[np.float32]] = {}
     for name, value in _embeddings(values, image_size).items():
         tensors[f"embeddings.{name}"] = value * EMBEDDING_SCALE
-    gain = RESIDUAL_SCALE / EMBEDDING_SCALE * np.sqrt(RESIDUAL_SCALE**2 * EPSILON)
-    tensors["pre_layrnorm.weight"] = np.full(WIDTH, gain)
+    tensors["pre_layrnorm.weight"] = pre_norm_weight()
     tensors["pre_layrnorm.bias"] = np.zeros(WIDTH)
     for index in range(NUM_LAYERS):
         for name, value in _layer(index, values, products).items():
@@ -62,6 +61,11 @@ def clip_weights(file: Path, image_size: int) -> dict[str, torch.Tensor]:
     for part in ("weight", "bias"):
         tensors[f"post_layernorm.{part}"] = values[f"backbone.layernorm.{part}"]
     return {name: torch.tensor(value, dtype=torch.float32) for name, value in tensors.items()}
+
+
+def pre_norm_weight() -> NDArray[np.float64]:
+    """The gain of CLIP's norm before its layers, which makes it the identity but for each token's mean."""
+    return np.full(WIDTH, RESIDUAL_SCALE / EMBEDDING_SCALE * np.sqrt(RESIDUAL_SCALE**2 * EPSILON))
 
 
 def _read(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
