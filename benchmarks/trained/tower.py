@@ -60,7 +60,7 @@ def clip_weights(file: Path, image_size: int) -> dict[str, torch.Tensor]:
             tensors[f"encoder.layers.{index}.{name}"] = value
     for part in ("weight", "bias"):
         tensors[f"post_layernorm.{part}"] = values[f"backbone.layernorm.{part}"]
-    return {name: torch.tensor(value, dtype=torch.float32) for name, value in tensors.items()}
+    return {name: torch.from_numpy(np.array(value, np.float32, order="C")) for name, value in tensors.items()}
 
 
 def pre_norm_weight() -> NDArray[np.float64]:
