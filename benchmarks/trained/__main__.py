@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.timing.record import write
 from benchmarks.timing.table import aligned
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Renamed when whole, so that an interrupted run leaves nothing that the next one takes.
         write_checkpoint(options.work_dir / "partial").rename(checkpoint)
     images = photographs()
-    found = {
+    found: dict[str, Any] = {
         "num_prefill_tokens": NUM_PREFILL_TOKENS,
         "piece_tokens": PIECE_TOKENS,
         "vision": measure_vision(checkpoint, images, options.work_dir / "vision", options.threads),

@@ -8,6 +8,7 @@ import numpy as np
 
 from benchmarks.pipelines import load_pipeline
 from hivtp.export.settings import ExportSettings
+from hivtp.runtime.language.onnxruntime import OnnxRuntimeLanguage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +43,9 @@ def measure_language(workspace: Workspace, text: str, num_threads: int) -> list[
         print(f"  reading the text with {name}", flush=True)
         with load_pipeline(folder, num_threads) as pipeline:
             pieces = pieces_of(pipeline.model.tokenizer.encode(text))
-            found = read(pipeline.model.language, pieces)
+            language = pipeline.model.language
+            assert isinstance(language, OnnxRuntimeLanguage), "the bundles hold decoders"
+            found = read(language, pieces)
         expected = found if expected is None else expected
         rows.append({"decoder": name, "pieces": compare(found, expected, pieces[:, NUM_PREFILL_TOKENS:])})
     return rows

@@ -50,7 +50,7 @@ def clip_weights(file: Path, image_size: int) -> dict[str, torch.Tensor]:
     import torch
 
     values, products = _read(file)
-    tensors: dict[str, NDArray[np.float32]] = {}
+    tensors: dict[str, NDArray[np.floating]] = {}
     for name, value in _embeddings(values, image_size).items():
         tensors[f"embeddings.{name}"] = value * EMBEDDING_SCALE
     tensors["pre_layrnorm.weight"] = pre_norm_weight()
