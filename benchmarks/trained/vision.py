@@ -64,7 +64,7 @@ def measure_vision(
                     refusal = str(error)
                 engine = create_engine("onnxruntime", file, EngineSettings(num_threads=num_threads))
                 # One by one, as an int8 graph takes them.
-                found = [engine.run({"pixel_values": values}) for values in pixels]
+                found: list[Arrays] = [engine.run({"pixel_values": values}) for values in pixels]
                 expected = expected or found
                 agreements = [
                     compare_outputs(mine, its, shape.num_prefix_tokens)
