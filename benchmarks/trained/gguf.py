@@ -67,8 +67,8 @@ def dequantized(data: NDArray[np.uint8], kind: int, num_values: int) -> NDArray[
     blocks = np.array(data[: num_values // BLOCK * size]).reshape(-1, size)
     if kind == Q8_0:
         scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
-        signed: NDArray[np.float32] = blocks[:, 2:].copy().view(np.int8) * scales
-        return signed.ravel()
+        signed = blocks[:, 2:].copy().view(np.int8).astype(np.float32) * scales
+        return np.asarray(signed, np.float32).ravel()
     scales, minima = blocks[:, :4].copy().view(np.float16).astype(np.float32).T[:, :, None]
     packed = blocks[:, 4:]
     numbers = np.concatenate([packed & 15, packed >> 4], axis=1)
