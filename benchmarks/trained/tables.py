@@ -42,7 +42,7 @@ def vision_table(measured: Mapping[str, Any]) -> Table:
 
 def language_table(measured: Mapping[str, Any]) -> Table:
     """Each decoder against the float32 one."""
-    rows = [["decoder", "perplexity", "same greedy token", "logits: error"]]
+    rows = [["language", "perplexity", "same greedy token", "logits: error"]]
     for row in measured["language"]:
         nats, same, error = (mean(piece[name] for piece in row["pieces"]) for name in row["pieces"][0])
         rows.append([row["decoder"], f"{math.exp(nats):.2f}", f"{100 * same:.1f} %", f"{error:.3f}"])
