@@ -60,19 +60,20 @@ def dequantized(data: NDArray[np.uint8], kind: int, num_values: int) -> NDArray[
         ValueError: the type is not supported.
     """
     if kind == FLOAT32:
-        return data[: 4 * num_values].view(np.float32).copy()
+        return np.array(data[: 4 * num_values]).view(np.float32)
     if kind not in BLOCK_BYTES:
         raise ValueError(f"tensors of GGUF's type {kind} are not supported")
     size = BLOCK_BYTES[kind]
     blocks = np.array(data[: num_values // BLOCK * size]).reshape(-1, size)
     if kind == Q8_0:
         scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
-        signed = blocks[:, 2:].copy().view(np.int8).astype(np.float32) * scales
-        return np.asarray(signed, np.float32).ravel()
+        values: NDArray[np.float32] = blocks[:, 2:].copy().view(np.int8) * scales
+        return values.ravel()
     scales, minima = blocks[:, :4].copy().view(np.float16).astype(np.float32).T[:, :, None]
     packed = blocks[:, 4:]
     numbers = np.concatenate([packed & 15, packed >> 4], axis=1)
-    return (numbers * scales + minima).astype(np.float32).ravel()
+    values = (numbers * scales + minima).astype(np.float32)
+    return values.ravel()
 
 
 def _number(stream: BinaryIO, form: str) -> Any:
