@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.accuracy.comparison import HIVTP, UNPRUNED
 from benchmarks.timing.hugging_face import UNPRUNED as HUGGING_FACE
 from benchmarks.timing.table import markdown
+from benchmarks.trained.tables import language_table, vision_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -73,7 +74,21 @@ def answers(results: Path) -> Table:
     return rows
 
 
-TABLES: Mapping[str, Callable[[Path], Table]] = {"figures": figures, "answers": answers}
+def _trained(table: Callable[[Mapping[str, Any]], Table]) -> Callable[[Path], Table]:
+    """A table of what was measured on trained weights."""
+
+    def read(results: Path) -> Table:
+        return table(json.loads((results / "trained-cpu.json").read_text(encoding="utf-8")))
+
+    return read
+
+
+TABLES: Mapping[str, Callable[[Path], Table]] = {
+    "figures": figures,
+    "answers": answers,
+    "trained tower": _trained(vision_table),
+    "trained language model": _trained(language_table),
+}
 
 
 def _rows(results: Path, name: str, table: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "benchmarks.md"
 # Pages that hold some of the tables.
-EXCERPTED = (ROOT / "README.md", ROOT / "docs" / "speed.md")
+EXCERPTED = (ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "exactness.md")
 HEAD = """\
 # Benchmarks
 
