@@ -143,7 +143,6 @@ PUBLISHED = {
         "llava_next",
         "mistral",
         MISTRAL_TEMPLATE,
-        ONEVISION_TEMPLATE,
         {"rope_theta": 1000000.0, "rms_norm_eps": 1e-5, "sliding_window": None, "max_position_embeddings": 32768},
         template_file="chat_template.jinja",
     ),

@@ -137,8 +137,8 @@ def test_pixels_and_embeddings_are_held_no_longer_than_they_are_needed(pruned_bu
     held: list[weakref.ref[Any]] = []
     prepare, embed = model.images.prepare, model.embed
 
-    def noted_prepare(image: Any) -> Any:
-        prepared = prepare(image)
+    def noted_prepare(image: Any, num_images: int) -> Any:
+        prepared = prepare(image, num_images)
         held.append(weakref.ref(prepared.pixel_values))
         return prepared
 

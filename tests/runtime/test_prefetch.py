@@ -210,8 +210,8 @@ def test_what_is_prefetched_holds_no_pixels(pipeline, requests, before_run):
     held: list[weakref.ref[Any]] = []
     prepare = pipeline.model.images.prepare
 
-    def watched(image: Any) -> Any:
-        prepared = prepare(image)
+    def watched(image: Any, num_images: int) -> Any:
+        prepared = prepare(image, num_images)
         held.append(weakref.ref(prepared.pixel_values))
         return prepared
 
@@ -258,12 +258,12 @@ def test_times_are_those_of_the_stages_and_waiting_is_in_the_first_token(pipelin
     decoding = [threading.Event() for _ in requests]
     numbers, places = count(), count()
 
-    def prepared(image: Any) -> Any:
+    def prepared(image: Any, num_images: int) -> Any:
         # The stages of a request pass while the one before it decodes.
         place = next(places)
         assert place == 0 or decoding[place - 1].wait(TIMEOUT_S)
         pass_time(3)
-        return prepare(image)
+        return prepare(image, num_images)
 
     def prefetched(*parts: Any) -> prefetch.Prefetched[Any]:
         # All of its times have been read by now.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hivtp.runtime.serving.flow import engine
+from hivtp.runtime.serving.flow import engine, memory
 from hivtp.runtime.serving.flow.memory import kv_budget
 from hivtp.runtime.serving.settings import ServerSettings
 from hivtp_ops.errors import SettingsError
@@ -66,8 +66,8 @@ def test_without_memory_there_is_no_server(pruned: Pipeline, monkeypatch: pytest
     position = pruned.model.language.kv_bytes_per_position
     # What the system does not tell is no bound.
     for found, positions in ((None, 512), (100 * position, 100), (10**15, 512)):
-        monkeypatch.setattr(engine, "kv_budget", lambda found=found: found)
+        monkeypatch.setattr(memory, "kv_budget", lambda found=found: found)
         assert engine.Engine(pruned.model, settings, print).max_positions == positions
-    monkeypatch.setattr(engine, "kv_budget", lambda: 0)
+    monkeypatch.setattr(memory, "kv_budget", lambda: 0)
     with pytest.raises(SettingsError, match="give more memory"):
         engine.Engine(pruned.model, settings, print)
