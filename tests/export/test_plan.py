@@ -444,7 +444,13 @@ def build(graph: Path) -> BuiltPlan:
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
-@pytest.mark.parametrize("preset", [*PRESETS, "none"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        name if name in ("paper", "64", "none") else pytest.param(name, marks=pytest.mark.slow)
+        for name in (*PRESETS, "none")
+    ],
+)
 def test_every_preset_of_both_families_is_built_for_any_number_of_tiles(
     tiny_checkpoint: Path, next_checkpoint: Path, tmp_path: Path, preset: str, family: str, precision: str
 ) -> None:

@@ -44,7 +44,13 @@ class FakeHub:
 
     def environment(self, home: Path) -> dict[str, str]:
         """What makes huggingface_hub use it, with a cache of its own."""
-        return {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        return {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "0",
+        }
 
     def use(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
         """Make huggingface_hub use it in this process, with a cache of its own."""

@@ -50,7 +50,11 @@ def interrupted(arguments: Sequence[object], seconds: float) -> tuple[int, str]:
     return process.returncode, errors
 
 
-@pytest.mark.parametrize("share", [number / 16 for number in range(17)])
+@pytest.mark.parametrize(
+    "share",
+    # Every second moment costs as much again.
+    [pytest.param(number / 16, marks=[pytest.mark.slow] if number % 2 else []) for number in range(17)],
+)
 def test_ctrl_c_ends_a_run_quietly_at_every_moment(pruned_bundle, photo, share):
     arguments = ["run", pruned_bundle, "what", "--image", photo, "--max-new-tokens", 3]
     started = time.perf_counter()
