@@ -21,7 +21,7 @@ clock at multiples of the capacity of hivtp, the same ones at the same times to 
 other. A refused request got 429; a lost one got neither an answer nor a refusal within {patience:g} s, after which
 its client went away. A good answer has its first token within {ttft_s:g} s and no more than {gap_s:g} s between
 tokens in the mean. The lag of the event loop is the bound of the histogram's bucket. "Load" is the load average of
-the machine. `python -m benchmarks.serve`"""
+the machine: above its cores other work took a share, and all times are longer by that. `python -m benchmarks.serve`"""
 MEMORY_TEXT = """\
 ### Memory over {num_images} distinct images
 
