@@ -122,7 +122,7 @@ class _NoLanguage:
     kv_bytes_per_position = 0
 
     def __init__(self, bundle: Bundle) -> None:
-        assert bundle.manifest.language is not None, "an encoder bundle is asked nothing"
+        assert bundle.manifest.language is not None, "an encoder bundle answers no prompts"
         self.context_length = bundle.manifest.language.context_length
 
     def embed(self, *_arguments: object) -> NDArray[np.float32]:

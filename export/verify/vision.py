@@ -42,7 +42,7 @@ VISION_TOLERANCES: Mapping[str, VisionTolerance] = {
     "fp8": VisionTolerance(relative_error=1e-1, min_jaccard=0.95, importance_error=2e-2),
     "int8": VisionTolerance(relative_error=1e-1, min_jaccard=0.80, importance_error=2e-1),
 }
-# Measured likewise. Products of int8 are exact on what they multiply, and so the rounding of that is apart.
+# Measured in the same way. Products of int8 are exact; what rounding their inputs costs is bounded apart.
 LAYER_TOLERANCES: Mapping[str, LayerTolerance] = {
     "fp32": LayerTolerance(operation=1e-4, product=1e-4),
     "fp16": LayerTolerance(operation=8e-3, product=4e-3),
