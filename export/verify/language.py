@@ -70,7 +70,7 @@ class LanguageReport:
         relative_error: of the logits, against PyTorch with the weights that the decoder holds.
         quantization_error: of the logits, against PyTorch with the checkpoint's weights; what rounding the
             weights costs is a property of the checkpoint, so it is reported and not bounded.
-        argmax_agreement: share of positions with the greedy token of the checkpoint's weights; reported and not bounded.
+        argmax_agreement: share of positions with the greedy token of the checkpoint's weights; not bounded.
         decisive_agreement: share of positions with the greedy token of the decoder's weights in PyTorch, of those where
             the two best logits are further apart than the error; None where there are none.
     """
