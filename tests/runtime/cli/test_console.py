@@ -29,7 +29,7 @@ def raising(error: BaseException) -> Callable[[], int]:
 def interrupted_import() -> int:
     """As numpy ends when it is interrupted while it is imported."""
     with contextlib.suppress(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     raise ImportError('PyCapsule_Import could not import module "datetime"')
 
 
