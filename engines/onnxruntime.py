@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 from hivtp.engines.base import Arrays, EngineSettings
+from hivtp.engines.failures import library_errors
 from hivtp.engines.int8 import EXACT_PRODUCTS, overflows_int8
-from hivtp_ops.errors import EngineError, HivtpError, MissingExtraError, OutOfMemoryError
+from hivtp_ops.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     import numpy as np
@@ -52,8 +53,7 @@ class OnnxRuntimeEngine:
         return dict(zip(self.output_names, outputs, strict=True))
 
 
-@contextlib.contextmanager
-def run_errors(doing: str) -> Iterator[None]:
+def run_errors(doing: str) -> AbstractContextManager[None]:
     """Turn what onnxruntime raises into errors that say what to do.
 
     Args:
@@ -63,17 +63,7 @@ def run_errors(doing: str) -> Iterator[None]:
         OutOfMemoryError: memory ran out, of the host or of a GPU.
         EngineError: any other failure.
     """
-    try:
-        yield
-    except HivtpError:
-        raise
-    except Exception as error:
-        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _MEMORY_RAN_OUT):
-            raise OutOfMemoryError(
-                f"memory ran out while {doing} ({error}); give fewer or smaller images, or ask for fewer requests or "
-                "tokens at once"
-            ) from error
-        raise EngineError(f"onnxruntime failed while {doing}: {error}") from error
+    return library_errors("onnxruntime", doing, _MEMORY_RAN_OUT)
 
 
 def open_session(

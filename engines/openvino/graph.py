@@ -42,7 +42,7 @@ def read_graph(core: Any, bundle: Bundle, name: str) -> Any:
         An `openvino.Model`, whose weights are mapped from files.
 
     Raises:
-        BundleError: it is no graph, or reads weights from what is no file beside it that the manifest lists.
+        BundleError: it is not a graph, or it reads weights from anything but a file beside it that the manifest lists.
         EngineError: openvino cannot read it.
         MissingExtraError: onnx is not installed.
     """

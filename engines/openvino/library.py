@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any, Literal
 
-from hivtp_ops.errors import EngineError, HivtpError, MissingExtraError, OutOfMemoryError
+from hivtp.engines.failures import library_errors
+from hivtp_ops.errors import EngineError, MissingExtraError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from hivtp.engines.base import EngineSettings, Precision
 
@@ -77,8 +77,7 @@ def compile_graph(core: Any, model: Any, settings: EngineSettings, precision: Fl
         return core.compile_model(model, DEVICE, options)
 
 
-@contextlib.contextmanager
-def run_errors(doing: str) -> Iterator[None]:
+def run_errors(doing: str) -> AbstractContextManager[None]:
     """Turn what openvino raises into errors that say what to do.
 
     Args:
@@ -88,17 +87,7 @@ def run_errors(doing: str) -> Iterator[None]:
         OutOfMemoryError: memory ran out.
         EngineError: any other failure.
     """
-    try:
-        yield
-    except HivtpError:
-        raise
-    except Exception as error:
-        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _MEMORY_RAN_OUT):
-            raise OutOfMemoryError(
-                f"memory ran out while {doing} ({_reason(error)}); give fewer or smaller images, or ask for fewer "
-                "requests or tokens at once"
-            ) from error
-        raise EngineError(f"openvino failed while {doing}: {_reason(error)}") from error
+    return library_errors("openvino", doing, _MEMORY_RAN_OUT, _reason)
 
 
 def _reason(error: Exception) -> str:
