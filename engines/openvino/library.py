@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Literal
 
 from hivtp.engines.failures import library_errors
@@ -30,6 +31,22 @@ def load_openvino() -> Any:
     except ImportError as error:
         raise MissingExtraError("openvino", "openvino") from error
     return openvino
+
+
+def shared_core() -> Any:
+    """The `openvino.Core` of this process, which lives as long as the process does.
+
+    Raises:
+        MissingExtraError: openvino is not installed.
+    """
+    return _core(load_openvino())
+
+
+@functools.cache
+def _core(openvino: Any) -> Any:
+    # A core gives the thread that opens it a stack for signals, and frees it with itself. Of two cores the second frees
+    # what the thread still uses, and so does one that another thread closes: the next Ctrl-C is a segmentation fault.
+    return openvino.Core()
 
 
 def resolve_precision(core: Any, precision: Precision) -> FloatType:

@@ -6,7 +6,14 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from hivtp.engines.openvino.graph import check_graph, read_graph
-from hivtp.engines.openvino.library import FloatType, compile_graph, load_openvino, resolve_precision, run_errors
+from hivtp.engines.openvino.library import (
+    FloatType,
+    compile_graph,
+    load_openvino,
+    resolve_precision,
+    run_errors,
+    shared_core,
+)
 from hivtp.engines.openvino.scores import EMBEDS, cut_after_scores
 from hivtp.engines.signature import vision_tensors
 from hivtp_ops.errors import EngineWarning
@@ -41,8 +48,7 @@ class OpenVinoEngine:
     max_tiles: int | None = None
 
     def __init__(self, bundle: Bundle, settings: EngineSettings) -> None:
-        openvino = load_openvino()
-        core, vision = openvino.Core(), bundle.manifest.vision
+        openvino, core, vision = load_openvino(), shared_core(), bundle.manifest.vision
         is_rounded = vision.precision in SLOW_PRECISIONS
         precision: FloatType = "float32" if is_rounded else resolve_precision(core, settings.precision)
         if is_rounded:

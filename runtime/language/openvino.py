@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from hivtp.engines.openvino.graph import check_graph, read_graph
-from hivtp.engines.openvino.library import compile_graph, load_openvino, resolve_precision, run_errors
+from hivtp.engines.openvino.library import compile_graph, load_openvino, resolve_precision, run_errors, shared_core
 from hivtp.engines.openvino.paged import INDICES, LONGEST, POSITIONS, page_attention
 from hivtp.engines.signature import decoder_tensors
 from hivtp.runtime.language.base import closed_error, embedding_table, kv_bytes_per_position
@@ -59,8 +59,7 @@ class OpenVinoLanguage:
                 f"the decoder of {bundle.folder} is {decoder.precision}, made for a GPU; export the bundle with "
                 "--language-precision fp32, int8 or int4 for openvino"
             )
-        openvino = load_openvino()
-        core = openvino.Core()
+        openvino, core = load_openvino(), shared_core()
         precision = resolve_precision(core, settings.precision)
         self.context_length = manifest.context_length
         self.description = f"{decoder.precision} decoder in openvino in {precision}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from benchmarks.checkpoints import make_checkpoint
 from hivtp import Pipeline, SamplingParams, VisionOptions
 from hivtp.engines import EngineSettings, open_vision_engine
 from hivtp.engines.bundle import Bundle
+from hivtp.engines.openvino.library import resolve_precision, shared_core
 from hivtp.engines.signature import vision_tensors
 from hivtp.export.exporter import export_bundle
 from hivtp.export.settings import ExportSettings
@@ -33,9 +35,7 @@ AUTO = EngineSettings(num_threads=1)
 @pytest.fixture
 def in_bfloat16() -> None:
     """Whether "auto" means bfloat16 here."""
-    import openvino
-
-    if openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT") != openvino.Type.bf16:
+    if resolve_precision(shared_core(), "auto") != "bfloat16":
         pytest.skip("this processor has no instructions for bfloat16")
 
 
@@ -194,6 +194,38 @@ def test_memory_that_runs_out_says_what_to_do(pruned_bundle, monkeypatch):
     monkeypatch.setattr(engine, "_parts", [(Full(), ())])
     with pytest.raises(OutOfMemoryError, match=r"running the vision graph \(std::bad_alloc\); give fewer"):
         engine.run(pixels(1))
+
+
+INTERRUPTED = """
+import faulthandler, gc, signal, sys, threading
+from hivtp.engines import EngineSettings, open_vision_engine
+from hivtp.engines.bundle import Bundle
+
+# Python handles signals on the stack that is made here, as pytest makes one.
+faulthandler.enable()
+engines = [open_vision_engine(Bundle.open(sys.argv[1]), "openvino", EngineSettings()) for _ in range(2)]
+engines.pop(0)
+gc.collect()
+closing = threading.Thread(target=engines.clear)
+closing.start()
+closing.join()
+gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_after_engines_are_closed_is_no_crash(pruned_bundle):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(pruned_bundle)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
 def test_a_precision_that_the_processor_lacks_is_refused(pruned_bundle, monkeypatch):
