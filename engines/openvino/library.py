@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import TYPE_CHECKING, Any, Literal
 
 from hivtp.engines.failures import library_errors
@@ -18,6 +19,8 @@ DEVICE = "CPU"
 _MEMORY_RAN_OUT = ("bad_alloc", "out of memory", "could not allocate", "failed to allocate")
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
 FloatType = Literal["float32", "bfloat16"]
+# Threads that open engines at once would each open a core.
+_OPENING = threading.Lock()
 
 
 def load_openvino() -> Any:
@@ -39,7 +42,8 @@ def shared_core() -> Any:
     Raises:
         MissingExtraError: openvino is not installed.
     """
-    return _core(load_openvino())
+    with _OPENING:
+        return _core(load_openvino())
 
 
 @functools.cache

@@ -5,6 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -226,6 +229,19 @@ def test_ctrl_c_after_engines_are_closed_is_no_crash(pruned_bundle):
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
+def test_threads_that_open_engines_at_once_share_one_core(monkeypatch):
+    class Slow:
+        def __init__(self) -> None:
+            time.sleep(0.1)
+
+    openvino = ModuleType("openvino")
+    openvino.Core = Slow
+    monkeypatch.setitem(sys.modules, "openvino", openvino)
+    with ThreadPoolExecutor(8) as threads:
+        cores = list(threads.map(lambda _: shared_core(), range(8)))
+    assert all(core is cores[0] for core in cores)
 
 
 def test_a_precision_that_the_processor_lacks_is_refused(pruned_bundle, monkeypatch):
