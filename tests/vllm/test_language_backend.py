@@ -93,11 +93,12 @@ def test_a_server_without_the_plugin(bundles, llava, tmp_path):
 
 def test_with_the_plugin_counts_may_vary_and_a_server_may_be_killed_and_restarted(bundles, llava, tmp_path):
     # Drawn, not greedy: a model this small soon says one token for ever, which may be one that is never shown, and then
-    # the first piece comes when the answer is whole.
-    port, long = free_port(), SamplingParams(max_new_tokens=800, temperature=1, seed=0, ignores_eos=True)
-    rule, log = {"preset": "none"}, tmp_path / "log"
+    # the first piece comes when the answer is whole. As long as the model allows, since on a busy machine the server
+    # sends hundreds of tokens at once.
+    port, long = free_port(), SamplingParams(max_new_tokens=1900, temperature=1, seed=0, ignores_eos=True)
+    rule, log, arguments = {"preset": "none"}, tmp_path / "log", (*ARGUMENTS, "--max-model-len", "2048")
     with Pipeline.load(bundles["paper"]) as local:
-        with vllm_server(llava.folder, rule, log, *ARGUMENTS, port=port) as server:
+        with vllm_server(llava.folder, rule, log, *arguments, port=port) as server:
             remote = opened(bundles["paper"], server.url)
             check(remote, local)
             stream = remote.stream("what?", [picture(1)], long)
@@ -107,7 +108,7 @@ def test_with_the_plugin_counts_may_vary_and_a_server_may_be_killed_and_restarte
                 list(stream)
             with pytest.raises(BackendUnavailableError, match="cannot be reached"):
                 remote.generate(requests()[0])
-        with vllm_server(llava.folder, rule, log, *ARGUMENTS, port=port), remote:
+        with vllm_server(llava.folder, rule, log, *arguments, port=port), remote:
             with ThreadPoolExecutor(4) as threads:
                 found = list(threads.map(remote.generate, requests()))
             assert [answer.token_ids for answer in found] == [
