@@ -99,9 +99,7 @@ def _rounded_to_nearest(model: ir.Model, node: ir.Node, settings: WeightOnlySett
     return replacement
 
 
-def _rounded_already(
-    model: ir.Model, node: ir.Node, rounded: RoundedWeight, settings: WeightOnlySettings
-) -> ir.Node:
+def _rounded_already(model: ir.Model, node: ir.Node, rounded: RoundedWeight, settings: WeightOnlySettings) -> ir.Node:
     import onnx_ir as ir
 
     value, weight = node.inputs
@@ -111,7 +109,7 @@ def _rounded_already(
     # Named, shaped and packed as ONNX Runtime's quantizer does.
     parts = {
         "Q4": rounded.packed,
-        "scales": rounded.scales.ravel().astype(weight.dtype.numpy()),
+        "scales": rounded.scales.ravel().astype(weight.dtype.numpy(), copy=False),
         "zero_points": rounded.zero_points.ravel(),
     }
     num_inputs, num_outputs = weight.shape

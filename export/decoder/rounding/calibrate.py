@@ -12,7 +12,7 @@ from hivtp.export.decoder.rounding.inputs import LinearInputs
 from hivtp.export.decoder.rounding.smoothing import Smoothing, smoothing_factors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
     from numpy.typing import NDArray
@@ -83,12 +83,10 @@ def calibrate(
             with layers.layer(index) as layer:
                 modules = dict(layer.named_modules())
                 with LinearInputs({name: modules[name] for name in PRODUCTS}, has_moments=bool(block_size)) as seen:
-                    parts = states.split(max(1, MAX_POSITIONS // length))
+                    parts = torch.split(states, max(1, MAX_POSITIONS // length))
                     states = torch.cat([layer(part, **places) for part in parts])
-                for watched, nodes in PRODUCTS.items() if block_size is not None else ():
-                    stacks = [torch.cat([modules[name].weight for name in names]) for names in nodes.values()]
-                    rounded = round_weights(stacks, seen.take_moments(watched), block_size)
-                    for path, (weight, _values) in zip(nodes, rounded, strict=True):
+                if block_size is not None:
+                    for path, weight in _rounded(modules, seen, block_size):
                         weights[product_name(index, path)] = weight
                 for giver, watched in SMOOTHED.items() if is_smoothed else ():
                     takers = [modules[name].weight for names in PRODUCTS[watched].values() for name in names]
@@ -98,3 +96,16 @@ def calibrate(
             largest = layers.norm()(states).abs().amax(dim=(0, 1))
             factors["model.norm"] = smoothing_factors(largest, [layers.head()])
     return Calibration(weights, Smoothing(factors) if is_smoothed else None)
+
+
+def _rounded(
+    modules: Mapping[str, torch.nn.Module], seen: LinearInputs, block_size: int
+) -> Iterator[tuple[str, RoundedWeight]]:
+    """The weights of a layer by the paths of their nodes; those of the same inputs together."""
+    import torch
+
+    for watched, nodes in PRODUCTS.items():
+        stacks = [torch.cat([modules[name].get_parameter("weight") for name in names]) for names in nodes.values()]
+        rounded = round_weights(stacks, seen.take_moments(watched), block_size)
+        for path, (weight, _values) in zip(nodes, rounded, strict=True):
+            yield path, weight

@@ -36,12 +36,8 @@ def inverse_factor(moments: torch.Tensor, damping: float = DAMPING) -> torch.Ten
     # inverse, which is then never made.
     lower = torch.linalg.cholesky(moments.flip(0, 1))
     identity = torch.eye(len(lower))
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-
-
-def round_weight(weight: torch.Tensor, moments: torch.Tensor, block_size: int) -> tuple[RoundedWeight, torch.Tensor]:
-    """Round a weight so that its outputs, and not its values, stay close."""
-    return round_weights([weight], moments, block_size)[0]
+    factor: torch.Tensor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    return factor
 
 
 def round_weights(
@@ -77,7 +73,9 @@ def _round(
     for start in range(0, len(left), CHUNK):
         stop = min(start + CHUNK, len(left))
         chunk, errors = left[start:stop], torch.empty(stop - start, left.shape[1])
-        for row, (index, block) in enumerate(zip(order[start:stop].tolist(), block_of[start:stop].tolist(), strict=True)):
+        for row, (index, block) in enumerate(
+            zip(order[start:stop].tolist(), block_of[start:stop].tolist(), strict=True)
+        ):
             scale, zero = scale_rows[block], zero_rows[block]
             number = (chunk[row] / scale).add_(zero).round_().clamp_(0, MAX_WHOLE)
             whole[index] = number.to(torch.uint8)

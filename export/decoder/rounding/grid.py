@@ -71,8 +71,8 @@ def best_grid(weight: torch.Tensor, importance: torch.Tensor, block_size: int) -
     import torch
 
     missing = -weight.shape[1] % block_size
-    blocks = torch.nn.functional.pad(weight, (0, missing)).unflatten(1, (-1, block_size))
-    shares = torch.nn.functional.pad(importance, (0, missing)).unflatten(0, (-1, block_size))
+    blocks = torch.nn.functional.pad(weight, (0, missing)).view(len(weight), -1, block_size)
+    shares = torch.nn.functional.pad(importance, (0, missing)).view(-1, block_size)
     top, bottom = blocks.amax(-1).clamp(min=0), blocks.amin(-1).clamp(max=0)
     best_error = torch.full_like(top, torch.inf)
     best_scale, best_zero = torch.empty_like(top), torch.empty_like(top)

@@ -44,7 +44,7 @@ class Smoothing:
         module, _, kind = name.rpartition(".")
         weight = weight.float()
         giver = _giver(module)
-        if kind == "weight" and giver in self.factors:
+        if kind == "weight" and giver is not None and giver in self.factors:
             weight = weight * self.factors[giver]
         if module in self.factors:
             divisor = self.factors[module]

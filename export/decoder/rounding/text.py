@@ -21,7 +21,8 @@ NUM_SEQUENCES, SEQUENCE_TOKENS = 32, 256
 MIN_TOKENS = 1024
 # Of tokens that a tokenizer does not know in a text of its language.
 MAX_UNKNOWN_SHARE = 0.02
-# Far beyond what is used of it.
+# Of a text, as many as hold the tokens in any language model's vocabulary, and no more than is quickly read.
+MAX_CHARACTERS = NUM_SEQUENCES * SEQUENCE_TOKENS * 8
 MAX_FILE_BYTES = 2**26
 
 
@@ -52,7 +53,7 @@ def calibration_text(tokenizer: Any, config: Any, file: Path | None) -> Calibrat
     Raises:
         SpecError: the file cannot be read, is not text, or is too short.
     """
-    text = _default_text() if file is None else _read(file)
+    text = _default_text() if file is None else _sampled(_read(file).splitlines())
     token_ids = None if text is None else readable_ids(tokenizer, text, config.vocab_size)
     if token_ids is not None and len(token_ids) >= MIN_TOKENS:
         source = DEFAULT_SOURCE if file is None else file.name
@@ -60,7 +61,9 @@ def calibration_text(tokenizer: Any, config: Any, file: Path | None) -> Calibrat
     if file is None:
         return None
     if token_ids is None:
-        raise SpecError(f"{file} holds characters that the tokenizer of this checkpoint does not know; give another text")
+        raise SpecError(
+            f"{file} holds characters that the tokenizer of this checkpoint does not know; give another text"
+        )
     raise SpecError(
         f"{file} holds {len(token_ids)} tokens, and a calibration takes at least {MIN_TOKENS}: give a longer text"
     )
@@ -100,4 +103,10 @@ def _default_text() -> str | None:
     except ImportError:
         return None
     paragraphs = (" ".join(block.split()) for name in sorted(topics) for block in topics[name].split("\n\n"))
-    return "\n".join(text for text in paragraphs if text[:1].isupper() and text.endswith("."))
+    return _sampled([text for text in paragraphs if text[:1].isupper() and text.endswith(".")])
+
+
+def _sampled(lines: list[str]) -> str:
+    """As many of the lines as are needed, in order and from all over the text."""
+    step = max(1, sum(map(len, lines)) // MAX_CHARACTERS)
+    return "\n".join(lines[::step])
