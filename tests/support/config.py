@@ -7,4 +7,4 @@ from typing import Any
 
 
 def text_config(**values: Any) -> Any:
-    return SimpleNamespace(**{"vocab_size": 512, "max_position_embeddings": 4096, **values})
+    return SimpleNamespace(**{"vocab_size": 512, "hidden_size": 64, "max_position_embeddings": 4096, **values})

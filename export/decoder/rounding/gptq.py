@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # Of the mean diagonal, added to each: what a text does not show of the inputs must not be made good by large weights.
 DAMPING = 0.01
+# Of a triangle that is inverted as it is; larger ones are inverted in parts, in products of matrices.
+SMALL_TRIANGLE = 512
 # Inputs whose errors reach the others in one product of matrices.
 CHUNK = 128
 
@@ -34,10 +36,22 @@ def inverse_factor(moments: torch.Tensor, damping: float = DAMPING) -> torch.Ten
     diagonal += damping * diagonal.mean()
     # With its order turned round, the lower factor is the upper one; and the inverse of that is the factor of the
     # inverse, which is then never made.
-    lower = torch.linalg.cholesky(moments.flip(0, 1))
-    identity = torch.eye(len(lower))
-    factor: torch.Tensor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-    return factor
+    return _inverse(torch.linalg.cholesky(moments.flip(0, 1))).flip(0, 1)
+
+
+def _inverse(lower: torch.Tensor) -> torch.Tensor:
+    """The inverse of a lower triangular matrix; half of the time of solving for the identity."""
+    import torch
+
+    if len(lower) <= SMALL_TRIANGLE:
+        solved: torch.Tensor = torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False)
+        return solved
+    middle = len(lower) // 2
+    first, last = _inverse(lower[:middle, :middle]), _inverse(lower[middle:, middle:])
+    found = torch.zeros_like(lower)
+    found[:middle, :middle], found[middle:, middle:] = first, last
+    found[middle:, :middle] = -(last @ lower[middle:, :middle] @ first)
+    return found
 
 
 def round_weights(

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 MAX_WHOLE, MIDDLE = 15, 8
 # Shares of a block's range that are tried as the range of its grid: what lies beyond is clipped, the rest is finer.
 SHARES = tuple(1 - 0.04 * step for step in range(11))
+# Weights whose grids are found at a time: what this many take stays in the cache of a processor.
+CACHED_WEIGHTS = 2**18
 # For a block of zeros, which would have a scale of zero.
 MIN_SCALE = 1e-12
 
@@ -68,6 +70,14 @@ def best_grid(weight: torch.Tensor, importance: torch.Tensor, block_size: int) -
     Returns:
         [out, blocks] float32 each; zero points are whole numbers.
     """
+    import torch
+
+    parts = torch.split(weight, max(1, CACHED_WEIGHTS // weight.shape[1]))
+    scales, zeros = zip(*(_best_grid(part, importance, block_size) for part in parts), strict=True)
+    return torch.cat(scales), torch.cat(zeros)
+
+
+def _best_grid(weight: torch.Tensor, importance: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
     missing = -weight.shape[1] % block_size

@@ -10,6 +10,13 @@ if TYPE_CHECKING:
 
     import torch
 
+# Positions count in the products by this power of their size, and not by its square: the few massive ones that language
+# models have, as at the first token, would else be all that is rounded for. On SmolLM2-135M in blocks of 32, 84.9 %
+# instead of 82.1 % of the greedy tokens stay the same. Without the massive ones it is 59 %.
+POSITION_POWER = 1.0
+# For a position of zeros.
+MIN_NORM = 1e-12
+
 
 class LinearInputs:
     """Watches the inputs of linear maps.
@@ -40,7 +47,7 @@ class LinearInputs:
         self._hooks.close()
 
     def take_moments(self, name: str) -> torch.Tensor:
-        """The mean [channels, channels] of the products of channels; it is kept no longer."""
+        """The mean [channels, channels] of the products of channels, see POSITION_POWER; it is kept no longer."""
         return self._sums.pop(name).div_(self._counts[name])
 
     def _see(self, name: str, inputs: torch.Tensor) -> None:
@@ -52,6 +59,7 @@ class LinearInputs:
         if not self._has_moments:
             return
         self._counts[name] += len(rows)
+        rows = rows * rows.norm(dim=1, keepdim=True).clamp(min=MIN_NORM) ** (POSITION_POWER / 2 - 1)
         if name in self._sums:
             self._sums[name].addmm_(rows.T, rows)
         else:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # What `help("NUMBERS")` and the like print: prose of the Python reference, in the standard library.
 DEFAULT_SOURCE = "the help topics of Python"
 NUM_SEQUENCES, SEQUENCE_TOKENS = 32, 256
+# Of a wide model, for which the half takes minutes.
+WIDE, NUM_SEQUENCES_OF_WIDE = 2048, 16
 # Fewer show too little of a model's inputs.
 MIN_TOKENS = 1024
 # Of tokens that a tokenizer does not know in a text of its language.
@@ -57,7 +59,8 @@ def calibration_text(tokenizer: Any, config: Any, file: Path | None) -> Calibrat
     token_ids = None if text is None else readable_ids(tokenizer, text, config.vocab_size)
     if token_ids is not None and len(token_ids) >= MIN_TOKENS:
         source = DEFAULT_SOURCE if file is None else file.name
-        return CalibrationText(source, _sequences(token_ids, config.max_position_embeddings))
+        num_sequences = NUM_SEQUENCES if config.hidden_size <= WIDE else NUM_SEQUENCES_OF_WIDE
+        return CalibrationText(source, _sequences(token_ids, num_sequences, config.max_position_embeddings))
     if file is None:
         return None
     if token_ids is None:
@@ -78,10 +81,10 @@ def readable_ids(tokenizer: Any, text: str, vocab_size: int) -> list[int] | None
     return token_ids
 
 
-def _sequences(token_ids: list[int], context_length: int) -> NDArray[np.int64]:
+def _sequences(token_ids: list[int], num_sequences: int, context_length: int) -> NDArray[np.int64]:
     """Pieces [sequences, length] of a text, at even distances."""
     length = min(SEQUENCE_TOKENS, context_length)
-    num = min(NUM_SEQUENCES, len(token_ids) // length)
+    num = min(num_sequences, len(token_ids) // length)
     starts = [index * (len(token_ids) // num) for index in range(num)]
     return np.array([token_ids[start : start + length] for start in starts], np.int64)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hivtp.engines.onnxruntime import open_session
+from hivtp.export.decoder.rounding import gptq
 from hivtp.export.decoder.rounding.gptq import inverse_factor, round_weights
 from hivtp.export.decoder.rounding.grid import best_grid, stacked
 from hivtp.export.decoder.weight_only import WeightOnlySettings, quantize_weights
@@ -102,7 +103,9 @@ def test_weights_of_the_same_inputs_are_rounded_as_each_alone() -> None:
         np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
 
 
-def test_the_factor_is_that_of_the_inverse() -> None:
+@pytest.mark.parametrize("small", [512, 16])
+def test_the_factor_is_that_of_the_inverse(monkeypatch: pytest.MonkeyPatch, small: int) -> None:
+    monkeypatch.setattr(gptq, "SMALL_TRIANGLE", small)
     moments = moments_of(correlated_inputs(300, seed=6))
     damped = moments + 0.1 * moments.diagonal().mean() * torch.eye(NUM_INPUTS)
     factor = inverse_factor(moments.clone(), damping=0.1)

@@ -47,6 +47,12 @@ def test_it_is_not_what_the_benchmark_evaluates_on_nor_what_exports_check_on() -
         assert sentence not in default
 
 
+def test_a_wide_model_reads_less() -> None:
+    found = calibration_text(make_tokenizer(512), text_config(hidden_size=4096), None)
+    assert found is not None
+    assert found.token_ids.shape == (texts.NUM_SEQUENCES_OF_WIDE, SEQUENCE_TOKENS)
+
+
 def test_a_short_context_makes_short_pieces() -> None:
     found = calibration_text(make_tokenizer(512), text_config(max_position_embeddings=40), None)
     assert found is not None
