@@ -48,14 +48,15 @@ LANGUAGE_TOLERANCES: Mapping[str, float] = {
 # those of larger models: operations 2e-6, in half precision 2e-3. The products of int8 and int4 round what they
 # multiply within the kernel: 0.02 with random weights, and in the worst row of trained ones 0.08 in blocks of 32, 0.21
 # in blocks of 256. Those of w8a8 are exact on what they multiply, which rounding moved by up to 0.08. Weights of one
-# output moved by up to 0.03 in 8 bits, 0.06 where an output has one scale, and 0.4 in 4 bits in blocks of 256.
+# output moved by up to 0.03 in 8 bits, 0.06 where an output has one scale, 0.4 in 4 bits in blocks of 256, and further
+# where GPTQ moves them on purpose: 0.41 in blocks of 32, 0.50 in blocks of 128. Wrong ones are 1 and more apart.
 LAYER_TOLERANCES: Mapping[str, LayerTolerance] = {
     "fp32": LayerTolerance(operation=1e-4, product=1e-4),
     "int8": LayerTolerance(operation=1e-4, product=0.4, weights=0.3),
-    "int4": LayerTolerance(operation=1e-4, product=0.4, weights=0.7),
+    "int4": LayerTolerance(operation=1e-4, product=0.4, weights=0.9),
     "w8a8": LayerTolerance(operation=1e-4, product=1e-4, rounding=0.4, weights=0.3),
     "fp16": LayerTolerance(operation=8e-3, product=4e-3),
-    "int4-fp16": LayerTolerance(operation=8e-3, product=4e-3, weights=0.7),
+    "int4-fp16": LayerTolerance(operation=8e-3, product=4e-3, weights=0.9),
 }
 NUM_PREFILL_TOKENS = 40
 NUM_DECODED_TOKENS = 24
