@@ -10,6 +10,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks.checkpoints import make_checkpoint
+from hivtp.engines.bundle import Bundle
+from hivtp.export import exporter
 from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.decoder.build import write_decoder
 from hivtp.export.decoder.language_layers import LanguageLayers
@@ -174,3 +176,18 @@ def test_manifest_and_summary_say_how_decoders_were_rounded(
     )
     with pytest.raises(BundleError, match=r"is not rounded as asked \(plain\): say --language-rounding calibrated"):
         export_bundle(tiny_checkpoint, tmp_path / "plain", plain, is_quiet=True)
+
+
+def test_without_a_text_weights_are_rounded_to_the_nearest_and_that_is_said(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(exporter, "calibration_text", lambda *_arguments: None)
+    folders = [tmp_path / name for name in ("calibrated", "plain")]
+    for folder in folders:
+        options = ["--language-precision", "int4", "--language-rounding", folder.name, "--quiet"]
+        assert export([str(tiny_checkpoint), str(folder), *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("rounded to the nearest, with no text: the tokenizer cannot read the default one") == 1
+    first, second = (Bundle.open(folder).manifest for folder in folders)
+    assert first.files == second.files
+    assert first.verification["language"]["rounding"]["method"] == "nearest"
