@@ -92,7 +92,7 @@ def export_decoder(
             write_embeddings(checkpoint, language, kind.precision)
         calibration = None
         if kind.rounding == "calibrated":
-            with progress.step("No text to round by" if text is None else f"{text.source} read, to round by"):
+            with progress.step("No text to round by" if text is None else f"Rounding by {text.source}"):
                 calibration = _calibration(checkpoint, kind, text, progress)
         write = partial(write_decoder, checkpoint, language, on_weight=progress.update)
         smoothing = None if calibration is None else calibration.smoothing
