@@ -22,6 +22,7 @@ from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.checkpoint.generation import GenerationDefaults
 from hivtp.export.checkpoint.processor import Processor
 from hivtp.export.decoder.reuse import open_source
+from hivtp.export.decoder.rounding.text import calibration_text
 from hivtp.export.decoder.support import check_decoder
 from hivtp.export.graph.builder import save_model
 from hivtp.export.graph.calibration import activation_maxima
@@ -34,6 +35,7 @@ from hivtp.export.space import check_space
 from hivtp.export.staging.destination import check_destination
 from hivtp.export.staging.staged import staged
 from hivtp.export.verify.opening import open_and_ask
+from hivtp.export.verify.text import check_token_ids
 from hivtp.export.verify.vision import verify_vision
 from hivtp.runtime.inputs.images import load_image
 from hivtp.runtime.vision.interpolation import max_view_tiles
@@ -72,7 +74,7 @@ def export_bundle(
     Raises:
         CheckpointError: the checkpoint is not supported or incomplete.
         HubError: a checkpoint of the hub cannot be downloaded.
-        SpecError: the pruning spec does not fit the model.
+        SpecError: the pruning spec does not fit the model, or the calibration text is no use.
         ImageError: an image for the calibration cannot be read.
         VerificationError: a graph differs from PyTorch by more than its tolerance, or the bundle cannot be used.
         BundleError: the destination cannot be written.
@@ -93,7 +95,7 @@ def export_bundle(
             shape = VisionShape.of(checkpoint.config)
             settings.check_family(checkpoint, shape)
             spec = settings.resolved_spec(shape)
-            processor = generation = source = None
+            processor = generation = source = text = token_ids = None
             if settings.graph != "encoder":
                 processor = Processor.open(checkpoint, settings.chat_template)
                 generation = GenerationDefaults.of(checkpoint, processor.tokenizer)
@@ -102,6 +104,12 @@ def export_bundle(
                 check_decoder(checkpoint)
             if kind is not None and settings.decoder_from is not None:
                 source = open_source(settings.decoder_from, checkpoint, kind)
+            elif kind is not None and processor is not None:
+                token_ids = check_token_ids(checkpoint, processor)
+                if kind.rounding == "calibrated":
+                    text = calibration_text(
+                        processor.tokenizer, checkpoint.config.text_config, settings.calibration_text
+                    )
             check_space(checkpoint, settings, folder)
         verification: dict[str, Any] = {}
         maxima = None
@@ -118,7 +126,7 @@ def export_bundle(
                 verification["vision"]["calibration_images"] = len(settings.calibration)
         decoder = None
         if kind is not None:
-            decoder, found = export_decoder(checkpoint, folder, kind, source, progress)
+            decoder, found = export_decoder(checkpoint, folder, kind, source, progress, text, token_ids)
             verification |= found
         with progress.step("Manifest and hashes"):
             tiling = language = None

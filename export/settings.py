@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Literal, get_args
 from hivtp.export.checkpoint.original_layout.layout import OriginalOptions
 from hivtp.export.decoder.build import (
     BLOCK_SIZES,
+    CALIBRATED_PRECISIONS,
     DEFAULT_BLOCK_SIZE,
+    DEFAULT_ROUNDING,
     HALF_PRECISIONS,
     NUM_BITS,
     DecoderKind,
     PrefillPrecision,
+    Rounding,
 )
 from hivtp.export.graph.builder import VisionPrecision
 from hivtp.export.graph.vision import GraphKind
@@ -48,6 +51,11 @@ class ExportSettings:
         block_size: weights of an int8 or int4 decoder that share a scale; None for DEFAULT_BLOCK_SIZE.
         prefill_precision: of a prefill decoder, a second one that runs the prompts: w8a8 is faster there than int8 or
             int4, and takes one byte more per weight; None lets one decoder run both.
+        language_rounding: of an int4 or w8a8 decoder: "plain" rounds each weight to the nearest; "calibrated" reads a
+            text with the model first, and rounds 4 bits by GPTQ and 8-bit activations with SmoothQuant; None takes
+            DEFAULT_ROUNDING.
+        calibration_text: a file of text like that which the model will read, in UTF-8; None takes one that every
+            Python has.
         newline: which rows of patches of a LLaVA-NeXT image end with a newline token.
         keep_total: one budget over all tiles of a LLaVA-NeXT image; None keeps what the spec says of each tile.
         graph: "vision" for a bundle that answers; "encoder" for the graph that emits the features and the
@@ -72,6 +80,8 @@ class ExportSettings:
     language_precision: LanguagePrecision = "fp32"
     block_size: int | None = None
     prefill_precision: PrefillPrecision | None = None
+    language_rounding: Rounding | None = None
+    calibration_text: Path | None = None
     newline: NewlineRule = "kept-rows"
     keep_total: int | None = None
     graph: GraphKind = "vision"
@@ -88,6 +98,7 @@ class ExportSettings:
             "vision_fallback": (*get_args(VisionPrecision), None),
             "language_precision": get_args(LanguagePrecision),
             "prefill_precision": (*get_args(PrefillPrecision), None),
+            "language_rounding": (*get_args(Rounding), None),
             "newline": get_args(NewlineRule),
             "graph": get_args(GraphKind),
         }
@@ -122,7 +133,15 @@ class ExportSettings:
         if self.graph == "encoder" or self.language_precision == "none":
             return None
         block_size = (self.block_size or DEFAULT_BLOCK_SIZE) if self.language_precision in NUM_BITS else None
-        return DecoderKind(self.language_precision, block_size, self.prefill_precision)
+        return DecoderKind(self.language_precision, block_size, self.prefill_precision, self._rounding)
+
+    @property
+    def _rounding(self) -> Rounding | None:
+        """None where nothing is rounded that a text could calibrate."""
+        precisions = {self.language_precision, self.prefill_precision}
+        if self.graph == "encoder" or precisions.isdisjoint(CALIBRATED_PRECISIONS):
+            return None
+        return self.language_rounding or DEFAULT_ROUNDING
 
     def check_calibration(self) -> None:
         """Refuse an export in fp8 without images; the choice of layers needs none.
@@ -140,6 +159,7 @@ class ExportSettings:
         for name in ("block_size", "prefill_precision", "decoder_from") if self.language_precision == "none" else ():
             if getattr(self, name) is not None:
                 raise SpecError(f"{name} is for a decoder, and language_precision none has none; drop one of the two")
+        self._check_rounding()
         if self.prefill_precision is not None:
             self._check_prefill(self.prefill_precision)
         if self.block_size is None:
@@ -151,6 +171,21 @@ class ExportSettings:
             )
         if self.block_size not in BLOCK_SIZES:
             raise SpecError(f"block_size is {self.block_size}; choose one of {', '.join(map(str, BLOCK_SIZES))}")
+
+    def _check_rounding(self) -> None:
+        for name in ("language_rounding", "calibration_text"):
+            if getattr(self, name) is not None and self._rounding is None:
+                raise SpecError(
+                    f"{name} is for decoders in {', '.join(CALIBRATED_PRECISIONS)}, and there is none of these; drop it"
+                )
+        if self.calibration_text is None:
+            return
+        if self.language_rounding == "plain":
+            raise SpecError("calibration_text is for language_rounding calibrated, not plain; drop one of the two")
+        if self.decoder_from is not None:
+            raise SpecError(
+                "calibration_text is for a decoder that is written, not for decoder_from; drop one of the two"
+            )
 
     def _check_prefill(self, precision: PrefillPrecision) -> None:
         if self.language_precision == precision:

@@ -102,8 +102,22 @@ def _vision_notes(found: Mapping[str, Any]) -> list[str]:
 
 
 def _decoder_notes(found: Mapping[str, Any], precision: str) -> list[str]:
-    same = f"same best token {found['argmax_agreement']:.0%}"
-    return [f"rounding costs {found['quantization_error']:.1e}", same] if precision in ROUNDED_PRECISIONS else [same]
+    median, same = f"median token {found['median_row_error']:.1e}", f"same best token {found['argmax_agreement']:.0%}"
+    if precision not in ROUNDED_PRECISIONS:
+        return [median, same]
+    where = "on a text" if found["is_text"] else "on random tokens"
+    cost = f"rounding costs {found['quantization_error']:.1e} {where}"
+    return [median, f"{cost} (median token {found['median_quantization_error']:.1e})", same, *_rounding_notes(found)]
+
+
+def _rounding_notes(found: Mapping[str, Any]) -> list[str]:
+    rounding = found["rounding"]
+    if rounding["asked"] != "calibrated" or rounding["method"] is None:
+        return []
+    names = {"gptq": "rounded by GPTQ", "smoothing": "smoothed"}
+    if rounding["method"] not in names:
+        return [f"rounded to the nearest, with {rounding['text']}"]
+    return [f"{names[rounding['method']]} on {rounding['text']}"]
 
 
 def _megabytes(manifest: Manifest, paths: Sequence[str]) -> str:

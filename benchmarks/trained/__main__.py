@@ -12,6 +12,7 @@ work directory; docs/kept-tokens-photo.png is
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from benchmarks.trained.vision import measure_vision
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+PARTS = ("vision", "language")
 OUTPUT = Path("benchmarks/results/trained-cpu.json")
 
 
@@ -36,6 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=WORK_DIR / "trained", help="keeps what is made between runs")
+    parser.add_argument(
+        "--parts",
+        choices=PARTS,
+        nargs="+",
+        default=PARTS,
+        help="measure these; the output keeps its others (default: all)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of every graph (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="results as JSON (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -45,13 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("  making the checkpoint", flush=True)
         # Renamed when whole, so that an interrupted run leaves nothing that the next one takes.
         write_checkpoint(options.work_dir / "partial").rename(checkpoint)
+    known = json.loads(options.output.read_text(encoding="utf-8")) if set(options.parts) != set(PARTS) else {}
+    found: dict[str, Any] = {part: known[part] for part in PARTS if part not in options.parts}
+    found |= {"num_prefill_tokens": NUM_PREFILL_TOKENS, "piece_tokens": PIECE_TOKENS}
     images = photographs()
-    found: dict[str, Any] = {
-        "num_prefill_tokens": NUM_PREFILL_TOKENS,
-        "piece_tokens": PIECE_TOKENS,
-        "vision": measure_vision(checkpoint, images, options.work_dir / "vision", options.threads),
-        "language": measure_language(Workspace(options.work_dir, checkpoint), text(), options.threads),
-    }
+    if "vision" in options.parts:
+        found["vision"] = measure_vision(checkpoint, images, options.work_dir / "vision", options.threads)
+    if "language" in options.parts:
+        found["language"] = measure_language(Workspace(options.work_dir, checkpoint), text(), options.threads)
     write(options, found)
     print(f"\n{len(images)} photographs\n\n{aligned(vision_table(found))}")
     print(f"\n{len(found['language'][0]['pieces'])} pieces of text\n\n{aligned(language_table(found))}")

@@ -23,9 +23,16 @@ DECODERS = {
     REFERENCE: ExportSettings(preset="64"),
     "int8, blocks of 32": ExportSettings(preset="64", language_precision="int8", block_size=32),
     "int8, blocks of 128": ExportSettings(preset="64", language_precision="int8", block_size=128),
-    "int4, blocks of 32": ExportSettings(preset="64", language_precision="int4", block_size=32),
-    "int4, blocks of 128": ExportSettings(preset="64", language_precision="int4", block_size=128),
+    "w8a8, plain": ExportSettings(preset="64", language_precision="w8a8", language_rounding="plain"),
     "w8a8": ExportSettings(preset="64", language_precision="w8a8"),
+    "int4, blocks of 32, plain": ExportSettings(
+        preset="64", language_precision="int4", block_size=32, language_rounding="plain"
+    ),
+    "int4, blocks of 32": ExportSettings(preset="64", language_precision="int4", block_size=32),
+    "int4, blocks of 128, plain": ExportSettings(
+        preset="64", language_precision="int4", block_size=128, language_rounding="plain"
+    ),
+    "int4, blocks of 128": ExportSettings(preset="64", language_precision="int4", block_size=128),
 }
 NUM_PREFILL_TOKENS = 16
 PIECE_TOKENS = 176

@@ -96,9 +96,20 @@ class Processor:
         Raises:
             PromptError: the chat template loses the question or the image.
         """
+        return self._ids(Message("user", [ImagePart(b""), question]))
+
+    def text_ids(self, question: str) -> list[int]:
+        """Token ids of a question about nothing, up to where the answer begins.
+
+        Raises:
+            PromptError: the chat template loses the question.
+        """
+        return self._ids(Message("user", [question]))
+
+    def _ids(self, message: Message) -> list[int]:
         template = PromptTemplate(**self.prompt)
         try:
-            text = template.render([Message("user", [ImagePart(b""), question])], self._runtime_tokenizer)
+            text = template.render([message], self._runtime_tokenizer)
             image_token_id = self.tokenizer.convert_tokens_to_ids(template.image_token)
             return template.encode(self._runtime_tokenizer, text, image_token_id)
         finally:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from hivtp.engines.tensorrt.library import LibraryName
 from hivtp.export.checkpoint.original_layout.conversations import CONVERSATIONS
 from hivtp.export.cli.plan import plan_summary
-from hivtp.export.decoder.build import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, PrefillPrecision
+from hivtp.export.decoder.build import BLOCK_SIZES, DEFAULT_BLOCK_SIZE, DEFAULT_ROUNDING, PrefillPrecision, Rounding
 from hivtp.export.exporter import export_bundle
 from hivtp.export.graph.builder import VisionPrecision
 from hivtp.export.graph.vision import GraphKind
@@ -120,6 +120,20 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         choices=get_args(PrefillPrecision),
         help="write a prefill decoder, a second one that runs the prompts: w8a8 halves the time of an int4 prefill on "
         "a CPU, for one byte more per weight (default: the target's, or one decoder runs both)",
+    )
+    precision.add_argument(
+        "--language-rounding",
+        choices=get_args(Rounding),
+        help="of int4 and w8a8: calibrated reads a text with the model first, and rounds so that what the model "
+        "computes stays close (GPTQ, SmoothQuant); plain rounds to the nearest, in less time "
+        f"(default: {DEFAULT_ROUNDING})",
+    )
+    precision.add_argument(
+        "--calibration-text",
+        type=Path,
+        metavar="FILE",
+        help="for calibrated: a text like those that the model will read and write, in UTF-8, of some pages (default: "
+        "the help topics of Python)",
     )
     precision.add_argument(
         "--decoder-from",
@@ -254,6 +268,8 @@ def settings_from(options: argparse.Namespace) -> ExportSettings:
         "newline": options.newline,
         "keep_total": options.keep_total,
         "graph": options.graph,
+        "language_rounding": options.language_rounding,
+        "calibration_text": options.calibration_text,
         "decoder_from": options.decoder_from,
         "chat_template": options.chat_template,
         "conversation": options.conversation,

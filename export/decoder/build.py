@@ -25,12 +25,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hivtp.export.checkpoint.folder import Checkpoint
+    from hivtp.export.decoder.rounding.calibrate import Calibration
 
 DecoderPrecision = Literal["fp32", "int8", "int4", "w8a8", "fp16", "int4-fp16"]
 # What a second decoder for prompts may compute in.
 PrefillPrecision = Literal["w8a8"]
+# How weights are rounded: to the nearest, or as a text says; see `rounding.calibrate`.
+Rounding = Literal["plain", "calibrated"]
+DEFAULT_ROUNDING: Rounding = "calibrated"
 NUM_BITS = {"int8": 8, "int4": 4, "int4-fp16": 4}
 ROUNDED_PRECISIONS = {*NUM_BITS, "w8a8"}
+# Those that a text can calibrate: weights of 4 bits by GPTQ, activations of 8 by smoothing.
+GPTQ_PRECISIONS = ("int4", "int4-fp16")
+SMOOTHED_PRECISIONS = ("w8a8",)
+CALIBRATED_PRECISIONS = (*GPTQ_PRECISIONS, *SMOOTHED_PRECISIONS)
 # Made for a GPU: ONNX Runtime's attention there computes in half precision only.
 HALF_PRECISIONS = ("fp16", "int4-fp16")
 # Weights that share a scale. Larger blocks round more coarsely, and leave the kernels less to do besides multiplying.
@@ -49,11 +57,26 @@ class DecoderKind:
         precision: see write_decoder.
         block_size: of write_decoder; None where weights are not rounded in blocks.
         prefill_precision: of a second decoder, which runs the prompts; None where one decoder runs all.
+        rounding: of both; None where nothing is rounded that a text could calibrate.
     """
 
     precision: DecoderPrecision
     block_size: int | None = None
     prefill_precision: PrefillPrecision | None = None
+    rounding: Rounding | None = None
+
+    @property
+    def is_smoothed(self) -> bool:
+        """Whether a calibration smooths activations."""
+        return self.rounding == "calibrated" and not {self.precision, self.prefill_precision}.isdisjoint(
+            SMOOTHED_PRECISIONS
+        )
+
+    @property
+    def gptq_block_size(self) -> int | None:
+        """The blocks of weights that a calibration rounds; None where it rounds none."""
+        is_wanted = self.rounding == "calibrated" and self.precision in GPTQ_PRECISIONS
+        return (self.block_size or DEFAULT_BLOCK_SIZE) if is_wanted else None
 
 
 def write_decoder(
@@ -64,6 +87,7 @@ def write_decoder(
     *,
     block_size: int | None = None,
     name: str = DECODER_NAME,
+    calibration: Calibration | None = None,
 ) -> Path:
     """Write a decoder and its weights: embeddings and KV cache in, logits of the last position out.
 
@@ -78,6 +102,7 @@ def write_decoder(
         on_weight: called with (weights done, all weights).
         block_size: weights in a block, one of BLOCK_SIZES; None for DEFAULT_BLOCK_SIZE.
         name: of the file; the weights lie beside it.
+        calibration: how to round, with the same block size; None rounds to the nearest.
 
     Raises:
         MissingExtraError: onnxruntime-genai is not installed.
@@ -108,13 +133,15 @@ def write_decoder(
         save_model(decoder.model, file, on_weight)
         return file
     if precision == "w8a8":
-        quantize_products(decoder.model, on_weight)
+        smoothing = None if calibration is None else calibration.smoothing
+        quantize_products(decoder.model, on_weight, smoothing, checkpoint.config.text_config)
     else:
         settings = WeightOnlySettings(
             NUM_BITS[precision], block_size or DEFAULT_BLOCK_SIZE, accuracy_level=0 if is_half else 4
         )
+        rounded = None if calibration is None or precision not in GPTQ_PRECISIONS else calibration.weights
         with _silenced():
-            quantize_weights(decoder.model, settings, on_weight)
+            quantize_weights(decoder.model, settings, on_weight, rounded)
     save_model(decoder.model, file)
     # Now, not when the garbage collector comes: another decoder may be written next.
     for weight in decoder.model.graph.initializers.values():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from hivtp.engines.bundle import Bundle
+from hivtp.export.decoder.build import Rounding
 from hivtp.export.decoder.layout import LANGUAGE_FOLDER, decoder_manifest
 from hivtp_ops.errors import BundleError
 
@@ -60,12 +61,26 @@ def open_source(source: Path, checkpoint: Checkpoint, kind: DecoderKind) -> Bund
             f"for prompts {source} holds a decoder of precision {held or 'none'}, and "
             f"{kind.prefill_precision or 'none'} is asked for; {advice}, or export the decoder again"
         )
+    _check_rounding(bundle, kind)
     if decoder != decoder_manifest(kind):
         raise BundleError(
             f"{source} keeps its decoder where no export puts it, or says that it takes {decoder.dtype}; export the "
             "decoder again"
         )
     return bundle
+
+
+def _check_rounding(bundle: Bundle, kind: DecoderKind) -> None:
+    try:
+        held = bundle.manifest.verification["language"]["rounding"]["asked"]
+    except (KeyError, TypeError):
+        # What is missing is said when the reports are taken over.
+        return
+    if held == kind.rounding:
+        return
+    choices = [name for name in get_args(Rounding) if name == held]
+    advice = f"say --language-rounding {choices[0]}, or export the decoder again" if choices else "export it again"
+    raise BundleError(f"the decoder of {bundle.folder} is not rounded as asked ({kind.rounding or 'plain'}): {advice}")
 
 
 def take_decoder(source: Bundle, folder: Path) -> dict[str, Any]:

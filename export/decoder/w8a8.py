@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hivtp.export.decoder.rounding.smoothed_graph import smooth_vectors, smoothed_matrix
 from hivtp.export.decoder.weight_only import constant_products, drop_unused
 from hivtp.export.graph.builder import MICROSOFT, quantize_per_channel, shared_constant
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import onnx_ir as ir
+
+    from hivtp.export.decoder.rounding.smoothing import Smoothing
 
 # One operator multiplies in int8 and scales; ONNX Runtime has it on the CPU.
 PRODUCT = "MatMulIntegerToFloat"
@@ -24,7 +27,12 @@ MAX_WHOLE = 127
 MIN_SIZE = 1e-30
 
 
-def quantize_products(model: ir.Model, on_node: Callable[[int, int], None] = lambda _done, _total: None) -> None:
+def quantize_products(
+    model: ir.Model,
+    on_node: Callable[[int, int], None] = lambda _done, _total: None,
+    smoothing: Smoothing | None = None,
+    config: Any = None,
+) -> None:
     """Replace every MatMul with a constant weight by a product in int8, in place.
 
     A weight has one scale per output channel, and an activation one per position, which is found at run time: outliers
@@ -35,17 +43,23 @@ def quantize_products(model: ir.Model, on_node: Callable[[int, int], None] = lam
     Args:
         model: float32; its weights may be lazy: one at a time is in memory in float32, and all of them in int8.
         on_node: called with (products done, all products).
+        smoothing: what weights and norms are multiplied by before they are rounded.
+        config: of the language model, which smoothing needs.
     """
     nodes = constant_products(model)
-    rounder = _Rounder(model)
+    if smoothing is not None:
+        smooth_vectors(model, smoothing, config)
+    rounder = _Rounder(model, smoothing, config)
     for done, node in enumerate(nodes, start=1):
         rounder.replace(node)
         on_node(done, len(nodes))
 
 
 class _Rounder:
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, smoothing: Smoothing | None, config: Any) -> None:
         self._model = model
+        self._smoothing = smoothing
+        self._config = config
         # By the name of an activation: its rounded values and their scales; several products may share them.
         self._rounded: dict[str, tuple[ir.Value, ir.Value]] = {}
 
@@ -57,7 +71,10 @@ class _Rounder:
         assert value is not None, "a product has two factors"
         assert weight is not None, "it was found by its weight"
         assert weight.const_value is not None, "it was found by its weight"
-        matrix, scales = quantize_per_channel(weight.const_value.numpy().T.astype(np.float32, copy=False))
+        values = weight.const_value.numpy().T.astype(np.float32, copy=False)
+        if self._smoothing is not None:
+            values = smoothed_matrix(values, str(node.name), self._smoothing, self._config)
+        matrix, scales = quantize_per_channel(values)
         rounded, value_scales = self._round(value, node)
         inputs = [
             rounded,

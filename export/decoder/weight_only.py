@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from hivtp.export.graph.builder import MICROSOFT, shared_constant
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import numpy as np
     import onnx_ir as ir
 
+    from hivtp.export.decoder.rounding.grid import RoundedWeight
+
 # Of a weight that ONNX Runtime's quantizer gets at once: a message of protobuf holds 2 GiB, and the head of Qwen2-7B,
 # with its vocabulary of 152,000, is larger.
 MAX_PART_BYTES = 2**29
+# Of a head beside weights that a text calibrated: its error reaches the logits whole, and it is read once per token.
+HEAD_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ def quantize_weights(
     model: ir.Model,
     settings: WeightOnlySettings,
     on_node: Callable[[int, int], None] = lambda _done, _total: None,
+    rounded: Mapping[str, RoundedWeight] | None = None,
 ) -> None:
     """Replace every MatMul with a constant weight by a com.microsoft MatMulNBits, in place.
 
@@ -48,20 +55,22 @@ def quantize_weights(
         model: its weights may be lazy.
         settings: how to round.
         on_node: called with (layers done, all layers).
+        rounded: weights that are rounded already, in blocks of that size, by the names of their nodes. The others,
+            which is the head, are then rounded to HEAD_BITS.
     """
     from onnx_ir.convenience import replace_nodes_and_values
 
     nodes = constant_products(model)
     for done, node in enumerate(nodes, start=1):
-        quantized = _quantized_alone(node, settings)
-        value, weight = node.inputs
+        weight = node.inputs[1]
         assert weight is not None, "it was found by its weight"
-        initializers = list(quantized.graph.initializers.values())
-        replacement = _node(quantized, [value, *initializers])
+        if not rounded:
+            replacement = _rounded_to_nearest(model, node, settings)
+        elif str(node.name) in rounded:
+            replacement = _rounded_already(model, node, rounded[str(node.name)], settings)
+        else:
+            replacement = _rounded_to_nearest(model, node, replace(settings, bits=HEAD_BITS))
         replace_nodes_and_values(model.graph, node, [node], [replacement], node.outputs, replacement.outputs)
-        for initializer in initializers:
-            quantized.graph.initializers.pop(str(initializer.name))
-            model.graph.register_initializer(initializer)
         drop_unused(model, weight)
         on_node(done, len(nodes))
 
@@ -78,6 +87,41 @@ def drop_unused(model: ir.Model, weight: ir.Value) -> None:
     model.graph.initializers.pop(str(weight.name))
     # Now, not when the garbage collector runs: the tensor may map gigabytes of a file.
     weight.const_value = None
+
+
+def _rounded_to_nearest(model: ir.Model, node: ir.Node, settings: WeightOnlySettings) -> ir.Node:
+    quantized = _quantized_alone(node, settings)
+    initializers = list(quantized.graph.initializers.values())
+    replacement = _node(quantized, [node.inputs[0], *initializers])
+    for initializer in initializers:
+        quantized.graph.initializers.pop(str(initializer.name))
+        model.graph.register_initializer(initializer)
+    return replacement
+
+
+def _rounded_already(model: ir.Model, node: ir.Node, rounded: RoundedWeight, settings: WeightOnlySettings) -> ir.Node:
+    import onnx_ir as ir
+
+    value, weight = node.inputs
+    assert weight is not None, "it was found by its weight"
+    assert weight.shape is not None, "a weight has a shape"
+    assert weight.dtype is not None, "a weight has a type"
+    # Named, shaped and packed as ONNX Runtime's quantizer does.
+    parts = {
+        "Q4": rounded.packed,
+        "scales": rounded.scales.ravel().astype(weight.dtype.numpy(), copy=False),
+        "zero_points": rounded.zero_points.ravel(),
+    }
+    num_inputs, num_outputs = weight.shape
+    attributes = {
+        "K": num_inputs,
+        "N": num_outputs,
+        "bits": settings.bits,
+        "block_size": settings.block_size,
+        **({"accuracy_level": settings.accuracy_level} if settings.accuracy_level else {}),
+    }
+    inputs = [value, *(shared_constant(model, f"{weight.name}_{name}", array) for name, array in parts.items())]
+    return ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=node.name)
 
 
 def _quantized_alone(node: Any, settings: WeightOnlySettings) -> ir.Model:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from hivtp.export.checkpoint.config import sliding_window
+from hivtp.export.decoder.language_layers import LanguageLayers
 from hivtp.export.graph.shape import VisionShape
 
 if TYPE_CHECKING:
@@ -131,44 +131,24 @@ def language_reference(
         For each sequence the logits of the wanted positions, [positions, vocab] float32.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    config = deepcopy(config)
-    config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config).model
+    layers = LanguageLayers(config, read_weight)
     members: dict[int, list[int]] = {}
     for index, sequence in enumerate(sequences):
         members.setdefault(len(sequence), []).append(index)
-
-    def load(module: Any, prefix: str) -> Any:
-        weights = {name: read_weight(prefix + name).float() for name in module.state_dict()}
-        module.load_state_dict(weights, assign=True)
-        return module.eval()
-
     with torch.inference_mode():
         states = {
             length: torch.from_numpy(np.stack([sequences[index] for index in indices]))
             for length, indices in members.items()
         }
-        # Its frequencies are not weights, so it is made anew off the meta device.
-        rotary = type(skeleton.rotary_emb)(config)
-        places = {}
-        for length, hidden in states.items():
-            positions = torch.arange(length)[None]
-            places[length] = {
-                "attention_mask": _sees(config, length)[None, None],
-                "position_ids": positions,
-                "position_embeddings": rotary(hidden, positions),
-            }
-        for index, layer in enumerate(skeleton.layers):
-            load(layer, f"model.layers.{index}.")
-            states = {length: layer(hidden, **places[length]) for length, hidden in states.items()}
-            if observer is not None:
-                [places_of_all] = places.values()
-                observer.layer(index, layer, places_of_all)
-            layer.to("meta")
-        norm, weight = load(skeleton.norm, "model.norm."), read_weight("lm_head.weight").float()
+        places = {length: layers.places(length) for length in states}
+        for index in range(len(layers)):
+            with layers.layer(index) as layer:
+                states = {length: layer(hidden, **places[length]) for length, hidden in states.items()}
+                if observer is not None:
+                    [places_of_all] = places.values()
+                    observer.layer(index, layer, places_of_all)
+        norm, weight = layers.norm(), layers.head()
         head = weight.T
         logits: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(sequences)
         for length, indices in members.items():
@@ -178,12 +158,3 @@ def language_reference(
         if observer is not None:
             observer.head(norm, weight)
     return logits
-
-
-def _sees(config: Any, length: int) -> torch.Tensor:
-    """Which positions [length, length] attend to which: those before them, in a sliding window if there is one."""
-    import torch
-
-    sees = torch.ones(length, length, dtype=torch.bool).tril()
-    window = sliding_window(config)
-    return sees if window is None else sees.triu(1 - window)

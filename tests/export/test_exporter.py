@@ -113,7 +113,7 @@ def test_unknown_settings_are_refused() -> None:
 def test_a_failed_verification_leaves_nothing(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_arguments: object) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
         raise VerificationError("too far")
 
     monkeypatch.setattr(language, "verify_language", fail)

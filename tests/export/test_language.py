@@ -106,7 +106,9 @@ def test_options_of_a_decoder_are_refused(
 def test_every_precision_can_be_asked_for_and_no_other() -> None:
     assert BARE.decoder is None
     assert ExportSettings(graph="encoder").decoder is None
-    assert ExportSettings(language_precision="int4").decoder == DecoderKind("int4", DEFAULT_BLOCK_SIZE)
+    assert ExportSettings(language_precision="int4").decoder == DecoderKind(
+        "int4", DEFAULT_BLOCK_SIZE, rounding="calibrated"
+    )
     with pytest.raises(SpecError, match=r"language_precision is None; choose one of fp32, .*, int4-fp16, none"):
         ExportSettings(language_precision=None)
 

@@ -53,7 +53,7 @@ def test_the_summary_is_a_table_of_what_was_written_and_how_close_it_is(
     # Columns stand below each other.
     rows = [line for line in printed.splitlines() if line.startswith(("part", "vision", "language", "prefill"))]
     assert len({line.index(cell) for line, cell in zip(rows, ("precision", "fp32", "int4", "w8a8"), strict=True)}) == 1
-    assert "[10/10] The bundle opened and asked: done" in progress
+    assert "[11/11] The bundle opened and asked: done" in progress
 
 
 def test_the_next_command_works_as_it_is_printed(
@@ -100,7 +100,8 @@ def test_the_summary_says_where_layers_were_scaled_from_another_tower(
         ([], 8),
         (["--language-precision", "none"], 5),
         (["--graph", "encoder"], 5),
-        (["--prefill-precision", "w8a8"], 10),
+        (["--prefill-precision", "w8a8"], 11),
+        (["--language-precision", "int4", "--language-rounding", "plain"], 8),
         (["--decoder-from", "{pruned}"], 6),
     ],
 )

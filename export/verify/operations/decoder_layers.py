@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from hivtp.export.decoder.rounding.smoothing import Smoothing
     from hivtp.export.verify.operations.decoder_weights import DecoderWeights
 
 # The last layer computes the last position only, after its attention.
@@ -34,6 +35,7 @@ class DecoderLayers:
         config: of the language model.
         embeds: [length, hidden] float32, the prompt.
         weights: those that the decoder holds; None where they are the checkpoint's.
+        smoothing: of the decoder, which is compared too: it must change nothing but what passes between operations.
 
     Attributes:
         found: the comparisons.
@@ -41,13 +43,21 @@ class DecoderLayers:
             called.
     """
 
-    def __init__(self, file: Path, config: Any, embeds: NDArray[np.float32], weights: DecoderWeights | None) -> None:
+    def __init__(
+        self,
+        file: Path,
+        config: Any,
+        embeds: NDArray[np.float32],
+        weights: DecoderWeights | None,
+        smoothing: Smoothing | None = None,
+    ) -> None:
         import torch
 
         self.found: list[Comparison] = []
         self.logits = np.empty((0, 0), np.float32)
         self._config = config
         self._weights = weights
+        self._smoothing = smoothing
         self._values = DecoderValues(file, config, embeds)
         self._states = torch.from_numpy(embeds)[None]
         self._output = self._states
@@ -64,6 +74,10 @@ class DecoderLayers:
         from transformers import DynamicCache
 
         place, values = f"layer {index}", self._values
+        if self._smoothing is not None:
+            expected = layer(self._states, **places)
+            _smooth(layer, f"model.layers.{index}.", self._smoothing)
+            self._compare_smoothed(place, layer(self._states, **places), expected)
         if self._weights is not None:
             take_weights(layer, f"model.layers.{index}.", self._weights.rounded, place, self.found)
         self._states = layer(self._states, **places)
@@ -87,6 +101,11 @@ class DecoderLayers:
         vocab_size, hidden_size = head.shape
         linear = torch.nn.Linear(hidden_size, vocab_size, bias=False, device="meta")
         linear.weight = torch.nn.Parameter(head, requires_grad=False)
+        if self._smoothing is not None:
+            expected = linear(norm(self._states))
+            _smooth(norm, "model.norm.", self._smoothing)
+            _smooth(linear, "lm_head.", self._smoothing)
+            self._compare_smoothed(place, linear(norm(self._states)), expected)
         if self._weights is not None:
             take_weights(linear, "lm_head.", self._weights.rounded, place, self.found)
         self.logits = linear(norm(self._states))[0].numpy()
@@ -95,6 +114,10 @@ class DecoderLayers:
             steering.gives("operation", "norm", norm, values[source])
             steering.product("lm_head", linear, values.rounded(source), values["logits"])
             linear(norm(self._output[:, -1:]))
+
+    def _compare_smoothed(self, place: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+        with Steering(place, self.found, _LAST) as steering:
+            steering.compare("operation", "smoothed output", expected, found.numpy())
 
     def _steer(self, steering: Steering, layer: Any, at: str) -> None:
         attention, mlp, values, config = layer.self_attn, layer.mlp, self._values, self._config
@@ -132,3 +155,9 @@ class DecoderLayers:
             biased = torch.from_numpy(before.astype(np.float32)) + module.bias
             steering.compare("operation", f"bias of {name}", biased, after)
         steering.product(name, module, self._values.rounded(source), after)
+
+
+def _smooth(module: torch.nn.Module, prefix: str, smoothing: Smoothing) -> None:
+    """Give a module the weights of the smoothed model; its own may be mapped from the checkpoint, and stay."""
+    state = {name: smoothing.smoothed(prefix + name, weight) for name, weight in module.state_dict().items()}
+    module.load_state_dict(state, assign=True)

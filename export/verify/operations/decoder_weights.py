@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hivtp.export.checkpoint.config import head_size
+from hivtp.export.decoder.names import weights_of
 from hivtp.export.decoder.w8a8 import PRODUCT
 
 if TYPE_CHECKING:
@@ -18,10 +17,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hivtp.export.checkpoint.folder import Checkpoint
-
-# How the model builder names the nodes of a layer's linear maps; "qkv" is three of them stacked.
-_NODE_NAME = re.compile(r"^/model/layers\.(?P<layer>\d+)/(?P<block>attn|mlp)/(?P<kind>\w+)_proj/")
-_BLOCKS = {"attn": "self_attn", "mlp": "mlp"}
 
 
 class DecoderWeights:
@@ -40,7 +35,8 @@ class DecoderWeights:
         self._places: dict[str, tuple[ir.Node, slice]] = {}
         for node in ir.load(file).graph:
             if node.op_type in ("MatMulNBits", PRODUCT):
-                self._register(node)
+                for name, rows in weights_of(node.name or "", checkpoint.config.text_config).items():
+                    self._places[name] = (node, rows)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A weight by its name in the causal language model, [out, in] float32 where the decoder rounds it."""
@@ -56,28 +52,12 @@ class DecoderWeights:
         node, rows = self._places[name]
         return torch.from_numpy(dequantize(node, rows))
 
-    def _register(self, node: ir.Node) -> None:
-        match = _NODE_NAME.match(node.name or "")
-        if match is None:
-            self._places["lm_head.weight"] = (node, slice(None))
-            return
-        prefix = f"model.layers.{match['layer']}.{_BLOCKS[match['block']]}"
-        if match["kind"] != "qkv":
-            self._places[f"{prefix}.{match['kind']}_proj.weight"] = (node, slice(None))
-            return
-        config = self._checkpoint.config.text_config
-        start = 0
-        for kind, num_heads in zip("qkv", (config.num_attention_heads, *[config.num_key_value_heads] * 2), strict=True):
-            stop = start + num_heads * head_size(config)
-            self._places[f"{prefix}.{kind}_proj.weight"] = (node, slice(start, stop))
-            start = stop
-
 
 def dequantize(node: Any, rows: slice = slice(None)) -> NDArray[np.float32]:
     """Rows of the weight [out, in] float32 of a com.microsoft node.
 
     Args:
-        node: a MatMulNBits with symmetric blocks of 4 or 8 bits, or what quantize_products leaves.
+        node: a MatMulNBits with blocks of 4 or 8 bits, or what quantize_products leaves.
         rows: which.
     """
     if node.op_type == PRODUCT:
@@ -88,10 +68,20 @@ def dequantize(node: Any, rows: slice = slice(None)) -> NDArray[np.float32]:
     num_out, num_in, bits = attributes["N"], attributes["K"], attributes["bits"]
     packed, scales = packed.reshape(num_out, -1)[rows], scales.reshape(num_out, -1, 1)[rows]
     if bits == 4:
-        # Two values in a byte, the lower half first.
-        packed = np.stack([packed & 0xF, packed >> 4], axis=-1)
+        packed = _unpacked(packed)
     values = packed.reshape(len(packed), -1, attributes["block_size"]).astype(np.float32)
     # In place: at 7 B the float32 weights of one layer take 0.8 GB.
-    values -= 1 << (bits - 1)
+    if len(node.inputs) > 3:
+        zero_points = node.inputs[3].const_value.numpy().reshape(num_out, -1)[rows]
+        zero_points = _unpacked(zero_points) if bits == 4 else zero_points
+        # An odd number of blocks leaves half a byte over.
+        values -= zero_points.reshape(len(packed), -1, 1)[:, : values.shape[1]]
+    else:
+        values -= 1 << (bits - 1)
     values *= scales
     return np.ascontiguousarray(values.reshape(len(packed), -1)[:, :num_in])
+
+
+def _unpacked(packed: NDArray[Any]) -> NDArray[Any]:
+    """Two values in a byte, the lower half first, along the last axis."""
+    return np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

@@ -163,7 +163,7 @@ def test_the_command_writes_a_second_decoder_and_says_so(
     [line] = [line for line in printed.splitlines() if line.startswith("prefill ")]
     assert line.split()[1] == "w8a8"
     assert "rounding costs" in line
-    assert re.search(r"\[8/10\] .* against PyTorch: done", progress)
+    assert re.search(r"\[9/11\] .* against PyTorch: done", progress)
     manifest = Bundle.open(folder, check_hashes=True).manifest
     decoder = manifest.language.decoder
     assert (decoder.precision, decoder.prefill_precision) == ("int4", "w8a8")
