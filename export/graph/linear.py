@@ -107,7 +107,9 @@ class LinearLayers:
             size = graph.op("Abs", value, name=f"{name}.sizes")
             axis = graph.constant("axis_last", [-1])
             size = graph.op("ReduceMax", size, axis, name=f"{name}.largest", keepdims=1)
-            size = graph.op("Max", size, graph.constant("int8.least", np.array(MIN_SIZE, np.float32)), name=f"{name}.size")
+            size = graph.op(
+                "Max", size, graph.constant("int8.least", np.array(MIN_SIZE, np.float32)), name=f"{name}.size"
+            )
             step = graph.constant("int8.step", np.array(1 / MAX_INT8, np.float32))
             scale = graph.op("Mul", size, step, name=f"{name}.scale")
             # Divided first, then rounded by a scale of one: an operator that rounds by a scale per token is slower.

@@ -63,7 +63,9 @@ class SmoothedWeights:
         key = layer + norm
         if key not in self._factors:
             linears = [f"{layer}{linear}.weight" for linear in CONSUMERS[norm]]
-            weights = torch.stack([self._read_weight(linear).float().abs().amax(dim=0) for linear in linears]).amax(dim=0)
+            weights = torch.stack([self._read_weight(linear).float().abs().amax(dim=0) for linear in linears]).amax(
+                dim=0
+            )
             activations = torch.from_numpy(self._maxima[linears[0]])
             sizes = activations**STRENGTH / weights.clamp(min=MIN_SIZE) ** (1 - STRENGTH)
             is_used = (activations > MIN_SIZE) & (weights > MIN_SIZE)

@@ -143,7 +143,9 @@ class VisionLayers:
             steering.takes("operation", "kept tokens", attention.q_proj, values[queries_from])
         self._product(steering, f"{path}.self_attn.q_proj", attention.q_proj, queries_from, f"{at}.attention.queries")
         self._product(whole, f"{path}.self_attn.k_proj", attention.k_proj, f"{at}.norm1", f"{at}.attention.keys.matmul")
-        self._product(whole, f"{path}.self_attn.v_proj", attention.v_proj, f"{at}.norm1", f"{at}.attention.values.matmul")
+        self._product(
+            whole, f"{path}.self_attn.v_proj", attention.v_proj, f"{at}.norm1", f"{at}.attention.values.matmul"
+        )
         [mixed] = [name for kind in ("fused", "merged") if (name := f"{at}.attention.{kind}") in values]
         steering.takes("operation", "attention", attention.out_proj, values[mixed])
         self._product(steering, f"{path}.self_attn.out_proj", attention.out_proj, mixed, f"{at}.attention.output")
@@ -166,13 +168,15 @@ class VisionLayers:
             steering.takes("operation", "features", projector.linear_1, values[source])
             self._product(steering, "projector.linear_1", projector.linear_1, source, "projector.inner")
             steering.takes("operation", "activation", projector.linear_2, values["projector.activation"])
-            self._product(steering, "projector.linear_2", projector.linear_2, "projector.activation", "projector.output")
+            self._product(
+                steering, "projector.linear_2", projector.linear_2, "projector.activation", "projector.output"
+            )
             projector(features)
 
-    def _product(self, steering: Steering, path: str, module: torch.nn.Module, source: str, result: str) -> None:
-        values, name = self._values, path.rpartition(".")[2]
+    def _product(self, steering: Steering, path: str, module: torch.nn.Linear, source: str, result: str) -> None:
         import torch
 
+        values, name = self._values, path.rpartition(".")[2]
         # Without a bias the product itself is the result.
         found = values[result if result in values else f"{result}.matmul"]
         if not self._weights.is_in_blocks(f"{path}.weight"):

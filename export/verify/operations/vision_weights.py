@@ -28,8 +28,10 @@ class VisionWeights:
         graph = ir.load(file).graph
         self._initializers = graph.initializers
         # A last block is filled up, so its weight does not say how many inputs there are.
-        products = (node for node in graph if node.op_type == BLOCK_PRODUCT)
-        self._num_inputs = {str(node.inputs[1].name): node.attributes["K"].as_int() for node in products}
+        products = [(node.inputs[1], node.attributes) for node in graph if node.op_type == BLOCK_PRODUCT]
+        self._num_inputs = {
+            str(weight.name): attributes["K"].as_int() for weight, attributes in products if weight is not None
+        }
 
     def rounded(self, name: str) -> torch.Tensor | None:
         """A weight [out, in] float32 by its canonical name; None where the graph does not round it to 8 bits."""
@@ -37,7 +39,9 @@ class VisionWeights:
 
         for kind in ("int8", "fp8"):
             if f"{name}.{kind}" in self._initializers:
-                matrix = self._read(f"{name}.{kind}").astype(np.float32) * self._read(f"{name}.scale").astype(np.float32)
+                matrix = self._read(f"{name}.{kind}").astype(np.float32) * self._read(f"{name}.scale").astype(
+                    np.float32
+                )
                 return torch.from_numpy(np.ascontiguousarray(matrix.T))
         if f"{name}.blocks" in self._initializers:
             whole = self._read(f"{name}.blocks").astype(np.float32) - ZERO_POINT
