@@ -25,7 +25,7 @@ from hivtp.export.decoder.reuse import open_source
 from hivtp.export.decoder.rounding.text import calibration_text
 from hivtp.export.decoder.support import check_decoder
 from hivtp.export.graph.builder import save_model
-from hivtp.export.graph.calibration import activation_maxima
+from hivtp.export.graph.calibration import activation_maxima, first_fp8_layer
 from hivtp.export.graph.shape import VisionShape
 from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.language import export_decoder, language_manifest, num_decoder_steps
@@ -35,6 +35,7 @@ from hivtp.export.space import check_space
 from hivtp.export.staging.destination import check_destination
 from hivtp.export.staging.staged import staged
 from hivtp.export.verify.opening import open_and_ask
+from hivtp.export.verify.samples import generated_runs
 from hivtp.export.verify.text import check_token_ids
 from hivtp.export.verify.vision import verify_vision
 from hivtp.runtime.inputs.images import load_image
@@ -116,8 +117,10 @@ def export_bundle(
         if settings.calibration:
             with progress.step(f"Calibration on {len(settings.calibration)} images"):
                 runs = _calibration_runs(settings, processor or Processor.open(checkpoint), progress)
-                maxima = activation_maxima(checkpoint, spec, runs, folder)
+                maxima = activation_maxima(checkpoint, first_fp8_layer(spec, shape), runs, folder)
         with progress.step(f"Vision graph, {settings.vision_precision}"):
+            if settings.vision_precision == "int8":
+                maxima = activation_maxima(checkpoint, 0, generated_runs(shape.image_size), folder)
             graph = build_vision_graph(checkpoint, spec, settings.vision_precision, settings.graph, maxima)
             save_model(graph, folder / VISION_FILE, progress.update)
         with progress.step("Vision graph against PyTorch"):

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from hivtp.engines.base import Arrays, EngineSettings
     from hivtp.engines.bundle import Bundle
 
-# Graphs whose products OpenVINO computes in a wider type than they say.
-SLOW_PRECISIONS = ("int8", "fp8")
+# Graphs that hold rounded weights, and are computed in float32 around them.
+ROUNDED_PRECISIONS = ("int8", "fp8")
 
 
 class OpenVinoEngine:
@@ -49,12 +49,12 @@ class OpenVinoEngine:
 
     def __init__(self, bundle: Bundle, settings: EngineSettings) -> None:
         openvino, core, vision = load_openvino(), shared_core(), bundle.manifest.vision
-        is_rounded = vision.precision in SLOW_PRECISIONS
+        is_rounded = vision.precision in ROUNDED_PRECISIONS
         precision: FloatType = "float32" if is_rounded else resolve_precision(core, settings.precision)
-        if is_rounded:
+        if vision.precision == "fp8":
             warnings.warn(
-                f"openvino runs the {vision.precision} vision graph of {bundle.folder} without products of 8 bits, "
-                "several times slower than onnxruntime; choose onnxruntime, or export with --vision-precision fp32",
+                f"openvino runs the fp8 vision graph of {bundle.folder} without products of 8 bits, several "
+                "times slower than onnxruntime; choose onnxruntime, or export with --vision-precision fp32",
                 EngineWarning,
                 stacklevel=4,
             )

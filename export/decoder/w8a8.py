@@ -9,7 +9,8 @@ import numpy as np
 
 from hivtp.export.decoder.rounding.smoothed_graph import smooth_vectors, smoothed_matrix
 from hivtp.export.decoder.weight_only import constant_products, drop_unused
-from hivtp.export.graph.builder import MICROSOFT, quantize_per_channel, shared_constant
+from hivtp.export.graph.builder import MICROSOFT, shared_constant
+from hivtp.export.graph.rounding import quantize_per_channel
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,8 +14,13 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-    from hivtp.export.graph.builder import GraphBuilder
+    from hivtp.export.graph.linear import LinearLayers
     from hivtp.export.graph.shape import VisionShape
+
+
+# Inputs of a product of 8 bits that share a scale, in the layers that the scores depend on. The first layer's channels
+# are the least alike: 256 in one of trained towers where others have 1.
+BLOCK_SIZE, FIRST_BLOCK_SIZE = 128, 32
 
 
 class Tower:
@@ -25,14 +30,15 @@ class Tower:
     read; the others use the fused operator.
 
     Args:
-        graph: the graph; its weights are named "vision.…".
+        linears: adds linear layers to the graph, whose weights are named "vision.…".
         shape: sizes of the tower.
         config: its `transformers.CLIPVisionConfig` or `SiglipVisionConfig`.
         scoring_layers: 0-based encoder layers whose attention is read.
     """
 
-    def __init__(self, graph: GraphBuilder, shape: VisionShape, config: Any, scoring_layers: range) -> None:
-        self.graph = graph
+    def __init__(self, linears: LinearLayers, shape: VisionShape, config: Any, scoring_layers: range) -> None:
+        self.graph = linears.graph
+        self._linears = linears
         self.shape = shape
         self.config = config
         self.kind = TOWER_KINDS[config.model_type]
@@ -85,9 +91,9 @@ class Tower:
         attended = self._attention(index, queries_from, normed, f"{name}.attention", f"{path}.self_attn")
         hidden = graph.op("Add", residual, attended, name=f"{name}.attended")
         normed = self._norm(hidden, f"{path}.layer_norm2", f"{name}.norm2")
-        inner = self._linear(normed, f"{path}.mlp.fc1", f"{name}.fc1")
+        inner = self._linear(index, normed, f"{path}.mlp.fc1", f"{name}.fc1")
         inner = activation(graph, self.config.hidden_act, inner, f"{name}.activation")
-        outer = self._linear(inner, f"{path}.mlp.fc2", f"{name}.fc2")
+        outer = self._linear(index, inner, f"{path}.mlp.fc2", f"{name}.fc2")
         return graph.op("Add", hidden, outer, name=f"{name}.output")
 
     def importance(self, name: str) -> ir.Value:
@@ -126,11 +132,12 @@ class Tower:
 
     def _attention(self, index: int, queries_from: ir.Value, normed: ir.Value, name: str, path: str) -> ir.Value:
         graph = self.graph
-        queries = self._linear(queries_from, f"{path}.q_proj", f"{name}.queries")
+        size = self._block_size(index)
+        queries = self._linear(index, queries_from, f"{path}.q_proj", f"{name}.queries")
         # A term that is the same for all keys of a query cancels in the softmax; the bias of the keys is one.
-        keys = graph.linear(normed, f"{path}.k_proj.weight", None, f"{name}.keys")
+        keys = self._linears.add(normed, f"{path}.k_proj.weight", None, f"{name}.keys", size)
         # Probabilities sum to one, so the bias of the values passes through them, and is added afterwards instead.
-        values = graph.linear(normed, f"{path}.v_proj.weight", None, f"{name}.values")
+        values = self._linears.add(normed, f"{path}.v_proj.weight", None, f"{name}.values", size)
         if index in self.scoring_layers:
             mixed = self._explicit_attention(queries, keys, values, name)
         else:
@@ -138,7 +145,7 @@ class Tower:
         bias = graph.read(f"{path}.out_proj.weight") @ graph.read(f"{path}.v_proj.bias")
         bias = (bias + graph.read(f"{path}.out_proj.bias")).astype(graph.compute_dtype.numpy())
         bias_with_values = graph.constant(f"{path}.out_proj.bias_with_values", bias)
-        return graph.linear(mixed, f"{path}.out_proj.weight", bias_with_values, f"{name}.output")
+        return self._linears.add(mixed, f"{path}.out_proj.weight", bias_with_values, f"{name}.output", size)
 
     def _fused_attention(self, queries: ir.Value, keys: ir.Value, values: ir.Value, name: str) -> ir.Value:
         graph, num_heads = self.graph, self.shape.num_heads
@@ -184,8 +191,14 @@ class Tower:
         mixed = graph.op("Transpose", mixed, name=f"{name}.rows", perm=[0, 2, 1, 3])
         return graph.op("Reshape", mixed, merge, name=f"{name}.merged")
 
-    def _linear(self, value: ir.Value, path: str, name: str) -> ir.Value:
-        return self.graph.linear(value, f"{path}.weight", f"{path}.bias", name)
+    def _linear(self, index: int, value: ir.Value, path: str, name: str) -> ir.Value:
+        return self._linears.add(value, f"{path}.weight", f"{path}.bias", name, self._block_size(index))
+
+    def _block_size(self, index: int) -> int | None:
+        """For the products of a layer; None where no score depends on them."""
+        if index >= self.scoring_layers.stop:
+            return None
+        return BLOCK_SIZE if index else FIRST_BLOCK_SIZE
 
     def _norm(self, value: ir.Value, path: str, name: str) -> ir.Value:
         return self.graph.layer_norm(value, f"{path}.weight", f"{path}.bias", self.config.layer_norm_eps, name)

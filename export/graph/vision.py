@@ -8,7 +8,9 @@ import numpy as np
 
 from hivtp.export.graph.activation import activation
 from hivtp.export.graph.builder import OPSET, GraphBuilder, Output, VisionPrecision
+from hivtp.export.graph.linear import LinearLayers
 from hivtp.export.graph.shape import VisionShape
+from hivtp.export.graph.smoothing import SmoothedWeights
 from hivtp.export.graph.tower import Tower
 from hivtp_ops.onnx_function import hierarchical_prune_function, hierarchical_prune_node
 
@@ -28,7 +30,7 @@ def build_vision_graph(
     spec: PruningSpec | None,
     precision: VisionPrecision,
     kind: GraphKind = "vision",
-    maxima: Mapping[str, float] | None = None,
+    maxima: Mapping[str, np.ndarray] | None = None,
 ) -> ir.Model:
     """Build one of the two vision graphs.
 
@@ -45,7 +47,7 @@ def build_vision_graph(
         spec: with its layers resolved; None for no pruning (only with "vision").
         precision: see GraphBuilder.
         kind: which graph.
-        maxima: for fp8, see `activation_maxima`.
+        maxima: for fp8 and int8, see `calibrated_maxima`.
 
     Raises:
         CheckpointError: an activation of the model is not supported.
@@ -62,14 +64,18 @@ class _VisionGraph:
         checkpoint: Checkpoint,
         spec: PruningSpec | None,
         precision: VisionPrecision,
-        maxima: Mapping[str, float] | None,
+        maxima: Mapping[str, np.ndarray] | None,
     ) -> None:
         self.config = checkpoint.config
         self.is_tiled = checkpoint.is_tiled
         self.shape = VisionShape.of(checkpoint.config)
-        self.graph = GraphBuilder(checkpoint.tensor, precision, maxima)
+        read = checkpoint.tensor
+        if precision == "int8" and maxima is not None:
+            read = SmoothedWeights(checkpoint.tensor, maxima).read
+        self.graph = GraphBuilder(read, precision)
+        self.linears = LinearLayers(self.graph, maxima if precision == "fp8" else None)
         scoring_layers = range(0) if spec is None else spec.scoring_layers
-        self.tower = Tower(self.graph, self.shape, self.config.vision_config, scoring_layers)
+        self.tower = Tower(self.linears, self.shape, self.config.vision_config, scoring_layers)
         side = self.shape.image_size
         self.pixels = self.graph.input("pixel_values", "FLOAT", ["tiles", 3, side, side])
 
@@ -185,4 +191,4 @@ class _VisionGraph:
 
     def _linear(self, value: ir.Value, path: str, name: str) -> ir.Value:
         bias = f"{path}.bias" if self.config.multimodal_projector_bias else None
-        return self.graph.linear(value, f"{path}.weight", bias, name)
+        return self.linears.add(value, f"{path}.weight", bias, name)

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
+# What an int8 graph is calibrated on: which channels are large is a property of the tower more than of the image.
+NUM_CALIBRATION_TILES = 2
 # Tag 274 of EXIF: how to turn the stored image. 6 is by a quarter.
 _ORIENTATION, _QUARTER_TURN = 274, 6
 
@@ -35,6 +39,11 @@ def sample_pixels(num_tiles: int, image_size: int) -> NDArray[np.float32]:
     # Over all, so that no two patches are alike and scores do not tie.
     tiles += rng.normal(0, 0.1, tiles.shape).astype(np.float32)
     return tiles
+
+
+def generated_runs(image_size: int) -> Iterator[NDArray[np.float32]]:
+    """Generated tiles for a calibration, [1, 3, image_size, image_size] float32 each."""
+    yield from np.split(sample_pixels(NUM_CALIBRATION_TILES, image_size), NUM_CALIBRATION_TILES)
 
 
 def sample_patch_mask(num_tiles: int, grid: tuple[int, int]) -> NDArray[np.bool_]:

@@ -42,12 +42,13 @@ VISION_TOLERANCES: Mapping[str, VisionTolerance] = {
     "fp8": VisionTolerance(relative_error=1e-1, min_jaccard=0.95, importance_error=2e-2),
     "int8": VisionTolerance(relative_error=1e-1, min_jaccard=0.80, importance_error=2e-1),
 }
-# Measured in the same way. Products of int8 are exact; what rounding their inputs costs is bounded apart.
+# Measured in the same way. Products of int8 are exact, and what rounding their inputs costs is bounded apart, but in
+# blocks they round what they multiply within the kernel: up to 0.02.
 LAYER_TOLERANCES: Mapping[str, LayerTolerance] = {
     "fp32": LayerTolerance(operation=1e-4, product=1e-4),
     "fp16": LayerTolerance(operation=8e-3, product=4e-3),
     "fp8": LayerTolerance(operation=8e-3, product=4e-3, rounding=0.5, weights=0.3),
-    "int8": LayerTolerance(operation=1e-4, product=1e-4, rounding=0.5, weights=0.3),
+    "int8": LayerTolerance(operation=1e-4, product=1e-4, blocks=0.2, rounding=0.5, weights=0.3),
 }
 NUM_TILES = 2
 
@@ -92,7 +93,7 @@ def verify_vision(
     reference = vision_reference(checkpoint, spec, inputs["pixel_values"], layers)
     subject = f"the {precision} vision graph"
     by_layer = check_layers(subject, layers.found, LAYER_TOLERANCES[precision])
-    # One by one, as the runtime encodes tiles with an int8 graph.
+    # One by one, so that memory holds the values of one tile.
     engine = create_engine("onnxruntime", file)
     tiles = [*(engine.run(tile) for tile in others), layers.outputs]
     outputs = {name: np.concatenate([tile[name] for tile in tiles]) for name in engine.output_names}

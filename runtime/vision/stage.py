@@ -53,15 +53,14 @@ class VisionStage:
         engine: holds the graph.
         manifest: describes it.
         max_tiles_per_run: more tiles than this, or than the engine takes, go through the graph in several runs,
-            which bounds its memory; an int8 graph always runs one by one.
+            which bounds its memory.
     """
 
     def __init__(self, engine: Engine, manifest: VisionManifest, max_tiles_per_run: int) -> None:
         self.engine = engine
         self.manifest = manifest
-        # An int8 graph takes one scale for the activations of a whole run, so tiles in it would change each other.
-        most = 1 if manifest.precision == "int8" else max_tiles_per_run
-        self.max_tiles_per_run = most if engine.max_tiles is None else min(most, engine.max_tiles)
+        most = engine.max_tiles
+        self.max_tiles_per_run = max_tiles_per_run if most is None else min(max_tiles_per_run, most)
         self.is_pruned = "kept_indices" in engine.output_names
 
     def encode(

@@ -27,7 +27,7 @@ from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.cli.plan import make_parser, plan_summary, settings_from
 from hivtp.export.exporter import export_bundle
 from hivtp.export.graph.builder import save_model
-from hivtp.export.graph.calibration import activation_maxima
+from hivtp.export.graph.calibration import activation_maxima, first_fp8_layer
 from hivtp.export.graph.shape import VisionShape
 from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.plan import Builder, PlanSettings, export_plan
@@ -430,7 +430,8 @@ def write_graph(folder: Path, file: Path, spec: PruningSpec | None, precision: s
     maxima = None
     if precision == "fp8":
         pixel_values = sample_pixels(1, checkpoint.config.vision_config.image_size)
-        maxima = activation_maxima(checkpoint, resolved, [pixel_values], file.parent)
+        first = first_fp8_layer(resolved, VisionShape.of(checkpoint.config))
+        maxima = activation_maxima(checkpoint, first, [pixel_values], file.parent)
     save_model(build_vision_graph(checkpoint, resolved, precision, kind, maxima), file)
     return file
 

@@ -25,6 +25,7 @@ class LayerTolerance:
 
     operation: float
     product: float
+    blocks: float = 0.0
     rounding: float = 0.0
     weights: float = 0.0
 

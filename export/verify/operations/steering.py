@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # What was compared. "operation": normalisation, attention, activation, sum: what no precision rounds to 8 bits.
-# "product": a linear layer, on what it multiplies. "rounding": what it multiplies, with what it is given. "weights":
-# those of the graph, with those of the checkpoint.
-Kind = Literal["operation", "product", "rounding", "weights"]
+# "product": a linear layer, on what it multiplies. "blocks": one whose kernel rounds what it multiplies, in blocks.
+# "rounding": what it multiplies, with what it is given. "weights": those of the graph, with those of the checkpoint.
+Kind = Literal["operation", "product", "blocks", "rounding", "weights"]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hivtp.export.graph.rounding import ZERO_POINT
+from hivtp.export.graph.smoothing import CONSUMERS
 from hivtp.export.verify.operations.graph_values import GraphValues
 from hivtp.export.verify.operations.steering import Comparison, Steering, take_weights
 from hivtp.export.verify.operations.vision_weights import VisionWeights
@@ -50,8 +52,8 @@ _OF_GRAPH = (
     "projector.output",
     "projector.output.matmul",
 )
-# After the name of a value: what a product of 8 bits multiplies instead of it.
-_ROUNDED = ("uint8", "scale", "zero_point", "rounded")
+# After the name of a value: what a product of 8 bits multiplies instead of it, and what it is before a bias is added.
+_PARTS = ("uint8", "scale", "rounded", "matmul")
 
 
 class VisionLayers:
@@ -116,7 +118,9 @@ class VisionLayers:
         """Compare one layer on the graph's states; returns its output as the graph has it."""
         place, at, values = f"layer {index}", f"layers.{index}", self._values
         _move_biases(layer.self_attn)
-        take_weights(layer, f"vision.encoder.layers.{index}.", self._weights.rounded, place, self.found)
+        path = f"vision.encoder.layers.{index}."
+        _move_factors(layer, path, self._weights)
+        take_weights(layer, path, self._weights.rounded, place, self.found)
         kept = self._kept if f"{at}.kept_norm1" in values else ()
         with self._steering(place) as whole, self._steering(place, kept) as steering:
             self._steer(whole, steering, layer, at)
@@ -131,23 +135,25 @@ class VisionLayers:
 
     def _steer(self, whole: Steering, steering: Steering, layer: Any, at: str) -> None:
         """Compare what a layer computes of all tokens, and the rest, which the last one has of the kept tokens only."""
-        attention, mlp, values = layer.self_attn, layer.mlp, self._values
+        attention, mlp, values, path = layer.self_attn, layer.mlp, self._values, f"vision.encoder.{at}"
         whole.gives("operation", "first norm", layer.layer_norm1, values[f"{at}.norm1"])
         queries_from = f"{at}.norm1"
         if f"{at}.kept_norm1" in values:
             queries_from = f"{at}.kept_norm1"
             steering.takes("operation", "kept tokens", attention.q_proj, values[queries_from])
-        self._product(steering, "q_proj", attention.q_proj, queries_from, f"{at}.attention.queries")
-        self._product(whole, "k_proj", attention.k_proj, f"{at}.norm1", f"{at}.attention.keys.matmul")
-        self._product(whole, "v_proj", attention.v_proj, f"{at}.norm1", f"{at}.attention.values.matmul")
+        self._product(steering, f"{path}.self_attn.q_proj", attention.q_proj, queries_from, f"{at}.attention.queries")
+        self._product(whole, f"{path}.self_attn.k_proj", attention.k_proj, f"{at}.norm1", f"{at}.attention.keys.matmul")
+        self._product(
+            whole, f"{path}.self_attn.v_proj", attention.v_proj, f"{at}.norm1", f"{at}.attention.values.matmul"
+        )
         [mixed] = [name for kind in ("fused", "merged") if (name := f"{at}.attention.{kind}") in values]
         steering.takes("operation", "attention", attention.out_proj, values[mixed])
-        self._product(steering, "out_proj", attention.out_proj, mixed, f"{at}.attention.output")
+        self._product(steering, f"{path}.self_attn.out_proj", attention.out_proj, mixed, f"{at}.attention.output")
         steering.takes("operation", "sum", layer.layer_norm2, values[f"{at}.attended"])
         steering.gives("operation", "second norm", layer.layer_norm2, values[f"{at}.norm2"])
-        self._product(steering, "fc1", mlp.fc1, f"{at}.norm2", f"{at}.fc1")
+        self._product(steering, f"{path}.mlp.fc1", mlp.fc1, f"{at}.norm2", f"{at}.fc1")
         steering.takes("operation", "activation", mlp.fc2, values[f"{at}.activation"])
-        self._product(steering, "fc2", mlp.fc2, f"{at}.activation", f"{at}.fc2")
+        self._product(steering, f"{path}.mlp.fc2", mlp.fc2, f"{at}.activation", f"{at}.fc2")
 
     def _project(self, projector: Any, states: torch.Tensor) -> None:
         values = self._values
@@ -160,15 +166,27 @@ class VisionLayers:
             elif "kept_features" in values:
                 source = "kept_features"
             steering.takes("operation", "features", projector.linear_1, values[source])
-            self._product(steering, "linear_1", projector.linear_1, source, "projector.inner")
+            self._product(steering, "projector.linear_1", projector.linear_1, source, "projector.inner")
             steering.takes("operation", "activation", projector.linear_2, values["projector.activation"])
-            self._product(steering, "linear_2", projector.linear_2, "projector.activation", "projector.output")
+            self._product(
+                steering, "projector.linear_2", projector.linear_2, "projector.activation", "projector.output"
+            )
             projector(features)
 
-    def _product(self, steering: Steering, name: str, module: torch.nn.Module, source: str, result: str) -> None:
+    def _product(self, steering: Steering, path: str, module: torch.nn.Linear, source: str, result: str) -> None:
+        import torch
+
+        values, name = self._values, path.rpartition(".")[2]
         # Without a bias the product itself is the result.
-        found = self._values[result if result in self._values else f"{result}.matmul"]
-        steering.product(name, module, self._rounded(source), found)
+        found = values[result if result in values else f"{result}.matmul"]
+        if not self._weights.is_in_blocks(f"{path}.weight"):
+            steering.product(name, module, self._rounded(source), found)
+            return
+        if f"{result}.matmul" in values and result in values:
+            # Next to what such a product may be off by, a wrong bias would not show.
+            with_bias = torch.from_numpy(values[f"{result}.matmul"]) + module.bias.detach()
+            steering.compare("operation", f"bias of {name}", with_bias, found)
+        steering.gives("blocks", name, module, found)
 
     def _rounded(self, source: str) -> NDArray[np.float32] | None:
         """What a product multiplies instead of a value; None where it multiplies the value."""
@@ -177,7 +195,7 @@ class VisionLayers:
             return values[f"{source}.rounded"].astype(np.float32)
         if f"{source}.uint8" not in values:
             return None
-        whole = values[f"{source}.uint8"].astype(np.float32) - values[f"{source}.zero_point"].astype(np.float32)
+        whole = values[f"{source}.uint8"].astype(np.float32) - ZERO_POINT
         rounded: NDArray[np.float32] = whole * values[f"{source}.scale"]
         return rounded
 
@@ -195,8 +213,31 @@ def _move_biases(attention: Any) -> None:
     attention.k_proj.bias = attention.v_proj.bias = None
 
 
+def _move_factors(layer: Any, path: str, weights: VisionWeights) -> None:
+    """Move factors from norms to the products after them as a graph does, see SmoothedWeights; that changes nothing.
+
+    The graph's norms say by how much. Whether they are right shows in what is compared afterwards: the biases of the
+    norms, and the weights.
+    """
+    import torch
+
+    def scaled(module: Any, name: str, factors: torch.Tensor) -> None:
+        value = getattr(module, name).detach() * factors
+        setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
+
+    for name, linears in CONSUMERS.items():
+        norm, gains = layer.get_submodule(name), weights.gains(f"{path}{name}.weight")
+        if gains is None or weights.rounded(f"{path}{linears[0]}.weight") is None:
+            continue
+        factors = torch.where(gains == 0, 1.0, norm.weight.detach() / gains)
+        for kind in ("weight", "bias"):
+            scaled(norm, kind, 1 / factors)
+        for linear in linears:
+            scaled(layer.get_submodule(linear), "weight", factors)
+
+
 def _wanted(num_layers: int) -> Iterator[str]:
     values = [f"layers.{index}.{name}" for index in range(num_layers) for name in _OF_LAYER]
     for name in (*values, *_OF_GRAPH):
         yield name
-        yield from (f"{name}.{part}" for part in _ROUNDED)
+        yield from (f"{name}.{part}" for part in _PARTS)

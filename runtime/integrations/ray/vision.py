@@ -32,9 +32,6 @@ class VisionReplica:
         options = settings.vision_options
         bundle = Bundle.open(bundle_folder(settings.bundle, None))
         self._engine = open_vision_engine(bundle, options.engine, options.engine_settings)
-        vision = bundle.manifest.vision
-        # One scale for the activations of a whole run: tiles of others would change these.
-        self._runs_alone = vision.precision == "int8"
         engine = self._engine
         self.about = {
             "description": engine.description,
@@ -44,7 +41,7 @@ class VisionReplica:
 
     def run(self, requests: Sequence[dict[str, np.ndarray[Any, Any]]]) -> list[dict[str, np.ndarray[Any, Any]]]:
         """Run the graph on the tiles of several requests, each as if it were alone."""
-        if self._runs_alone or len(requests) == 1:
+        if len(requests) == 1:
             return [self._engine.run(request) for request in requests]
         names = list(requests[0])
         together = self._engine.run({name: np.concatenate([request[name] for request in requests]) for name in names})

@@ -20,7 +20,7 @@ from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.decoder.build import write_decoder
 from hivtp.export.decoder.w8a8 import PRODUCT, quantize_products
 from hivtp.export.exporter import export_bundle
-from hivtp.export.graph.builder import quantize_per_channel
+from hivtp.export.graph.rounding import quantize_per_channel
 from hivtp.export.settings import ExportSettings
 from hivtp.export.verify import language as verification
 from hivtp.export.verify.checks import relative_error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,19 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from benchmarks.checkpoints import make_checkpoint
 from hivtp.engines import create_engine
 from hivtp.export.checkpoint.folder import Checkpoint
-from hivtp.export.graph.builder import quantize_per_channel, save_model
+from hivtp.export.graph.builder import save_model
+from hivtp.export.graph.calibration import activation_maxima
+from hivtp.export.graph.rounding import ZERO_POINT, quantize_in_blocks, quantize_per_channel
 from hivtp.export.graph.shape import VisionShape
+from hivtp.export.graph.smoothing import SmoothedWeights
 from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.verify.checks import jaccard, relative_error
 from hivtp.export.verify.samples import sample_pixels
@@ -311,16 +318,92 @@ def test_half_graphs_keep_norms_softmax_and_scores_in_float32(tiny_checkpoint: P
         assert value.type.tensor_type.elem_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.INT64)
 
 
-def test_int8_linear_layers_become_one_fused_kernel_each(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    file = write(tiny_checkpoint, tmp_path / "model.onnx", None, "int8")
+@pytest.mark.parametrize(("spec", "num_block_layers"), [(None, 0), (PruningSpec(first_layer=1, num_layers=2), 3)])
+def test_int8_products_are_in_blocks_up_to_the_scores_and_per_token_after_them(
+    tiny_checkpoint: Path, tmp_path: Path, spec: PruningSpec | None, num_block_layers: int
+) -> None:
+    file = write(tiny_checkpoint, tmp_path / "model.onnx", spec and spec.resolve(6), "int8")
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    kinds = [node.op_type for node in load(tmp_path / "optimized.onnx").graph.node]
-    assert "MatMulInteger" not in kinds
-    # Five layers of six linear maps, and the projector's two; queries, keys and values share one quantisation.
-    assert kinds.count("DynamicQuantizeMatMul") + kinds.count("MatMulIntegerToFloat") == 5 * 6 + 2
-    assert kinds.count("DynamicQuantizeLinear") == 5
+    nodes = load(tmp_path / "optimized.onnx").graph.node
+    kinds = [node.op_type for node in nodes]
+    # Five layers of six linear maps, and the projector's two.
+    assert kinds.count("MatMulNBits") == num_block_layers * 6
+    assert kinds.count("MatMulIntegerToFloat") == (5 - num_block_layers) * 6 + 2
+    assert not {"MatMulInteger", "DynamicQuantizeMatMul"} & set(kinds)
+    # Queries, keys and values share one rounding, but in the last pruned layer, where queries are of kept tokens.
+    is_pruned = spec is not None
+    assert kinds.count("QuantizeLinear") == (5 - num_block_layers) * 4 + 2 + is_pruned
+    blocks = [node for node in nodes if node.op_type == "MatMulNBits"]
+    sizes = {item.i for node in blocks for item in node.attribute if item.name == "block_size"}
+    assert sizes == ({128, 32} if is_pruned else set())
+
+
+@pytest.mark.parametrize("spec", [None, PruningSpec(first_layer=1, num_layers=2)])
+def test_a_tile_of_an_int8_graph_gives_what_it_gives_alone(
+    tiny_checkpoint: Path, tmp_path: Path, spec: PruningSpec | None
+) -> None:
+    file = write(tiny_checkpoint, tmp_path / "model.onnx", spec and spec.resolve(6), "int8")
+    pixels = sample_pixels(3, 64)
+    # A scale for all of a run would follow this tile.
+    pixels[1] *= 50
+    together = run(file, pixels)
+    for tile in range(3):
+        alone = run(file, pixels[tile : tile + 1])
+        for name, values in alone.items():
+            np.testing.assert_allclose(together[name][tile : tile + 1], values, rtol=1e-5, atol=1e-6)
+
+
+def with_outliers(folder: Path, place: Path) -> Path:
+    """A checkpoint whose norms have a few gains that are 60 times the others."""
+    shutil.copytree(folder, place)
+    file = place / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith(("layer_norm1.weight", "layer_norm2.weight")):
+            tensor[[3, 11]] *= 60
+    save_file(tensors, file, {"format": "pt"})
+    return place
+
+
+def test_smoothing_changes_nothing_but_what_rounding_costs(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = with_outliers(tiny_checkpoint, tmp_path / "checkpoint")
+    checkpoint, pixels = Checkpoint.open(folder), sample_pixels(2, 64)
+    maxima = activation_maxima(checkpoint, 0, [pixels], tmp_path)
+    smoothed = SmoothedWeights(checkpoint.tensor, maxima)
+    layer = "vision.encoder.layers.0."
+    factors = smoothed.factors(layer, "layer_norm2")
+    assert factors[3] > 3 * factors.median()
+    for kind in ("weight", "bias"):
+        name = f"{layer}layer_norm2.{kind}"
+        torch.testing.assert_close(smoothed.read(name) * factors, checkpoint.tensor(name).float())
+    for linear in ("self_attn.q_proj", "self_attn.v_proj"):
+        own = checkpoint.tensor(f"{layer}{linear}.weight").float()
+        product = smoothed.read(f"{layer}{linear}.weight") * smoothed.read(f"{layer}layer_norm1.weight")
+        torch.testing.assert_close(product, own * checkpoint.tensor(f"{layer}layer_norm1.weight").float())
+    assert smoothed.read("projector.linear_1.weight").equal(checkpoint.tensor("projector.linear_1.weight"))
+    spec = PruningSpec().resolve(6)
+    reference = Reference(folder, pixels, spec)
+    errors = {}
+    for name, found in {"plain": None, "smoothed": maxima}.items():
+        file = tmp_path / f"{name}.onnx"
+        save_model(build_vision_graph(checkpoint, spec, "int8", maxima=found), file)
+        errors[name] = np.abs(run(file, pixels)["importance"] - reference.importance).max()
+    assert errors["smoothed"] < errors["plain"]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 70), st.sampled_from([16, 32, 128]))
+def test_quantisation_in_blocks_rounds_to_half_a_step(seed: int, num_inputs: int, block_size: int) -> None:
+    weight = np.random.default_rng(seed).normal(size=(3, num_inputs)).astype(np.float32)
+    weight[1] = 0
+    blocks, scale = quantize_in_blocks(weight, block_size)
+    assert (blocks.dtype, blocks.shape[2], scale.shape) == (np.uint8, block_size, blocks.shape[:2])
+    values = ((blocks.astype(np.float32) - ZERO_POINT) * scale[:, :, None]).reshape(3, -1)
+    steps = np.repeat(scale, block_size, axis=1)
+    assert (np.abs(values[:, :num_inputs] - weight) <= steps[:, :num_inputs] * 0.5001).all()
+    assert not values[:, num_inputs:].any()
+    assert not values[1].any()
 
 
 def test_quantisation_per_channel_rounds_to_half_a_step() -> None:

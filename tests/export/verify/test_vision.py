@@ -14,7 +14,8 @@ from onnx import numpy_helper
 from benchmarks.checkpoints import make_checkpoint
 from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.graph.builder import save_model
-from hivtp.export.graph.calibration import activation_maxima
+from hivtp.export.graph.calibration import activation_maxima, first_fp8_layer
+from hivtp.export.graph.shape import VisionShape
 from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.verify import vision
 from hivtp.export.verify.samples import sample_patch_mask, sample_pixels
@@ -34,7 +35,10 @@ def write(checkpoint: Checkpoint, folder: Path, precision: str, spec: PruningSpe
     folder.mkdir(parents=True, exist_ok=True)
     side = checkpoint.config.vision_config.image_size
     runs = [sample_pixels(1, side)]
-    maxima = activation_maxima(checkpoint, spec, runs, folder) if precision == "fp8" else None
+    maxima = None
+    if precision in ("fp8", "int8"):
+        first = first_fp8_layer(spec, VisionShape.of(checkpoint.config)) if precision == "fp8" else 0
+        maxima = activation_maxima(checkpoint, first, runs, folder)
     save_model(build_vision_graph(checkpoint, spec, precision, kind, maxima), folder / "model.onnx")
     return folder / "model.onnx"
 
@@ -60,7 +64,7 @@ def model(graph: Any, tmp_path: Path) -> Any:
 
 def stored(graph: onnx.GraphProto, name: str) -> list[onnx.TensorProto]:
     """What a graph holds of one weight, whatever the precision."""
-    names = {f"{name}{suffix}" for suffix in (".T", ".int8", ".fp8", ".scale")}
+    names = {f"{name}{suffix}" for suffix in (".T", ".int8", ".fp8", ".blocks", ".scale")}
     found = [item for item in graph.initializer if item.name in names]
     assert found, name
     return found
@@ -214,6 +218,9 @@ def test_a_right_graph_passes_and_the_report_says_how_close_it_is(checkpoint: Ch
     assert ("rounding" in errors) == ("weights" in errors) == (precision in ("fp8", "int8"))
     assert errors["operation"] < (1e-5 if precision in ("fp32", "int8") else 5e-3)
     assert errors["product"] < (1e-5 if precision in ("fp32", "int8") else 2e-3)
+    # They round what they multiply within the kernel.
+    assert errors.get("blocks", 0) < 5e-2
+    assert ("blocks" in errors) == (precision == "int8")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

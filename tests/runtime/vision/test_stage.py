@@ -175,7 +175,8 @@ def test_tiles_of_an_int8_graph_give_together_what_they_give_alone(tiny_checkpoi
     stage = open_stage(export_bundle(tiny_checkpoint, tmp_path / "bundle", settings, is_quiet=True).folder)
     for tile, pixel_values in zip(stage.encode(pixels), pixels, strict=True):
         [alone] = stage.encode(pixel_values[None])
-        np.testing.assert_array_equal(tile.embeds, alone.embeds)
+        # Equal but for the order in which floats are added: no scale is shared.
+        np.testing.assert_allclose(tile.embeds, alone.embeds, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(tile.patches.kept_indices, alone.patches.kept_indices)
 
 
