@@ -10,7 +10,7 @@ import numpy as np
 from hivtp.export.decoder.rounding.smoothed_graph import smooth_vectors, smoothed_matrix
 from hivtp.export.decoder.weight_only import constant_products, drop_unused
 from hivtp.export.graph.builder import MICROSOFT, shared_constant
-from hivtp.export.graph.rounding import quantize_per_channel
+from hivtp.export.graph.rounding import MAX_INT8, ZERO_POINT, quantize_per_channel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 # One operator multiplies in int8 and scales; ONNX Runtime has it on the CPU.
 PRODUCT = "MatMulIntegerToFloat"
-# Rounded activations are 1 to 255 around it, since CPUs multiply uint8 by int8.
-ZERO_POINT = 128
-MAX_WHOLE = 127
 # For a position of zeros, which would have a scale of zero.
 MIN_SIZE = 1e-30
 
@@ -82,7 +79,7 @@ class _Rounder:
             shared_constant(self._model, f"{weight.name}.int8", matrix),
             shared_constant(self._model, "w8a8/one", np.array(1, np.float32)),
             shared_constant(self._model, f"{weight.name}.scales", scales),
-            shared_constant(self._model, "w8a8/zero_point", np.array(ZERO_POINT, np.uint8)),
+            self._zero_point(),
         ]
         # It keeps the name of the product, from which DecoderWeights knows the weight.
         product = ir.node(PRODUCT, inputs, domain=MICROSOFT, name=node.name)
@@ -90,6 +87,10 @@ class _Rounder:
         scaled = ir.node("Mul", [product.outputs[0], value_scales], name=f"{node.name}/scaled")
         replace_nodes_and_values(self._model.graph, node, [node], [product, scaled], node.outputs, scaled.outputs)
         drop_unused(self._model, weight)
+
+    def _zero_point(self) -> ir.Value:
+        """Rounded activations are 1 to 255 around it, since CPUs multiply uint8 by int8."""
+        return shared_constant(self._model, "w8a8/zero_point", np.array(ZERO_POINT, np.uint8))
 
     def _round(self, value: ir.Value, before: ir.Node) -> tuple[ir.Value, ir.Value]:
         """A value [batch, positions, width] in uint8, and its scales [batch, positions, 1] float32."""
@@ -110,11 +111,11 @@ class _Rounder:
         size = add("Abs", value, output="sizes")
         size = add("ReduceMax", size, constant("w8a8/axes", np.array([-1])), output="largest", keepdims=1)
         size = add("Max", size, constant("w8a8/least", np.array(MIN_SIZE, np.float32)), output="size")
-        scales = add("Mul", size, constant("w8a8/step", np.array(1 / MAX_WHOLE, np.float32)), output="scales")
+        scales = add("Mul", size, constant("w8a8/step", np.array(1 / MAX_INT8, np.float32)), output="scales")
         steps = add("Div", value, scales, output="steps")
-        whole = add("Round", steps, output="whole")
-        moved = add("Add", whole, constant("w8a8/middle", np.array(ZERO_POINT, np.float32)), output="moved")
-        rounded = add("Cast", moved, output="uint8", to=int(ir.DataType.UINT8))
+        # Divided first, then rounded by a scale of one: an operator that rounds by a scale per position is slower.
+        one, zero_point = constant("w8a8/one", np.array(1, np.float32)), self._zero_point()
+        rounded = add("QuantizeLinear", steps, one, zero_point, output="uint8")
         self._model.graph.insert_before(before, nodes)
         self._rounded[name] = rounded, scales
         return rounded, scales

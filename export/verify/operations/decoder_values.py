@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hivtp.export.checkpoint.config import head_size
-from hivtp.export.decoder.w8a8 import ZERO_POINT
+from hivtp.export.graph.rounding import ZERO_POINT
 from hivtp.export.verify.operations.graph_values import GraphValues
 
 if TYPE_CHECKING:
