@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.timing.floor import Format, Peaks, decode_step, prefill, vision_stage
@@ -15,19 +16,36 @@ if TYPE_CHECKING:
 
 # ONNX Runtime multiplies in float32 on a CPU what is stored in 16 bits.
 VISION_FORMATS = {"fp32": Format(4, 4), "fp16": Format(2, 2), "int8": Format(1, 4, is_int8=True)}
-# Bits of a weight; the activations of these decoders are rounded to 8 bits in the kernels.
-DECODER_BITS = {"int4": 4, "int8": 8, "w8a8": 8}
-SCALE_BYTES = 4
+# The activations of those that are rounded become 8 bits in the kernels.
+CPU_DECODERS = {"fp32": False, "int4": True, "int8": True, "w8a8": True}
+PRODUCTS = ("MatMul", "MatMulNBits", "MatMulIntegerToFloat")
 
 
-def decoder_format(precision: str | None, block_size: int | None) -> Format | None:
-    """How a decoder of a bundle holds its weights; None where it is not one for a CPU."""
-    if precision == "fp32":
-        return Format(4, 4)
-    if precision not in DECODER_BITS:
+def decoder_format(file: Path, precision: str | None) -> Format | None:
+    """How a decoder of a bundle holds its weights; None where it is not one for a CPU.
+
+    Args:
+        file: the decoder. Its head may be in other bits than its layers, so its bytes are counted.
+        precision: of the decoder.
+    """
+    if precision not in CPU_DECODERS:
         return None
-    scale = 0 if block_size is None else SCALE_BYTES / block_size
-    return Format(DECODER_BITS[precision] / 8 + scale, 4, is_int8=True)
+    import onnx
+
+    graph = onnx.load(file, load_external_data=False).graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    num_bytes = num_weights = 0
+    for node in graph.node:
+        if node.op_type not in PRODUCTS or node.input[1] not in tensors:
+            continue
+        held = [tensors[name] for name in node.input[1:] if name in tensors]
+        num_bytes += sum(
+            prod(item.dims) * onnx.helper.tensor_dtype_to_np_dtype(item.data_type).itemsize for item in held
+        )
+        sizes = {item.name: item.i for item in node.attribute}
+        is_packed = node.op_type == "MatMulNBits"
+        num_weights += sizes["K"] * sizes["N"] if is_packed else prod(tensors[node.input[1]].dims)
+    return Format(num_bytes / num_weights, 4, is_int8=CPU_DECODERS[precision])
 
 
 class Floors:
@@ -60,9 +78,9 @@ class Floors:
             num_tiles: of all images together.
         """
         decoder = _decoder(folder)
-        precision = decoder_format(decoder.precision, decoder.block_size)
+        precision = decoder_format(folder / decoder.file, decoder.precision)
         if decoder.prefill_file is not None:
-            precision = decoder_format(decoder.prefill_precision, None)
+            precision = decoder_format(folder / decoder.prefill_file, decoder.prefill_precision)
         vision_ms = self.vision_ms(folder, num_tiles)
         if vision_ms is None or precision is None:
             return None
@@ -77,7 +95,7 @@ class Floors:
             num_new_tokens: of the answer, at least 2.
         """
         decoder = _decoder(folder)
-        precision = decoder_format(decoder.precision, decoder.block_size)
+        precision = decoder_format(folder / decoder.file, decoder.precision)
         if precision is None:
             return None
         # Work grows evenly with the positions before a step, so the mean step is the one of the mean position.

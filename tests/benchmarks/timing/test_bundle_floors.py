@@ -32,8 +32,10 @@ def test_a_floor_follows_tokens(floors: Floors, exact_bundle: Path, unpruned_bun
 
 def test_weights_of_8_and_4_bits_have_floors_by_their_own_rates(floors: Floors, int8_bundle: Path) -> None:
     config = make_config("tiny")
-    # 4 bits, and a float32 scale for each 32 of them.
-    int4 = Format(0.625, 4, is_int8=True)
+    int4 = decoder_format(int8_bundle / "language/decoder.onnx", "int4")
+    # 4 bits, and a scale and a zero point for each 32 of them; a head of 8 bits; and blocks that are filled up.
+    assert 0.64 < int4.weight_bytes < 1.1
+    assert int4.is_int8
     vision_ms = PEAKS.floor_ms(vision_stage(config, 21, INT8))
     assert floors.vision_ms(int8_bundle) == vision_ms
     assert floors.ttft_ms(int8_bundle, 60) == vision_ms + PEAKS.floor_ms(prefill(config, 60, int4))
@@ -44,7 +46,10 @@ def test_weights_of_8_and_4_bits_have_floors_by_their_own_rates(floors: Floors, 
 
 def test_a_prefill_decoder_runs_the_prompt_and_no_step(floors: Floors, prefill_bundle: Path) -> None:
     config = make_config("tiny")
-    expected = PEAKS.floor_ms(vision_stage(config, None, Format(4, 4)), prefill(config, 60, INT8))
+    rounded = decoder_format(prefill_bundle / "language/prefill.onnx", "w8a8")
+    # A scale for each output.
+    assert 1 < rounded.weight_bytes < 1.1
+    expected = PEAKS.floor_ms(vision_stage(config, None, Format(4, 4)), prefill(config, 60, rounded))
     assert floors.ttft_ms(prefill_bundle, 60) == pytest.approx(expected)
     assert floors.decode_ms_per_token(prefill_bundle, 60, 2) == PEAKS.floor_ms(decode_step(config, 60, Format(4, 4)))
 
@@ -54,12 +59,12 @@ def test_the_weights_of_a_step_are_those_that_lie_in_the_bundle(int8_bundle: Pat
     products = [node for node in decoder.graph.node if node.op_type == "MatMulNBits"]
     names = {name for node in products for name in node.input[1:]}
     held = sum(len(tensor.raw_data) for tensor in decoder.graph.initializer if tensor.name in names)
-    precision = decoder_format("int4", 32)
+    precision = decoder_format(int8_bundle / "language/decoder.onnx", "int4")
     assert precision is not None
-    assert decode_step(make_config("tiny"), 0, precision).bytes == held
+    assert decode_step(make_config("tiny"), 0, precision).bytes == pytest.approx(held)
 
 
-def test_what_does_not_run_on_a_cpu_has_no_floor() -> None:
-    assert decoder_format("fp16", None) is decoder_format("int4-fp16", 32) is None
-    assert decoder_format("int8", 128) == Format(1 + 4 / 128, 4, is_int8=True)
-    assert decoder_format("w8a8", None) == INT8
+def test_what_does_not_run_on_a_cpu_has_no_floor(prefill_bundle: Path) -> None:
+    file = prefill_bundle / "language/decoder.onnx"
+    assert decoder_format(file, "fp16") is decoder_format(file, "int4-fp16") is None
+    assert decoder_format(file, "fp32") == Format(4, 4)

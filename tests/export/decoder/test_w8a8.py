@@ -115,7 +115,7 @@ def test_every_product_of_a_decoder_is_int8_and_shares_what_it_rounds(
     # Two layers of stacked q, k and v, output, gate, up and down; and the head.
     assert (kinds[PRODUCT], kinds["MatMul"]) == (2 * 5 + 1, 0)
     # Gate and up multiply the same.
-    assert kinds["Round"] == 2 * 4 + 1
+    assert kinds["QuantizeLinear"] == 2 * 4 + 1
     assert not (tmp_path / "decoder.onnx").exists()
     matrices = [item for item in graph.initializer if len(item.dims) == 2]
     weights = [item for item in matrices if item.data_type == onnx.TensorProto.INT8]
