@@ -55,27 +55,41 @@ def _inverse(lower: torch.Tensor) -> torch.Tensor:
 
 
 def round_weights(
-    weights: list[torch.Tensor], moments: torch.Tensor, block_size: int
+    weights: list[torch.Tensor], moments: list[torch.Tensor], block_size: int
 ) -> list[tuple[RoundedWeight, torch.Tensor]]:
     """Round weights of the same inputs so that their outputs, and not their values, stay close.
 
     Args:
         weights: [out, in] float32 each.
-        moments: [in, in] float32, the mean of the products of their inputs.
+        moments: [part, part] float32, the mean of the products of their inputs, for one part of them after the other;
+            an error is made good within its part. Parts hold whole blocks.
         block_size: weights that share a scale.
 
     Returns:
         For each the rounded weight, and its values [out, in] float32.
     """
-    importance = moments.diagonal().clone()
-    order = importance.argsort(descending=True)
-    factor = inverse_factor(moments[order][:, order])
-    return [_round(weight, importance, order, factor, block_size) for weight in weights]
+    import torch
+
+    sizes = [len(part) for part in moments]
+    parts = [torch.split(weight, sizes, dim=1) for weight in weights]
+    rounded: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in weights]
+    for place, part in enumerate(moments):
+        importance = part.diagonal().clone()
+        order = importance.argsort(descending=True)
+        factor = inverse_factor(part[order][:, order])
+        for found, split in zip(rounded, parts, strict=True):
+            found.append(_round(split[place], importance, order, factor, block_size))
+    results = []
+    for found in rounded:
+        whole, scales, zeros, values = (torch.cat(pieces, dim=1) for pieces in zip(*found, strict=True))
+        results.append((RoundedWeight.of(whole, scales, zeros, block_size), values))
+    return results
 
 
 def _round(
     weight: torch.Tensor, importance: torch.Tensor, order: torch.Tensor, factor: torch.Tensor, block_size: int
-) -> tuple[RoundedWeight, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
+    """Whole numbers [out, in], scales and zero points [out, blocks], and values [out, in]."""
     import torch
 
     scales, zeros = best_grid(weight, importance, block_size)
@@ -98,4 +112,4 @@ def _round(
             errors[row] /= factor[start + row, start + row]
             chunk[row + 1 :].addr_(factor[start + row, start + row + 1 : stop], errors[row], alpha=-1)
         left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return RoundedWeight.of(whole.T, scales, zeros, block_size), rounded.T.contiguous()
+    return whole.T, scales, zeros, rounded.T

@@ -11,8 +11,10 @@ import torch
 
 from hivtp.engines.onnxruntime import open_session
 from hivtp.export.decoder.rounding import gptq
+from hivtp.export.decoder.rounding import inputs as inputs_module
 from hivtp.export.decoder.rounding.gptq import inverse_factor, round_weights
 from hivtp.export.decoder.rounding.grid import best_grid, stacked
+from hivtp.export.decoder.rounding.inputs import LinearInputs
 from hivtp.export.decoder.weight_only import WeightOnlySettings, quantize_weights
 from hivtp.export.verify.operations.decoder_weights import dequantize
 
@@ -66,7 +68,7 @@ def node_with(weight: torch.Tensor, rounded: RoundedWeight, block_size: int) -> 
 @pytest.mark.parametrize("block_size", [16, 32, 128])
 def test_outputs_on_other_inputs_are_nearer_than_with_rounding_to_the_nearest(block_size: int) -> None:
     weight, seen, others = weight_of(), correlated_inputs(512, seed=1), correlated_inputs(256, seed=2)
-    [(_, rounded)] = round_weights([weight], moments_of(seen), block_size)
+    [(_, rounded)] = round_weights([weight], [moments_of(seen)], block_size)
     expected = others @ weight.T
     error, plain = (
         float((others @ found.T - expected).norm() / expected.norm())
@@ -81,7 +83,7 @@ def test_outputs_on_other_inputs_are_nearer_than_with_rounding_to_the_nearest(bl
 def test_onnx_runtime_multiplies_by_the_values_that_were_rounded(tmp_path: Path, block_size: int) -> None:
     """80 inputs are 5, 3 and 2 blocks, the last ones cut short, and odd numbers of zero points in bytes of two."""
     weight, inputs = weight_of(), correlated_inputs(64, seed=4)
-    [(rounded, values)] = round_weights([weight], moments_of(inputs), block_size)
+    [(rounded, values)] = round_weights([weight], [moments_of(inputs)], block_size)
     node, model = node_with(weight, rounded, block_size)
     np.testing.assert_allclose(dequantize(node), values.numpy(), rtol=0, atol=1e-6)
     np.testing.assert_allclose(dequantize(node, slice(5, 9)), values[5:9].numpy(), rtol=0, atol=1e-6)
@@ -92,15 +94,35 @@ def test_onnx_runtime_multiplies_by_the_values_that_were_rounded(tmp_path: Path,
 
 def test_weights_of_the_same_inputs_are_rounded_as_each_alone() -> None:
     weights, moments = [weight_of(1), weight_of(2)], moments_of(correlated_inputs(200, seed=5))
-    together = round_weights(weights, moments.clone(), 32)
-    alone = [round_weights([weight], moments.clone(), 32)[0] for weight in weights]
-    whole, _ = round_weights([torch.cat(weights)], moments.clone(), 32)[0]
+    together = round_weights(weights, [moments.clone()], 32)
+    alone = [round_weights([weight], [moments.clone()], 32)[0] for weight in weights]
+    whole, _ = round_weights([torch.cat(weights)], [moments.clone()], 32)[0]
     for (first, first_values), (second, second_values) in zip(together, alone, strict=True):
         np.testing.assert_array_equal(first.packed, second.packed)
         assert torch.equal(first_values, second_values)
     joined = stacked([found for found, _ in together])
     for name in ("packed", "scales", "zero_points"):
         np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
+
+
+def test_inputs_in_parts_are_rounded_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs_module, "MAX_TOGETHER", 32)
+    weight, seen, others = weight_of(), correlated_inputs(512, seed=1), correlated_inputs(256, seed=2)
+    linear = torch.nn.Linear(NUM_INPUTS, NUM_OUTPUTS, bias=False)
+    with LinearInputs({"linear": linear}, has_moments=True) as watched:
+        linear(seen[:200])
+        linear(seen[200:])
+    parts = watched.take_moments("linear")
+    assert [len(part) for part in parts] == [32, 32, 16]
+    [(packed, values)] = round_weights([weight], [part.clone() for part in parts], 16)
+    for place, part in enumerate(parts):
+        split = weight[:, place * 32 : place * 32 + len(part)].contiguous()
+        [(_, alone)] = round_weights([split], [part], 16)
+        assert torch.equal(values[:, place * 32 : place * 32 + len(part)], alone)
+    assert packed.scales.shape == (NUM_OUTPUTS, 5)
+    expected = others @ weight.T
+    error, plain = ((others @ found.T - expected).norm() for found in (values, to_the_nearest(weight, 16)))
+    assert error < plain
 
 
 @pytest.mark.parametrize("small", [512, 16])
@@ -117,9 +139,9 @@ def test_inputs_that_are_always_zero_and_weights_of_zero_do_no_harm() -> None:
     inputs, weight = correlated_inputs(100, seed=8), weight_of()
     inputs[:, 10:50] = 0
     weight[4] = 0
-    [(rounded, values)] = round_weights([weight], moments_of(inputs), 32)
+    [(rounded, values)] = round_weights([weight], [moments_of(inputs)], 32)
     assert values.isfinite().all()
     assert (values[4] == 0).all()
     assert np.isfinite(rounded.scales).all()
-    [(_, silent)] = round_weights([weight], torch.zeros(NUM_INPUTS, NUM_INPUTS), 32)
+    [(_, silent)] = round_weights([weight], [torch.zeros(NUM_INPUTS, NUM_INPUTS)], 32)
     assert float((silent - weight).norm() / weight.norm()) < 0.2
