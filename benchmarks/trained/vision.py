@@ -10,11 +10,13 @@ from hivtp.engines.base import EngineSettings
 from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.checkpoint.processor import Processor
 from hivtp.export.graph.builder import save_model
+from hivtp.export.graph.calibration import activation_maxima
 from hivtp.export.graph.shape import VisionShape
 from hivtp.export.graph.vision import build_vision_graph
 from hivtp.export.layers.choice import choose_layers
 from hivtp.export.layers.ranking import ChoiceSettings
 from hivtp.export.settings import ExportSettings
+from hivtp.export.verify.samples import generated_runs
 from hivtp.export.verify.vision import verify_vision
 from hivtp.runtime.inputs.images import load_image
 from hivtp.runtime.vision.agreement import compare_outputs
@@ -46,6 +48,8 @@ def measure_vision(
     shape = VisionShape.of(checkpoint.config)
     processor = Processor.open(checkpoint)
     pixels = [processor.pixel_values([load_image(image)]) for image in images]
+    work_dir.mkdir(parents=True, exist_ok=True)
+    maxima = activation_maxima(checkpoint, 0, generated_runs(shape.image_size), work_dir)
     rows = []
     for preset in PRESETS:
         for choice, layers in _layers(checkpoint_folder, images, preset).items():
@@ -56,14 +60,14 @@ def measure_vision(
             for precision in PRECISIONS:
                 print(f"  {precision} vision, preset {preset}, layers {layers} ({choice})", flush=True)
                 file = work_dir / f"{precision}-{preset}-{layers}" / "model.onnx"
-                save_model(build_vision_graph(checkpoint, wanted, precision), file)
+                found_maxima = maxima if precision == "int8" else None
+                save_model(build_vision_graph(checkpoint, wanted, precision, maxima=found_maxima), file)
                 try:
                     verify_vision(checkpoint, wanted, file, precision, "vision")
                     refusal = None
                 except VerificationError as error:
                     refusal = str(error)
                 engine = create_engine("onnxruntime", file, EngineSettings(num_threads=num_threads))
-                # One by one, as an int8 graph takes them.
                 found: list[Arrays] = [engine.run({"pixel_values": values}) for values in pixels]
                 expected = expected or found
                 agreements = [
