@@ -9,7 +9,6 @@ from hivtp.engines.bundle import MANIFEST_NAME, Bundle
 from hivtp.runtime.inputs.images import image_name, load_image
 from hivtp.runtime.integrations.polygraphy.base import polygraphy_errors
 from hivtp.runtime.vision import VisionOptions, create_image_encoder
-from hivtp.runtime.vision.stage import VisionStage
 from hivtp_ops.errors import BundleError, ImageError
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def image_feeds(bundle: Bundle, images: Sequence[ImageSource], max_tiles: int | 
         ImageError: an image cannot be read or is refused.
     """
     if max_tiles is None:
-        max_tiles = tiles_per_run(bundle)
+        max_tiles = VisionOptions().max_tiles_per_run
     encoder = create_image_encoder(bundle, _NoEngine(bundle), VisionOptions(cache_bytes=0))
     feeds = []
     for source in images:
@@ -100,8 +99,3 @@ def image_feeds(bundle: Bundle, images: Sequence[ImageSource], max_tiles: int | 
         starts = range(0, len(prepared.pixel_values), max_tiles)
         feeds.append([{name: array[start : start + max_tiles] for name, array in feed.items()} for start in starts])
     return feeds
-
-
-def tiles_per_run(bundle: Bundle) -> int:
-    """How many tiles a pipeline gives to one run of the bundle's vision graph, if its engine takes as many."""
-    return VisionStage(_NoEngine(bundle), bundle.manifest.vision, VisionOptions().max_tiles_per_run).max_tiles_per_run

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from hivtp.engines.bundle import Bundle
 from hivtp.runtime.integrations.polygraphy.base import quiet_polygraphy, require_polygraphy
 from hivtp.runtime.integrations.polygraphy.comparison import CompareSettings, Comparison, Measurement, System
-from hivtp.runtime.integrations.polygraphy.images import image_feeds, tiles_per_run
+from hivtp.runtime.integrations.polygraphy.images import image_feeds
 from hivtp.runtime.integrations.polygraphy.kept_sets import KeptSets
 from hivtp.runtime.integrations.polygraphy.memory import measure_peak_memory
 from hivtp.runtime.integrations.polygraphy.runner import open_runner
@@ -62,7 +62,7 @@ def compare_bundles(
         raise ImageError("there is nothing to compare without an image; give one or more")
     bundles = [Bundle.open(folder) for folder in folders]
     _check_one_checkpoint(bundles)
-    feeds = image_feeds(bundles[0], images, min(map(tiles_per_run, bundles)))
+    feeds = image_feeds(bundles[0], images)
     pairs = [(bundle, engine) for bundle in bundles for engine in settings.engines]
     opened = [_open(*pair, place, settings, feeds) for place, pair in enumerate(_bar(pairs, "opening"))]
     running = [system for system in opened if isinstance(system, _Running)]

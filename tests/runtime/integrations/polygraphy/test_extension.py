@@ -100,7 +100,7 @@ def test_the_script_that_it_writes_does_the_same_by_itself(next_bundle, tmp_path
 def test_a_bundle_is_run_by_its_folder_too(next_int8_bundle, images):
     done = polygraphy_run(next_int8_bundle, "--hivtp-onnxruntime", "--hivtp-images", images[0])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "pixel_values [dtype=float32, shape=(1, 3, 64, 64)]" in done.stdout
+    assert "pixel_values [dtype=float32, shape=(5, 3, 64, 64)]" in done.stdout
 
 
 def test_without_images_polygraphy_makes_its_own_inputs(bare_bundle):

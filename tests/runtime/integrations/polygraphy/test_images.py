@@ -10,7 +10,7 @@ from polygraphy.exception import PolygraphyException
 from hivtp.engines import open_vision_engine
 from hivtp.engines.bundle import Bundle
 from hivtp.runtime.inputs.images import load_image
-from hivtp.runtime.integrations.polygraphy.images import bundle_images, find_bundle, image_feeds, tiles_per_run
+from hivtp.runtime.integrations.polygraphy.images import bundle_images, find_bundle, image_feeds
 from hivtp.runtime.vision import VisionOptions, create_image_encoder
 from hivtp_ops.errors import BundleError, ImageError
 
@@ -66,15 +66,15 @@ def test_more_tiles_than_a_run_takes_are_divided(next_bundle, images):
         assert np.array_equal(np.concatenate([feed[name] for feed in feeds]), array)
 
 
-def test_an_int8_graph_runs_tile_by_tile(next_int8_bundle, next_bundle):
-    assert tiles_per_run(Bundle.open(next_int8_bundle)) == 1
-    assert tiles_per_run(Bundle.open(next_bundle)) == VisionOptions().max_tiles_per_run
+@pytest.mark.parametrize(("max_tiles", "sizes"), [(None, [5, 5, 4]), (3, [3, 2, 3, 2, 3, 1])])
+def test_tiles_beyond_the_most_of_a_run_take_another(next_bundle, images, max_tiles, sizes):
+    runs = [run for feeds in image_feeds(Bundle.open(next_bundle), images, max_tiles) for run in feeds]
+    assert [len(run["pixel_values"]) for run in runs] == sizes
 
 
 def test_a_data_loader_gives_one_run_after_the_other(next_int8_bundle, images):
     feeds = bundle_images(str(next_int8_bundle / "vision" / "model.onnx"), images)
-    assert len(feeds) == 5 + 5 + 4
-    assert {len(feed["pixel_values"]) for feed in feeds} == {1}
+    assert [len(feed["pixel_values"]) for feed in feeds] == [5, 5, 4]
 
 
 def test_a_bad_image_is_named(bare_bundle, next_bundle, tmp_path, images):

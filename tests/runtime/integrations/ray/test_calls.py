@@ -102,13 +102,12 @@ class _Doubling:
         return {"double": inputs["pixel_values"] * 2}
 
 
-@pytest.mark.parametrize("runs_alone", [False, True])
-def test_tiles_of_several_requests_run_together_unless_they_would_change_each_other(runs_alone):
+def test_tiles_of_several_requests_run_together():
     vision = object.__new__(VisionReplica)
-    vision._engine, vision._runs_alone = _Doubling(), runs_alone
+    vision._engine = _Doubling()
     requests = [{"pixel_values": np.full((tiles, 3), tiles, np.float32)} for tiles in (1, 5, 2)]
     assert num_tiles(requests) == 8
     found = vision.run(requests)
-    assert vision._engine.runs == ([1, 5, 2] if runs_alone else [8])
+    assert vision._engine.runs == [8]
     for request, answer in zip(requests, found, strict=True):
         np.testing.assert_array_equal(answer["double"], request["pixel_values"] * 2)
