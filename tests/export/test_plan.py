@@ -11,6 +11,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 
 from benchmarks.checkpoints import make_checkpoint
@@ -363,14 +364,39 @@ def test_a_graph_that_tensorrt_cannot_read_is_an_engine_error(tmp_path: Path, co
 
 
 @pytest.mark.tensorrt
-def test_operators_that_tensorrt_lacks_are_named_by_node(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(tiny_checkpoint)
-    save_model(build_vision_graph(checkpoint, None, "int8"), tmp_path / "model.onnx")
+def test_operators_that_tensorrt_lacks_are_named_by_node(tmp_path: Path) -> None:
+    pixels = onnx.helper.make_tensor_value_info("pixel_values", onnx.TensorProto.FLOAT, ["tiles", 3, 8, 8])
+    scales = [onnx.helper.make_tensor_value_info(f"scale{index}", onnx.TensorProto.FLOAT, []) for index in range(5)]
+    nodes = [
+        onnx.helper.make_node(
+            "DynamicQuantizeLinear",
+            ["pixel_values"],
+            [f"whole{index}", scale.name, f"zero{index}"],
+            name=f"round.{index}",
+        )
+        for index, scale in enumerate(scales)
+    ]
+    opsets = [onnx.helper.make_opsetid("", 23)]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "graph", [pixels], scales), opset_imports=opsets, ir_version=10
+    )
+    onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(EngineError) as caught:
         build_plan(load_library("tensorrt-rtx"), tmp_path / "model.onnx", BuildSettings((TileProfile(1, 1, 1),)))
     message = str(caught.value)
-    assert "node 'layers.0.norm1.quantize' (DynamicQuantizeLinear): UNSUPPORTED_NODE" in message
+    assert "node 'round.0' (DynamicQuantizeLinear): UNSUPPORTED_NODE" in message
     assert "more" in message
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize(("spec", "node"), [(None, "norm1.uint8"), (PruningSpec(), "attention.queries.matmul")])
+def test_an_int8_graph_is_refused_by_its_first_node(
+    tiny_checkpoint: Path, tmp_path: Path, spec: PruningSpec | None, node: str
+) -> None:
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    save_model(build_vision_graph(checkpoint, spec and spec.resolve(6), "int8"), tmp_path / "model.onnx")
+    with pytest.raises(EngineError, match=rf"tensorrt-rtx .* cannot take .*node 'layers\.0\.{node}'"):
+        build_plan(load_library("tensorrt-rtx"), tmp_path / "model.onnx", BuildSettings((TileProfile(1, 1, 1),)))
 
 
 @pytest.mark.tensorrt
