@@ -10,6 +10,7 @@ import numpy as np
 from hivtp.export.decoder.rounding.smoothed_graph import smooth_vectors, smoothed_matrix
 from hivtp.export.decoder.weight_only import constant_products, drop_unused
 from hivtp.export.graph.builder import MICROSOFT, shared_constant
+from hivtp.export.graph.linear import INT8_PRODUCT, MIN_SIZE
 from hivtp.export.graph.rounding import MAX_INT8, ZERO_POINT, quantize_per_channel
 
 if TYPE_CHECKING:
@@ -18,11 +19,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from hivtp.export.decoder.rounding.smoothing import Smoothing
-
-# One operator multiplies in int8 and scales; ONNX Runtime has it on the CPU.
-PRODUCT = "MatMulIntegerToFloat"
-# For a position of zeros, which would have a scale of zero.
-MIN_SIZE = 1e-30
 
 
 def quantize_products(
@@ -82,7 +78,7 @@ class _Rounder:
             self._zero_point(),
         ]
         # It keeps the name of the product, from which DecoderWeights knows the weight.
-        product = ir.node(PRODUCT, inputs, domain=MICROSOFT, name=node.name)
+        product = ir.node(INT8_PRODUCT, inputs, domain=MICROSOFT, name=node.name)
         product.outputs[0].name = f"{node.name}/unscaled"
         scaled = ir.node("Mul", [product.outputs[0], value_scales], name=f"{node.name}/scaled")
         replace_nodes_and_values(self._model.graph, node, [node], [product, scaled], node.outputs, scaled.outputs)

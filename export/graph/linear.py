@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 INT8_PRODUCT = "MatMulIntegerToFloat"
 # One operator for a weight in blocks. Its level 4 rounds activations to int8, block by block, in the kernel.
 BLOCK_PRODUCT, INT8_ACTIVATIONS = "MatMulNBits", 4
-# For a token of zeros, which would have a scale of zero.
+# For a token, or a position, of zeros, which would have a scale of zero.
 MIN_SIZE = 1e-30
 
 

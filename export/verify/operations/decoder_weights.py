@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hivtp.export.decoder.names import weights_of
-from hivtp.export.decoder.w8a8 import PRODUCT
+from hivtp.export.graph.linear import INT8_PRODUCT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +34,7 @@ class DecoderWeights:
         # By the weight's name: the node that holds it, and which of the node's rows.
         self._places: dict[str, tuple[ir.Node, slice]] = {}
         for node in ir.load(file).graph:
-            if node.op_type in ("MatMulNBits", PRODUCT):
+            if node.op_type in ("MatMulNBits", INT8_PRODUCT):
                 for name, rows in weights_of(node.name or "", checkpoint.config.text_config).items():
                     self._places[name] = (node, rows)
 
@@ -60,7 +60,7 @@ def dequantize(node: Any, rows: slice = slice(None)) -> NDArray[np.float32]:
         node: a MatMulNBits with blocks of 4 or 8 bits, or what quantize_products leaves.
         rows: which.
     """
-    if node.op_type == PRODUCT:
+    if node.op_type == INT8_PRODUCT:
         matrix, channel_scales = (node.inputs[index].const_value.numpy() for index in (1, 3))
         return np.ascontiguousarray((matrix[:, rows] * channel_scales[rows]).T)
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}

@@ -18,8 +18,9 @@ from hivtp.engines.bundle import Bundle
 from hivtp.engines.onnxruntime import open_session
 from hivtp.export.checkpoint.folder import Checkpoint
 from hivtp.export.decoder.build import write_decoder
-from hivtp.export.decoder.w8a8 import PRODUCT, quantize_products
+from hivtp.export.decoder.w8a8 import quantize_products
 from hivtp.export.exporter import export_bundle
+from hivtp.export.graph.linear import INT8_PRODUCT
 from hivtp.export.graph.rounding import quantize_per_channel
 from hivtp.export.settings import ExportSettings
 from hivtp.export.verify import language as verification
@@ -113,7 +114,7 @@ def test_every_product_of_a_decoder_is_int8_and_shares_what_it_rounds(
     graph = onnx.load(write_decoder(Checkpoint.open(folder), tmp_path, "w8a8", name="prefill.onnx")).graph
     kinds = Counter(node.op_type for node in graph.node)
     # Two layers of stacked q, k and v, output, gate, up and down; and the head.
-    assert (kinds[PRODUCT], kinds["MatMul"]) == (2 * 5 + 1, 0)
+    assert (kinds[INT8_PRODUCT], kinds["MatMul"]) == (2 * 5 + 1, 0)
     # Gate and up multiply the same.
     assert kinds["QuantizeLinear"] == 2 * 4 + 1
     assert not (tmp_path / "decoder.onnx").exists()

@@ -11,8 +11,9 @@ import onnx_ir as ir
 import pytest
 
 from hivtp.export.decoder import weight_only
-from hivtp.export.decoder.w8a8 import PRODUCT, quantize_products
+from hivtp.export.decoder.w8a8 import quantize_products
 from hivtp.export.decoder.weight_only import WeightOnlySettings, quantize_weights
+from hivtp.export.graph.linear import INT8_PRODUCT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +54,7 @@ def anonymous_bytes() -> int:
         # Four bits and a float32 scale per block of 32 stay: 5 of 32 bits.
         (partial(quantize_weights, settings=WeightOnlySettings(bits=4, block_size=32)), "MatMulNBits", 0.16),
         # Eight bits stay, and a scale per channel.
-        (quantize_products, PRODUCT, 0.26),
+        (quantize_products, INT8_PRODUCT, 0.26),
     ],
 )
 def test_one_weight_at_a_time_is_in_memory(quantize: Callable, op_type: str, share: float) -> None:
